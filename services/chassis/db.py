@@ -1,0 +1,331 @@
+"""Postgres: connections, migrations, and the tables that every service has.
+
+The tables are written twice on purpose: as SQL in `create_*`, frozen because old migrations call it, and as
+mapped classes for the code. A test compares the two. A change to one of these tables is a new function that
+each service calls from a new migration.
+"""
+
+import asyncio
+import importlib.util
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    URL,
+    CheckConstraint,
+    Connection,
+    DateTime,
+    Index,
+    LargeBinary,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    event,
+    exc,
+    func,
+    make_url,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import NullPool
+
+log = logging.getLogger(__name__)
+
+# Ids are strings in the contracts and uuid columns in Postgres; they are converted here, in the driver.
+Id = Annotated[str, mapped_column(Uuid(as_uuid=False))]
+Time = Annotated[datetime, mapped_column(DateTime(timezone=True))]
+
+# "mesh" in ASCII: the advisory lock of whoever migrates this database.
+_MIGRATION_LOCK = 0x6D657368
+
+
+class Executes(Protocol):
+    """What the functions below need of `alembic.op`."""
+
+    def execute(self, sql: str, /) -> None:
+        """Runs one statement."""
+
+
+class ChassisBase(DeclarativeBase):
+    """Tables of the chassis, in every service's own database."""
+
+
+class OutboxRow(ChassisBase):
+    """A domain event, written in the transaction that it tells about."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (
+        Index("outbox_pending", "id", postgresql_where=text("publish_time IS NULL")),
+        Index("outbox_published", "publish_time", postgresql_where=text("publish_time IS NOT NULL")),
+    )
+
+    id: Mapped[Id] = mapped_column(primary_key=True)
+    subject: Mapped[str] = mapped_column(Text)
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    headers: Mapped[dict[str, str]] = mapped_column(JSONB)
+    create_time: Mapped[Time] = mapped_column(server_default=func.now())
+    publish_time: Mapped[Time | None]
+
+
+class InboxRow(ChassisBase):
+    """A domain event whose effect is in this database."""
+
+    __tablename__ = "inbox"
+    __table_args__ = (Index("inbox_receive_time", "receive_time"),)
+
+    consumer: Mapped[str] = mapped_column(Text, primary_key=True)
+    event_id: Mapped[Id] = mapped_column(primary_key=True)
+    receive_time: Mapped[Time] = mapped_column(server_default=func.now())
+
+
+class GrantRow(ChassisBase):
+    """A role given (or denied) to a subject on one resource; `subject_id` is absent for 'workspace'."""
+
+    __tablename__ = "grants"
+    __table_args__ = (
+        UniqueConstraint(
+            "workspace_id",
+            "resource_type",
+            "resource_id",
+            "subject_type",
+            "subject_id",
+            "role",
+            name="grants_subject_once",
+            postgresql_nulls_not_distinct=True,
+        ),
+        CheckConstraint("subject_type IN ('user', 'team', 'workspace')", name="grants_subject_type"),
+        CheckConstraint("(subject_type = 'workspace') = (subject_id IS NULL)", name="grants_subject_id"),
+        CheckConstraint("effect IN ('ALLOW', 'DENY')", name="grants_effect"),
+        # Lookups by resource use the unique constraint's index.
+        Index("grants_by_subject", "workspace_id", "subject_type", "subject_id", "resource_type"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    grant_id: Mapped[Id] = mapped_column(primary_key=True)
+    resource_type: Mapped[str] = mapped_column(Text)
+    resource_id: Mapped[Id]
+    subject_type: Mapped[str] = mapped_column(Text)
+    subject_id: Mapped[Id | None]
+    role: Mapped[str] = mapped_column(Text)
+    effect: Mapped[str] = mapped_column(Text)
+    expire_time: Mapped[Time | None]
+    creator_id: Mapped[Id]
+    create_time: Mapped[Time] = mapped_column(server_default=func.now())
+
+
+def create_outbox(op: Executes) -> None:
+    """Creates the outbox and the trigger that wakes the relay at commit."""
+    op.execute("""
+        CREATE TABLE outbox (
+            id uuid PRIMARY KEY,
+            subject text NOT NULL,
+            payload bytea NOT NULL,
+            headers jsonb NOT NULL,
+            create_time timestamptz NOT NULL DEFAULT now(),
+            publish_time timestamptz
+        )
+    """)
+    op.execute("CREATE INDEX outbox_pending ON outbox (id) WHERE publish_time IS NULL")
+    op.execute("CREATE INDEX outbox_published ON outbox (publish_time) WHERE publish_time IS NOT NULL")
+    op.execute("""
+        CREATE FUNCTION outbox_notify() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_notify('outbox', ''); RETURN NULL; END $$
+    """)
+    op.execute("""
+        CREATE TRIGGER outbox_notify AFTER INSERT ON outbox
+        FOR EACH STATEMENT EXECUTE FUNCTION outbox_notify()
+    """)
+
+
+def create_inbox(op: Executes) -> None:
+    """Creates the inbox."""
+    op.execute("""
+        CREATE TABLE inbox (
+            consumer text NOT NULL,
+            event_id uuid NOT NULL,
+            receive_time timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (consumer, event_id)
+        )
+    """)
+    op.execute("CREATE INDEX inbox_receive_time ON inbox (receive_time)")
+
+
+def create_grants(op: Executes) -> None:
+    """Creates the grants on this service's resources."""
+    op.execute("""
+        CREATE TABLE grants (
+            workspace_id uuid NOT NULL,
+            grant_id uuid NOT NULL,
+            resource_type text NOT NULL,
+            resource_id uuid NOT NULL,
+            subject_type text NOT NULL,
+            subject_id uuid,
+            role text NOT NULL,
+            effect text NOT NULL,
+            expire_time timestamptz,
+            creator_id uuid NOT NULL,
+            create_time timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (workspace_id, grant_id),
+            CONSTRAINT grants_subject_type CHECK (subject_type IN ('user', 'team', 'workspace')),
+            CONSTRAINT grants_subject_id CHECK ((subject_type = 'workspace') = (subject_id IS NULL)),
+            CONSTRAINT grants_effect CHECK (effect IN ('ALLOW', 'DENY')),
+            CONSTRAINT grants_subject_once UNIQUE NULLS NOT DISTINCT
+                (workspace_id, resource_type, resource_id, subject_type, subject_id, role)
+        )
+    """)
+    op.execute("""
+        CREATE INDEX grants_by_subject ON grants (workspace_id, subject_type, subject_id, resource_type)
+    """)
+
+
+def create_chassis_tables(op: Executes) -> None:
+    """Creates outbox, inbox and grants: for the first migration of a service that owns resources."""
+    create_outbox(op)
+    create_inbox(op)
+    create_grants(op)
+
+
+def connect(
+    url: str, pool_size: int = 10, *, statement_timeout_seconds: float = 10
+) -> async_sessionmaker[AsyncSession]:
+    """Makes a pool of at most `pool_size` connections; the first is opened when it is needed.
+
+    `url` is `postgresql://user:password@host/database`, with `?host=/directory` for a unix socket. Use as
+    `async with db.begin() as session`. A statement that runs longer is ended by Postgres, a transaction
+    that idles for 30 s too. Waiting for a free connection ends with `sqlalchemy.exc.TimeoutError` after 5 s.
+    """
+    engine = create_async_engine(
+        _driver_url(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=5,
+        pool_recycle=3600,
+        pool_use_lifo=True,
+        # Parameters are people's data and secrets: they stay out of errors and logs.
+        hide_parameters=True,
+        connect_args=_connect_args(url, statement_timeout_seconds),
+    )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+def engine(db: async_sessionmaker[AsyncSession]) -> AsyncEngine:
+    """The engine under `db`: for pool metrics, and to `dispose()` of it at the end."""
+    bound = db.kw["bind"]
+    assert isinstance(bound, AsyncEngine)
+    return bound
+
+
+async def ready(db: async_sessionmaker[AsyncSession], timeout: float = 2) -> bool:
+    """Whether Postgres answers within `timeout` seconds."""
+    try:
+        async with asyncio.timeout(timeout), db() as session:
+            await session.execute(text("SELECT 1"))
+    except (OSError, TimeoutError, exc.SQLAlchemyError) as error:
+        log.warning("postgres is not ready: %s", error)
+        return False
+    return True
+
+
+async def migrate(url: str, package: str, *, timeout: float = 120) -> None:
+    """Brings the database to the newest revision in `migrations/versions` of `package` ("services.user_svc").
+
+    Any number of replicas may call it at once: one migrates, the others wait for it, up to `timeout` seconds
+    (TimeoutError). A database that is ahead of this code is left alone, because during a roll-out the old
+    code starts after the new one has migrated.
+    """
+    scripts = ScriptDirectory(str(_folder(package) / "migrations"))
+    migrations = create_async_engine(
+        _driver_url(url), poolclass=NullPool, hide_parameters=True, connect_args=_connect_args(url, 0)
+    )
+    try:
+        async with migrations.connect() as connection, _migration_lock(connection, timeout):
+            await connection.run_sync(_upgrade, scripts)
+    finally:
+        await migrations.dispose()
+
+
+def _upgrade(connection: Connection, scripts: ScriptDirectory) -> None:
+    context = MigrationContext.configure(
+        connection,
+        opts={
+            "fn": lambda heads, _: scripts._upgrade_revs("head", heads),
+            "transaction_per_migration": True,
+        },
+    )
+    known = {script.revision for script in scripts.walk_revisions()}
+    if not known.issuperset(context.get_current_heads()):
+        log.warning("the database is at %s, ahead of this code", context.get_current_heads())
+        connection.rollback()
+        return
+    connection.rollback()  # the look at the revision began a transaction; each migration has its own
+    with Operations.context(context):
+        context.run_migrations()
+    connection.commit()
+
+
+@asynccontextmanager
+async def _migration_lock(connection: AsyncConnection, timeout: float) -> AsyncIterator[None]:
+    # Tried again and again, instead of waiting inside Postgres: a statement that waits holds a snapshot, and
+    # CREATE INDEX CONCURRENTLY in the migration would wait for that snapshot, for ever.
+    async with asyncio.timeout(timeout):
+        while not await _try_lock(connection):  # noqa: ASYNC110 - the holder is in another process
+            await asyncio.sleep(0.1)
+    try:
+        yield
+    finally:
+        await connection.rollback()
+        await connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
+        await connection.commit()
+
+
+async def _try_lock(connection: AsyncConnection) -> bool:
+    taken = await connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
+    await connection.commit()  # the lock belongs to the connection, not to the transaction
+    return bool(taken)
+
+
+def _driver_url(url: str) -> URL:
+    return make_url(url).set(drivername="postgresql+asyncpg")
+
+
+def _connect_args(url: str, statement_timeout_seconds: float) -> dict[str, Any]:
+    return {
+        "timeout": 5,
+        "server_settings": {
+            "application_name": f"meshboard {make_url(url).database}",
+            "statement_timeout": str(int(statement_timeout_seconds * 1000)),
+            "lock_timeout": "5000",
+            "idle_in_transaction_session_timeout": "30000",
+            "jit": "off",  # compiling costs more than these short queries take
+        },
+    }
+
+
+def _refuse_closed(dbapi_connection: Any, _record: object, _proxy: object) -> None:
+    # After a restart of Postgres asyncpg knows that its connections are gone. To look costs nothing, unlike
+    # pool_pre_ping's round trip, and a new connection takes the place before any statement fails.
+    if dbapi_connection.driver_connection.is_closed():
+        raise exc.InvalidatePoolError
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{package} is not a package")
+    return Path(spec.submodule_search_locations[0])
