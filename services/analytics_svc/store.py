@@ -1,0 +1,156 @@
+"""The embedded event store: one chDB directory behind ClickHouse's HTTP protocol.
+
+chDB (ClickHouse as a library) allows one process per directory, so this process owns it and every other one speaks
+HTTP to it, exactly as to a ClickHouse server. Supported of the protocol: `POST /` and `GET /` with `query`, `database`
+excepted, any FORMAT, `param_<name>` for `{name:Type}`, every other parameter as a setting, the body as data of an INSERT
+(also for `INSERT … SELECT … FROM input('…')`) or as the query; `GET /ping`. An error is a 500 with
+`X-ClickHouse-Exception-Code` and the text of ClickHouse. There are no sessions: every request has a connection of its own.
+"""
+
+import asyncio
+import re
+import tempfile
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+from chdb.state.sqlitelike import Connection
+
+log = structlog.get_logger(__name__)
+
+READERS = 4
+MAX_BODY_BYTES = 256 << 20
+
+_READS = re.compile(r"\s*(SELECT|WITH|SHOW|DESCRIBE|DESC|EXISTS|EXPLAIN)\b", re.IGNORECASE)
+_INSERT = re.compile(r"\s*INSERT\s+INTO\b", re.IGNORECASE)
+_FORMAT = re.compile(r"\bFORMAT\s+(\w+)\s*;?\s*$", re.IGNORECASE)
+_INPUT = re.compile(r"\binput\s*\(", re.IGNORECASE)
+_ERROR = re.compile(r"Code: (\d+)\. ")
+_SETTING = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One statement, with what belongs to it."""
+
+    query: str
+    data: bytes
+    settings: Mapping[str, str]
+    params: Mapping[str, str]
+
+    @property
+    def reads(self) -> bool:
+        """Whether the statement changes nothing, so that it may run beside others."""
+        return _READS.match(self.query) is not None
+
+
+class Engine:
+    """The chDB directory: one statement that writes at a time, a few that read beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = str(directory / "chdb")
+        self._incoming = directory / "incoming"
+        self._incoming.mkdir(exist_ok=True)
+        self._keeper = Connection(self._path)  # the engine runs for as long as a connection is open
+        self._threads = ThreadPoolExecutor(READERS + 2, thread_name_prefix="chdb")
+        self._readers = asyncio.Semaphore(READERS)
+        self._writer = asyncio.Semaphore(1)
+
+    def close(self) -> None:
+        """Waits for the statements under way and closes the directory."""
+        self._threads.shutdown()
+        self._keeper.close()
+
+    async def run(self, request: Request) -> bytes:
+        """The result in the format that the statement names. A cancelled call ends its statement, unless that is an
+        INSERT: those are short, and their outcome must be certain before the next one starts. Raises chDB's errors."""
+        async with self._readers if request.reads else self._writer:
+            mark = f"/* {uuid.uuid4()} */ "
+            loop = asyncio.get_running_loop()
+            running = loop.run_in_executor(self._threads, self._run, mark, request)
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                if request.reads:
+                    await loop.run_in_executor(self._threads, self._kill, mark)
+                await asyncio.wait([running])
+                running.exception()
+                raise
+
+    def _run(self, mark: str, request: Request) -> bytes:
+        with closing(Connection(self._path)) as connection:
+            if request.settings:
+                assignments = (f"{name} = {_literal(value)}" for name, value in request.settings.items())
+                connection.query("SET " + ", ".join(assignments))
+            if request.data and _INSERT.match(request.query):
+                return self._insert(connection, request)
+            result = connection.query(mark + request.query, "TabSeparated", params=dict(request.params))
+            return bytes(result.bytes())
+
+    def _insert(self, connection: Connection, request: Request) -> bytes:
+        found = _FORMAT.search(request.query)
+        if found is None:
+            raise RuntimeError("Code: 62. DB::Exception: An INSERT with data must end in FORMAT. (SYNTAX_ERROR)")
+        statement, data_format = request.query[: found.start()], found[1]
+        if not _INPUT.search(statement):
+            with connection.send_insert(statement, data_format) as insert:
+                insert.append(request.data)
+                insert.finish()
+            return b""
+        # The library has no input(): what it would read is given to file(), which takes the same description.
+        with tempfile.NamedTemporaryFile(dir=self._incoming) as file:
+            file.write(request.data)
+            file.flush()
+            source = f"file({_literal(file.name)}, {_literal(data_format)}, "
+            statement = _INPUT.sub(lambda _: source, statement, count=1)
+            connection.query(statement, "Null", params=dict(request.params))
+        return b""
+
+    def _kill(self, mark: str) -> None:
+        with closing(Connection(self._path)) as connection:
+            connection.query("KILL QUERY WHERE startsWith(query, {mark:String}) ASYNC", "Null", params={"mark": mark})
+
+
+def application(engine: Engine) -> web.Application:
+    """The HTTP side. Serve it with `handler_cancellation`, so that a client that goes away ends its query."""
+
+    async def ping(_: web.Request) -> web.Response:
+        return web.Response(text="Ok.\n")
+
+    async def run(http: web.Request) -> web.Response:
+        body = await http.read()
+        query = http.query.get("query", "")
+        if not (query and _INSERT.match(query)):
+            query, body = query + body.decode(), b""
+        others = {name: value for name, value in http.query.items() if name not in ("query", "query_id")}
+        params = {name.removeprefix("param_"): v for name, v in others.items() if name.startswith("param_")}
+        settings = {name: value for name, value in others.items() if not name.startswith("param_")}
+        if not all(map(_SETTING.fullmatch, settings)):
+            return _failure("Code: 115. DB::Exception: Unknown setting. (UNKNOWN_SETTING)")
+        try:
+            result = await engine.run(Request(query=query, data=body, settings=settings, params=params))
+        except Exception as error:  # chDB raises bare RuntimeError beside its own ChdbError; the client gets the text
+            return _failure(str(error))
+        return web.Response(body=result)
+
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app.add_routes([web.get("/ping", ping), web.get("/", run), web.post("/", run)])
+    return app
+
+
+def _failure(text: str) -> web.Response:
+    found = _ERROR.search(text)
+    code = found[1] if found else "1002"  # UNKNOWN_EXCEPTION
+    log.warning("statement failed", code=int(code), error=text[:500])
+    return web.Response(status=500, text=text, headers={"X-ClickHouse-Exception-Code": code})
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
