@@ -7,13 +7,13 @@ each service calls from a new migration.
 
 import asyncio
 import importlib.util
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+import structlog
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -44,7 +44,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 # Ids are strings in the contracts and uuid columns in Postgres; they are converted here, in the driver.
 Id = Annotated[str, mapped_column(Uuid(as_uuid=False))]
@@ -237,7 +237,7 @@ async def ready(db: async_sessionmaker[AsyncSession], timeout: float = 2) -> boo
         async with asyncio.timeout(timeout), db() as session:
             await session.execute(text("SELECT 1"))
     except (OSError, TimeoutError, exc.SQLAlchemyError) as error:
-        log.warning("postgres is not ready: %s", error)
+        log.warning("postgres_not_ready", error=str(error))
         return False
     return True
 
@@ -270,7 +270,7 @@ def _upgrade(connection: Connection, scripts: ScriptDirectory) -> None:
     )
     known = {script.revision for script in scripts.walk_revisions()}
     if not known.issuperset(context.get_current_heads()):
-        log.warning("the database is at %s, ahead of this code", context.get_current_heads())
+        log.warning("database_ahead_of_code", heads=context.get_current_heads())
         connection.rollback()
         return
     connection.rollback()  # the look at the revision began a transaction; each migration has its own
