@@ -1,0 +1,193 @@
+"""Domain events take effect exactly once: the id of an event is written in the transaction of its effect.
+
+Each type of event has a durable consumer per service. So a new type starts at the stream's beginning, an old
+replica takes nothing away from a new one during a roll-out, and a type whose handler fails holds up no other.
+Events may arrive in any order.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import structlog
+from google.protobuf.message import Message
+from opentelemetry import propagate, trace
+from prometheus_client import Counter
+from sqlalchemy import delete, func, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.chassis import outbox
+from services.chassis.bus import DOMAIN, Bus, BusError, Delivery, Headers
+from services.chassis.db import InboxRow, ready
+
+log = structlog.get_logger(__name__)
+tracer = trace.get_tracer(__name__)
+
+Handler = Callable[[AsyncSession, Any], Awaitable[None]]
+
+# Seconds until the second attempt, the third, …; after the last one the event is a dead letter.
+BACKOFF_SECONDS = (1.0, 5.0, 30.0, 120.0, 600.0)
+
+_BATCH = 16
+_HANDLER_SECONDS = 20  # less than the consumer's ack_wait
+_SWEEP_SECONDS = 3600
+
+_events = Counter("meshboard_events_consumed", "Domain events by outcome.", ["service", "event", "outcome"])
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What is known of an event beside its message; `workspace_id` is "" above workspaces."""
+
+    event_id: str
+    workspace_id: str
+    headers: Headers
+    attempt: int
+    store_time: datetime
+
+
+current: ContextVar[Event] = ContextVar("event")
+
+
+async def consume(
+    bus: Bus,
+    db: async_sessionmaker[AsyncSession],
+    service: str,
+    handlers: Mapping[type[Message], Handler],
+    *,
+    backoff_seconds: Sequence[float] = BACKOFF_SECONDS,
+) -> None:
+    """Gives events to their handlers until it is cancelled; any number of replicas may do so at once.
+
+    A handler writes with the session it is given, and has nothing to commit. One that raises is tried again
+    after each of `backoff_seconds`; then the event is copied to the stream DEAD_LETTERS, under the subject
+    `dead.<service>.<message name>`, and done with. While Postgres is away, the event waits and no attempt
+    counts. Raises BusError when the consumers cannot be made.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        for message_type, handler in handlers.items():
+            tasks.create_task(_Consumer(bus, db, service, message_type, handler, backoff_seconds).run())
+        tasks.create_task(_sweep(db))
+
+
+@dataclass(frozen=True)
+class _Consumer:
+    bus: Bus
+    db: async_sessionmaker[AsyncSession]
+    service: str
+    message_type: type[Message]
+    handler: Handler
+    backoff_seconds: Sequence[float]
+
+    @property
+    def name(self) -> str:
+        return self.message_type.DESCRIPTOR.full_name
+
+    async def run(self) -> None:
+        deliveries = await self.bus.pull(
+            DOMAIN,
+            f"{self.service}-{self.name.replace('.', '-')}",
+            subject=self.name,
+            inactive_seconds=30 * 86_400,
+        )
+        try:
+            while True:
+                for delivery in await deliveries.fetch(_BATCH, timeout=60):
+                    await self._receive(delivery)
+        finally:
+            await deliveries.close()
+
+    async def _receive(self, delivery: Delivery) -> None:
+        with tracer.start_as_current_span(
+            f"{self.name} process",
+            context=propagate.extract(delivery.headers),
+            kind=trace.SpanKind.CONSUMER,
+        ):
+            try:
+                outcome = await self._apply(delivery)
+            except Exception as error:
+                outcome = await self._retry_or_bury(delivery, error)
+            else:
+                await delivery.ack()
+        _events.labels(self.service, self.name, outcome).inc()
+
+    async def _apply(self, delivery: Delivery) -> str:
+        event = Event(
+            delivery.headers[outbox.EVENT_ID],
+            delivery.headers.get(outbox.WORKSPACE_ID, ""),
+            delivery.headers,
+            delivery.attempt,
+            delivery.store_time,
+        )
+        message = self.message_type.FromString(delivery.payload)
+        current.set(event)
+        outbox.actor.set(delivery.headers.get(outbox.ACTOR, ""))
+        while True:
+            try:
+                async with asyncio.timeout(_HANDLER_SECONDS), self.db.begin() as session:
+                    if not await self._is_new(session, event):
+                        return "repeated"
+                    await self.handler(session, message)
+                return "done"
+            except (OSError, TimeoutError, SQLAlchemyError) as error:
+                if await ready(self.db):
+                    raise
+                log.warning("event_waits_for_postgres", event=self.name, error=repr(error))
+                await delivery.extend()
+                await asyncio.sleep(1)
+
+    async def _is_new(self, session: AsyncSession, event: Event) -> bool:
+        # Another replica that holds the same event makes this wait for the end of its transaction.
+        written = await session.scalar(
+            insert(InboxRow)
+            .values(consumer=self.service, event_id=event.event_id)
+            .on_conflict_do_nothing()
+            .returning(InboxRow.event_id)
+        )
+        return written is not None
+
+    async def _retry_or_bury(self, delivery: Delivery, error: Exception) -> str:
+        log.exception(
+            "event_failed",
+            event=self.name,
+            event_id=delivery.headers.get(outbox.EVENT_ID),
+            attempt=delivery.attempt,
+        )
+        if delivery.attempt <= len(self.backoff_seconds):
+            await delivery.nak(self.backoff_seconds[delivery.attempt - 1])
+            return "failed"
+        try:
+            await self.bus.publish(
+                f"dead.{self.service}.{delivery.subject}",
+                delivery.payload,
+                message_id=f"{self.service}.{delivery.sequence}",
+                headers={**delivery.headers, "Error": _first_line(error)},
+            )
+        except BusError as lost:
+            log.warning("dead_letter_failed", event=self.name, error=str(lost))
+            await delivery.nak(self.backoff_seconds[-1] if self.backoff_seconds else 1)
+            return "failed"
+        await delivery.ack()
+        return "dead"
+
+
+def _first_line(error: Exception) -> str:
+    # What Postgres says after the first line quotes rows.
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+
+
+async def _sweep(db: async_sessionmaker[AsyncSession]) -> None:
+    # Twice the time that streams and outboxes keep an event, after which it cannot come again.
+    old = InboxRow.receive_time < func.now() - text("interval '14 days'")
+    while True:
+        try:
+            async with db.begin() as session:
+                await session.execute(delete(InboxRow).where(old))
+        except (OSError, TimeoutError, SQLAlchemyError) as error:
+            log.warning("inbox_sweep_failed", error=repr(error))
+        await asyncio.sleep(_SWEEP_SECONDS)
