@@ -12,9 +12,12 @@ import sys
 
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
+PR_SET_SECUREBITS = 28
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 CAP_DAC_OVERRIDE = 1
+CAP_SETPCAP = 8
+SECBIT_NO_SETUID_FIXUP = 1 << 2
 CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -25,16 +28,22 @@ def prctl(option: int, *arguments: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
-def keep_reach() -> None:
-    """Keeps the one right of root that opens folders of others, through the exec (capabilities(7))."""
+def set_capabilities(effective: int, inheritable: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    bit = 1 << CAP_DAC_OVERRIDE
     head = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)(
-        bit, bit, bit, 0, 0, 0
-    )  # effective, permitted, inheritable; then the high words
+    sets = (ctypes.c_uint32 * 6)(effective, effective, inheritable, 0, 0, 0)  # permitted is the second
     if libc.capset(ctypes.byref(head), ctypes.byref(sets)) != 0:
         raise OSError(ctypes.get_errno(), f"capset: {os.strerror(ctypes.get_errno())}")
+
+
+def keep_reach() -> None:
+    """Keeps the one right of root that opens folders of others, through the exec (capabilities(7))."""
+    reach = 1 << CAP_DAC_OVERRIDE
+    set_capabilities(reach | 1 << CAP_SETPCAP, reach)
+    prctl(
+        PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP
+    )  # or access(2), which initdb asks, would not count the right
+    set_capabilities(reach, reach)
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_OVERRIDE)
 
 
