@@ -14,19 +14,17 @@ from typing import Any
 
 import structlog
 from google.protobuf.message import Message
-from opentelemetry import propagate, trace
 from prometheus_client import Counter
 from sqlalchemy import delete, func, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import outbox
+from services.chassis import outbox, telemetry
 from services.chassis.bus import DOMAIN, Bus, BusError, Delivery, Headers
 from services.chassis.db import InboxRow, ready
 
 log = structlog.get_logger(__name__)
-tracer = trace.get_tracer(__name__)
 
 Handler = Callable[[AsyncSession, Any], Awaitable[None]]
 
@@ -103,11 +101,7 @@ class _Consumer:
             await deliveries.close()
 
     async def _receive(self, delivery: Delivery) -> None:
-        with tracer.start_as_current_span(
-            f"{self.name} process",
-            context=propagate.extract(delivery.headers),
-            kind=trace.SpanKind.CONSUMER,
-        ):
+        with telemetry.span(f"{self.name} process", "CONSUMER", delivery.headers):
             try:
                 outcome = await self._apply(delivery)
             except Exception as error:

@@ -14,11 +14,11 @@ from contextvars import ContextVar
 import asyncpg
 import structlog
 from google.protobuf.message import Message
-from opentelemetry import propagate
 from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
+from services.chassis import telemetry
 from services.chassis.bus import BEAT_SECONDS, Bus, Outgoing
 from services.chassis.db import OutboxRow
 
@@ -40,8 +40,18 @@ _BATCH = 256
 _MEASURE_SECONDS = 5
 _SWEEP_SECONDS = 600
 
-_pending = Gauge("meshboard_outbox_pending", "Domain events that wait to be published.", ["service"])
-_oldest = Gauge("meshboard_outbox_oldest_seconds", "Age of the oldest domain event that waits.", ["service"])
+_pending = Gauge(
+    "meshboard_outbox_pending",
+    "Domain events that wait to be published.",
+    ["service"],
+    multiprocess_mode="mostrecent",
+)
+_oldest = Gauge(
+    "meshboard_outbox_oldest_seconds",
+    "Age of the oldest domain event that waits.",
+    ["service"],
+    multiprocess_mode="mostrecent",
+)
 
 
 def add(session: AsyncSession, message: Message, *, workspace_id: str = "") -> str:
@@ -52,8 +62,7 @@ def add(session: AsyncSession, message: Message, *, workspace_id: str = "") -> s
     payload = message.SerializeToString()
     if len(payload) > MAX_EVENT_BYTES:
         raise ValueError(f"{message.DESCRIPTOR.full_name} has {len(payload)} bytes")
-    headers: dict[str, str] = {}
-    propagate.inject(headers)
+    headers = telemetry.trace_headers()
     if workspace_id:
         headers[WORKSPACE_ID] = workspace_id
     if who := actor.get():

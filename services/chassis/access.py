@@ -1,0 +1,246 @@
+"""Who may call a method: the `access` option of the contract, enforced in one place.
+
+Here it is also settled which workspace a call is about: the one in the path, else the `X-Workspace-Id` header, else the
+one of the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from google.protobuf import message
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from meshboard.options.v1 import access_pb2
+from sqlalchemy import and_, outerjoin, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import InstrumentedAttribute
+
+from services.chassis import auth, errors
+from services.chassis.db import GrantRow
+from services.chassis.rights import Grant, Rights, RightsCache, applies, decide, view_of
+
+WORKSPACE_FIELD = "workspace_id"
+WORKSPACE_HEADER = "x-workspace-id"
+RIGHTS_VERSION_KEY = "x-meshboard-rights-version"
+
+Metadata = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The access of one method. `kind` is the name of the oneof's field, `path` the resource field's path."""
+
+    method: str
+    kind: str
+    permission: str
+    callers: frozenset[str]
+    path: tuple[str, ...]
+
+
+class MissingAccessError(Exception):
+    """A method has no `access` option."""
+
+
+def rule_of(method: MethodDescriptor) -> Rule:
+    """Reads the option of a method. Raises MissingAccessError."""
+    option = method.GetOptions().Extensions[access_pb2.access]
+    kind = option.WhichOneof("rule")
+    if kind is None:
+        raise MissingAccessError(f"{method.full_name} has no access option")
+    path = tuple(option.resource.split(".")) if option.resource else ()
+    return Rule(method.full_name, kind, option.permission, frozenset(option.internal.callers), path)
+
+
+def rules_of(services: Iterable[ServiceDescriptor]) -> dict[str, Rule]:
+    """The rules by gRPC path, such as `/meshboard.user.v1.UserService/GetMe`. Raises MissingAccessError."""
+    return {f"/{s.full_name}/{m.name}": rule_of(m) for s in services for m in s.methods}
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """Where the resources of a type are: `dashboard` in the column `Dashboard.dashboard_id`.
+
+    `type` is also what the grants' `resource_type` says, and the field `<type>_id` (or `<type>_ids`) what names one.
+    """
+
+    type: str
+    workspace_id: InstrumentedAttribute[str]
+    resource_id: InstrumentedAttribute[str]
+
+    def absent(self) -> errors.Error:
+        """What is said of one that does not exist, or that the caller may not see."""
+        return errors.not_found(f"{self.type.upper()}_NOT_FOUND", f"There is no such {self.type}.")
+
+
+Credential = Callable[[message.Message, Metadata], Awaitable[None]]
+
+
+class Access:
+    """Authenticates a call and decides whether it may go on.
+
+    `resources` are those of this service; `credentials` check what `write_key` and `share_link` methods carry.
+    """
+
+    def __init__(
+        self,
+        tokens: auth.TokenVerifier,
+        service_tokens: auth.ServiceTokens,
+        revocations: auth.Revocations,
+        rights: RightsCache,
+        *,
+        db: async_sessionmaker[AsyncSession] | None = None,
+        resources: Iterable[Resource] = (),
+        credentials: Mapping[str, Credential] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._tokens = tokens
+        self._service_tokens = service_tokens
+        self._revocations = revocations
+        self._rights = rights
+        self._db = db
+        self._resources = {r.type: r for r in resources}
+        self._credentials = credentials or {}
+        self._now = now
+
+    def check_rule(self, rule: Rule) -> None:
+        """Raises MissingAccessError when this service cannot enforce the rule."""
+        if rule.kind in {"write_key", "share_link"} and rule.kind not in self._credentials:
+            raise MissingAccessError(f"{rule.method}: nothing checks a {rule.kind}")
+        if rule.path and rule.path[-1] != WORKSPACE_FIELD and _type_of(rule) not in self._resources:
+            raise MissingAccessError(f"{rule.method}: no resource of this service is a {_type_of(rule)}")
+
+    async def authenticate(self, rule: Rule, metadata: Metadata) -> auth.Caller:
+        """Says who calls. Raises UNAUTHENTICATED, or PERMISSION_DENIED for what only services may call."""
+        service = ""
+        if service_token := metadata.get(auth.SERVICE_TOKEN_KEY):
+            service = self._service_tokens.verify(service_token)
+        if rule.kind == "internal":
+            if service not in rule.callers:
+                raise errors.permission_denied(
+                    "CALLER_NOT_ALLOWED", "The method is for services of the mesh only."
+                )
+            return auth.Caller(service=service)
+        if rule.kind not in {"authenticated", "permission"}:
+            return auth.ANYONE
+        scheme, _, token = metadata.get("authorization", "").partition(" ")
+        if not token or scheme.lower() != "bearer":
+            token = _cookie(metadata.get("cookie", ""), "mb_session")
+        if not token:
+            raise errors.unauthenticated("TOKEN_MISSING", "The call needs an access token.")
+        claims = await self._tokens.verify(token)
+        await self._revocations.check(claims.session_id)
+        return auth.Caller(claims=claims, service=service, token=token)
+
+    async def authorize(
+        self, rule: Rule, request: message.Message, metadata: Metadata, caller: auth.Caller
+    ) -> auth.Caller:
+        """Says in which workspace, with which rights. Raises NOT_FOUND, PERMISSION_DENIED or INVALID_ARGUMENT."""
+        if rule.kind in self._credentials:
+            await self._credentials[rule.kind](request, metadata)
+        if rule.kind != "permission" or caller.claims is None:
+            return caller
+        workspace_id = _workspace_of(rule, request, metadata) or caller.claims.workspace_id
+        if not workspace_id:
+            raise errors.not_found("WORKSPACE_NOT_FOUND", "The call names no workspace.")
+        at_least = int(metadata.get(RIGHTS_VERSION_KEY, 0)) if caller.service else 0
+        rights = await self._rights.get(caller.claims.user_id, workspace_id, at_least)
+        if not rule.path or rule.path[-1] == WORKSPACE_FIELD:
+            if rule.permission not in rights.permissions:
+                raise _missing(rule)
+        else:
+            await self._check_resources(rule, request, rights)
+        return caller.in_workspace(rights)
+
+    async def _check_resources(self, rule: Rule, request: message.Message, rights: Rights) -> None:
+        resource = self._resources[_type_of(rule)]
+        wanted = {str(UUID(resource_id)) for resource_id in _values(request, rule.path)}
+        if not wanted:
+            raise resource.absent()
+        grants = await self._grants(resource, wanted, rights)
+        view = view_of(rule.permission)
+        if grants.keys() != wanted or not all(decide(rights, grants[r], view) for r in wanted):
+            raise resource.absent()
+        if not all(decide(rights, grants[r], rule.permission) for r in wanted):
+            raise _missing(rule)
+
+    async def _grants(
+        self, resource: Resource, resource_ids: set[str], rights: Rights
+    ) -> dict[str, list[Grant]]:
+        """The resources among these that exist, each with the grants that apply to the user: one statement."""
+        assert self._db is not None, "a service with resources has a database"
+        table = resource.resource_id.class_.__table__
+        statement = (
+            select(resource.resource_id, GrantRow.subject_type, GrantRow.role, GrantRow.effect)
+            .select_from(
+                outerjoin(
+                    table,
+                    GrantRow.__table__,
+                    and_(
+                        GrantRow.resource_type == resource.type,
+                        GrantRow.resource_id == resource.resource_id,
+                        applies(rights, self._now()),
+                    ),
+                )
+            )
+            .where(
+                resource.workspace_id == rights.workspace_id, resource.resource_id.in_(sorted(resource_ids))
+            )
+        )
+        found: dict[str, list[Grant]] = {}
+        async with self._db() as session:
+            for resource_id, subject_type, role, effect in await session.execute(statement):
+                grants = found.setdefault(resource_id, [])
+                if subject_type is not None:
+                    grants.append(Grant(subject_type, role, effect))
+        return found
+
+
+def _missing(rule: Rule) -> errors.Error:
+    return errors.permission_denied(
+        "PERMISSION_MISSING", f"The call needs the permission {rule.permission}.", permission=rule.permission
+    )
+
+
+def _type_of(rule: Rule) -> str:
+    return rule.path[-1].removesuffix("s").removesuffix("_id")
+
+
+def _values(request: message.Message, path: tuple[str, ...]) -> list[str]:
+    """The value, or values, of a field by its path."""
+    value: Any = request
+    for name in path:
+        value = getattr(value, name)
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _workspace_of(rule: Rule, request: message.Message, metadata: Metadata) -> str:
+    """The workspace of the path or the header; empty when there is neither."""
+    named = ""
+    if rule.path and rule.path[-1] == WORKSPACE_FIELD:
+        (named,) = _values(request, rule.path)
+    elif WORKSPACE_FIELD in request.DESCRIPTOR.fields_by_name:
+        named = getattr(request, WORKSPACE_FIELD)
+    header = metadata.get(WORKSPACE_HEADER, "")
+    if not header:
+        return named.lower()
+    try:
+        header = str(UUID(header))
+    except ValueError:
+        raise errors.not_found("WORKSPACE_NOT_FOUND", "There is no such workspace.") from None
+    if named and named.lower() != header:
+        raise errors.invalid_argument(
+            "WORKSPACE_AMBIGUOUS", "The path and the X-Workspace-Id header name different workspaces."
+        )
+    return header
+
+
+def _cookie(header: str, name: str) -> str:
+    for pair in header.split(";"):
+        key, _, value = pair.strip().partition("=")
+        if key == name:
+            return value
+    return ""

@@ -1,0 +1,258 @@
+"""What happens around every call, in this order: errors, telemetry, deadline and load shedding, authentication,
+validation, access; then the servicer's method.
+
+Authentication comes before validation, so that strangers learn no rules; validation before access, so that
+access can rely on well-formed ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+import protovalidate
+import structlog
+from google.protobuf import message
+from sqlalchemy import exc as sqlalchemy_errors
+
+from services.chassis import auth, deadline, errors, outbox, telemetry
+from services.chassis.access import Access, Metadata, Rule
+
+log = structlog.get_logger("access")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# Server streams end by themselves; this bounds one that does not.
+STREAM_SECONDS = 24 * 3600.0
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """The stages, for all methods that have a rule; health and reflection pass by."""
+
+    def __init__(
+        self, rules: dict[str, Rule], access: Access, *, max_calls: int, call_seconds: float
+    ) -> None:
+        self._rules = rules
+        self._access = access
+        self._max_calls = max_calls
+        self._call_seconds = call_seconds
+        self._under_way = 0
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wraps the method's handler, once."""
+        path = handler_call_details.method
+        if path not in self._handlers:
+            handler = await continuation(handler_call_details)
+            rule = self._rules.get(path)
+            if handler is None or rule is None:
+                return handler
+            self._handlers[path] = self._wrap(path, rule, handler)
+        return self._handlers[path]
+
+    def _wrap(self, path: str, rule: Rule, handler: Any) -> Any:
+        stages = _Stages(path, rule, self)
+        serializers = (handler.request_deserializer, handler.response_serializer)
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(stages.stream(handler.unary_stream), *serializers)
+        raise TypeError(f"{path}: streams of requests are not supported yet")
+
+    @contextmanager
+    def admitted(self) -> Any:
+        """Counts a call in, or refuses it at the door."""
+        if self._under_way >= self._max_calls:
+            raise errors.resource_exhausted(
+                "OVERLOADED", "The service has too many calls under way.", retry_seconds=1
+            )
+        self._under_way += 1
+        telemetry.UNDER_WAY.inc()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            telemetry.UNDER_WAY.dec()
+
+    @property
+    def access(self) -> Access:
+        """Who may call."""
+        return self._access
+
+    @property
+    def call_seconds(self) -> float:
+        """How long a unary call without a deadline may take."""
+        return self._call_seconds
+
+
+class _Stages:
+    """The stages of one method."""
+
+    def __init__(self, path: str, rule: Rule, interceptor: Interceptor) -> None:
+        self._path = path
+        self._rule = rule
+        self._interceptor = interceptor
+        self._seconds = telemetry.SECONDS.labels(rule.method)
+        self._ok = telemetry.CALLS.labels(rule.method, "OK")
+
+    def unary(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """Wraps a method that gives one answer."""
+
+        async def call(request: Any, context: Context) -> Any:
+            start = time.perf_counter()
+            metadata = _metadata(context)
+            with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
+                try:
+                    with self._interceptor.admitted():
+                        async with asyncio.timeout(self._deadline(context, self._interceptor.call_seconds)):
+                            await self._enter(request, metadata)
+                            response = await method(request, context)
+                except BaseException as failure:
+                    await self._fail(failure, context, start)
+                self._done("OK", start)
+                return response
+
+        return call
+
+    def stream(self, method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        """Wraps a method that gives a stream of answers."""
+
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            start = time.perf_counter()
+            metadata = _metadata(context)
+            with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
+                try:
+                    with self._interceptor.admitted():
+                        self._deadline(context, STREAM_SECONDS)
+                        await self._enter(request, metadata)
+                        async for response in method(request, context):
+                            yield response
+                except GeneratorExit:
+                    self._done("CANCELLED", start)
+                    raise
+                except BaseException as failure:
+                    await self._fail(failure, context, start)
+                self._done("OK", start)
+
+        return call
+
+    def _deadline(self, context: Context, at_most: float) -> float:
+        remaining = context.time_remaining()
+        seconds = at_most if remaining is None else min(at_most, remaining)
+        deadline.set_deadline(seconds)
+        return seconds
+
+    async def _enter(self, request: message.Message, metadata: Metadata) -> None:
+        access = self._interceptor.access
+        caller = await access.authenticate(self._rule, metadata)
+        if (key := metadata.get("idempotency-key")) and "request_id" in request.DESCRIPTOR.fields_by_name:
+            request.request_id = request.request_id or key  # type: ignore[attr-defined]
+        validate(request)
+        auth.set_caller(await access.authorize(self._rule, request, metadata, caller))
+        outbox.actor.set(_actor(auth.caller()))
+        auth.set_recheck(lambda: self._recheck(request, metadata))
+
+    async def _recheck(self, request: message.Message, metadata: Metadata) -> None:
+        access = self._interceptor.access
+        caller = await access.authenticate(self._rule, metadata)
+        auth.set_caller(await access.authorize(self._rule, request, metadata, caller))
+
+    async def _fail(self, failure: BaseException, context: Context, start: float) -> NoReturn:
+        error = _error_of(failure)
+        if error is None:  # the caller went away
+            self._done("CANCELLED", start)
+            raise failure
+        if error.code is grpc.StatusCode.INTERNAL:
+            structlog.get_logger("error").error("fault", rpc=self._rule.method, exc_info=failure)
+        self._done(error.code.name, start, error.reason)
+        await context.abort(
+            error.code, error.message, ((errors.DETAILS_KEY, error.status().SerializeToString()),)
+        )
+        raise AssertionError("abort raises")
+
+    def _done(self, code: str, start: float, reason: str = "") -> None:
+        seconds = time.perf_counter() - start
+        self._seconds.observe(seconds)
+        (self._ok if code == "OK" else telemetry.CALLS.labels(self._rule.method, code)).inc()
+        who = auth.caller()
+        log.info(
+            "call",
+            log="access",
+            rpc=self._rule.method,
+            code=code,
+            reason=reason,
+            ms=round(seconds * 1000, 2),
+            user_id=who.claims.user_id if who.claims else "",
+            caller=who.service,
+            workspace_id=who.workspace,
+        )
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    """The text metadata of a call; of a key that is there twice the first value, of a second authorization none."""
+    pairs: dict[str, str] = {}
+    for key, value in context.invocation_metadata() or ():
+        if key in pairs:
+            if key == "authorization":
+                pairs[key] = ""
+        elif isinstance(value, str):
+            pairs[key] = value
+    return pairs
+
+
+def _error_of(failure: BaseException) -> errors.Error | None:
+    """What the caller is told; None when it has gone away."""
+    match failure:
+        case errors.Error():
+            return failure
+        case asyncio.CancelledError():
+            return None
+        case TimeoutError():
+            return errors.deadline_exceeded()
+        case (
+            sqlalchemy_errors.InterfaceError()
+            | sqlalchemy_errors.OperationalError()
+            | sqlalchemy_errors.TimeoutError()
+        ):
+            return errors.unavailable("The database does not answer.")
+        case sqlalchemy_errors.DBAPIError() if failure.connection_invalidated:
+            return errors.unavailable("The database does not answer.")
+        case ConnectionError():
+            return errors.unavailable("Something that the service needs does not answer.")
+        case _:
+            return errors.internal()
+
+
+def validate(request: message.Message) -> None:
+    """Raises INVALID_ARGUMENT (VALIDATION_FAILED) naming each field that breaks a rule of the contract."""
+    violations = protovalidate.collect_violations(request)
+    if violations:
+        raise errors.invalid_fields([(_path(v.proto.field), v.proto.message) for v in violations])
+
+
+def _path(field: Any) -> str:
+    """`events[3].time`, from protovalidate's path."""
+    path = ""
+    for element in field.elements if field is not None else ():
+        path += f".{element.field_name}" if path else element.field_name
+        subscript = element.subscript
+        if subscript is not None:
+            path += f"[{subscript.value}]"
+    return path
+
+
+def warm_up(*requests: message.Message) -> None:
+    """Compiles the rules of messages: the first validation of a kind takes milliseconds."""
+    for request in requests:
+        protovalidate.collect_violations(request)
+
+
+def _actor(who: auth.Caller) -> str:
+    """Who causes what this call changes, for the events that tell of it."""
+    return who.claims.user_id if who.claims else f"service:{who.service}" if who.service else ""

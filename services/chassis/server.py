@@ -1,0 +1,253 @@
+"""The life of a service process: workers, gRPC server, private HTTP, graceful end.
+
+With several workers the process forks before any gRPC object exists, and SO_REUSEPORT spreads connections over them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+import uvloop
+from aiohttp import web
+from google.protobuf import descriptor_pb2, descriptor_pool
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from services.chassis import access, telemetry
+from services.chassis.clients import MAX_MESSAGE_BYTES
+from services.chassis.interceptor import Interceptor
+from services.chassis.settings import S, Settings, load
+
+log = structlog.get_logger(__name__)
+
+DESCRIPTOR_FILE = Path(__file__).resolve().parents[2] / "gen" / "descriptor.binpb"
+# Calls under way get this long when the process is told to stop.
+GRACE_SECONDS = 5.0
+_OPTIONS = (
+    ("grpc.so_reuseport", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", 2000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+Register = Callable[[Any], None]
+Check = Callable[[], Awaitable[bool]]
+
+
+class _Names:
+    """Stands in for a server to learn which services a registration adds."""
+
+    def __init__(self) -> None:
+        self.services: list[str] = []
+
+    def add_generic_rpc_handlers(self, _handlers: object) -> None:
+        """Ignored."""
+
+    def add_registered_method_handlers(self, service: str, _handlers: object) -> None:
+        """Notes the name."""
+        self.services.append(service)
+
+
+def rules_for(registrations: Iterable[Register]) -> dict[str, access.Rule]:
+    """The access rules of the services that the registrations add. Raises MissingAccessError."""
+    names = _Names()
+    for register in registrations:
+        register(names)
+    pool = descriptor_pool.Default()
+    return access.rules_of(pool.FindServiceByName(name) for name in names.services)
+
+
+class Server:
+    """A gRPC server with all stages, health, and reflection of the whole mesh, and its private HTTP port.
+
+    `registrations` add servicers: `lambda server: add_UserServiceServicer_to_server(users, server)`. `ready` are checks
+    of what the service needs. Raises MissingAccessError when a method has no access that this service can enforce.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        registrations: Iterable[Register],
+        who: access.Access,
+        *,
+        ready: Iterable[Check] = (),
+    ) -> None:
+        registrations = list(registrations)
+        rules = rules_for(registrations)
+        for rule in rules.values():
+            who.check_rule(rule)
+        interceptor = Interceptor(
+            rules, who, max_calls=settings.max_calls, call_seconds=settings.call_seconds
+        )
+        self.draining = asyncio.Event()
+        self._settings = settings
+        self._ready = list(ready)
+        self._grpc = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
+        for register in registrations:
+            register(self._grpc)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._services = sorted({path.split("/")[1] for path in rules})
+        _add_reflection(self._grpc)
+        self._http: web.AppRunner | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listens on both addresses, and says SERVING."""
+        self.port = self._grpc.add_insecure_port(self._settings.listen)
+        await self._grpc.start()
+        for name in ("", *self._services):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._http = await private_http(self._settings.private_listen, self._is_ready)
+
+    async def stop(self) -> None:
+        """Says NOT_SERVING, lets calls under way finish, and stops."""
+        self.draining.set()
+        await self._health.enter_graceful_shutdown()
+        await self._grpc.stop(GRACE_SECONDS)
+        if self._http:
+            await self._http.cleanup()
+
+    async def _is_ready(self) -> bool:
+        if self.draining.is_set():
+            return False
+        return all([await check() for check in self._ready])
+
+
+async def private_http(listen: str, ready: Check) -> web.AppRunner:
+    """Serves /livez, /readyz and /metrics; `cleanup()` of the result ends it."""
+
+    async def livez(_request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(2):
+                good = await ready()
+        except TimeoutError:
+            good = False
+        return web.Response(text="ok\n" if good else "not ready\n", status=200 if good else 503)
+
+    async def metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=telemetry.metrics(), content_type="text/plain", charset="utf-8")
+
+    app = web.Application()
+    app.router.add_get("/livez", livez)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    host, _, port = listen.rpartition(":")
+    await web.TCPSite(runner, host, int(port), reuse_port=True).start()
+    return runner
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """Reflection of the whole descriptor set, so that one address tells of every service."""
+    files = descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTOR_FILE.read_bytes())
+    pool = descriptor_pool.DescriptorPool()
+    names = []
+    for file in files.file:
+        pool.Add(file)
+        names += [f"{file.package}.{service.name}" for service in file.service]
+    for module in (health_pb2, reflection_pb2):
+        file = descriptor_pb2.FileDescriptorProto()
+        module.DESCRIPTOR.CopyToProto(file)
+        pool.Add(file)
+    names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server, pool)
+
+
+async def until_stopped(*work: Coroutine[Any, Any, None]) -> None:
+    """Runs background work until SIGTERM or SIGINT; ends the process when a piece of work fails."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    tasks = [asyncio.create_task(piece) for piece in work]
+    waiting: asyncio.Task[Any] = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+                raise RuntimeError("background work ended by itself")
+    finally:
+        for task in [waiting, *tasks]:
+            task.cancel()
+        await asyncio.gather(waiting, *tasks, return_exceptions=True)
+
+
+def main(service: str, kind: type[S], serve: Callable[[S], Coroutine[Any, Any, None]]) -> None:
+    """Runs a service: settings, logs, workers. `serve(settings)` returns when the process is told to stop."""
+    settings = load(kind)
+    if settings.workers > 1:
+        _fork(settings.workers)
+    telemetry.start(service, level=settings.log_level, otlp_endpoint=settings.otlp_endpoint)
+    try:
+        uvloop.run(serve(settings))
+    except access.MissingAccessError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        telemetry.stop()
+
+
+def _fork(workers: int) -> None:
+    """Returns in each worker. The parent restarts workers that die, passes SIGTERM on, and ends with them."""
+    children: set[int] = set()
+    stopping = False
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    parent = os.getpid()
+    while True:
+        while len(children) < workers and not stopping:
+            child = os.fork()
+            if child == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                _die_with(parent)
+                return
+            children.add(child)
+        if not children:
+            sys.exit(0)
+        with suppress(InterruptedError):
+            ended, status = os.wait()
+            children.discard(ended)
+            if not stopping:
+                print(f"worker {ended} ended with status {status}: starting another", file=sys.stderr)
+                time.sleep(0.5)
+
+
+def _die_with(parent: int) -> None:
+    """Has the kernel end this worker when its parent dies (Linux; elsewhere the supervisor ends the group)."""
+    if sys.platform != "linux":
+        return
+    import ctypes  # noqa: PLC0415 - only here
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(0)

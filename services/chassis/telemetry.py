@@ -1,0 +1,141 @@
+"""Logs, metrics and traces.
+
+Logs are JSON lines on standard output; the field `log` names the stream: `application`, `access`, `error` or `audit`.
+Traces are off unless an OTLP address is set; with it, spans of every hop share the trace of the `traceparent` header
+(W3C Trace Context).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+# prometheus-client decides at import whether several processes share the counters.
+if int(os.environ.get("MESHBOARD_WORKERS") or 1) > 1:
+    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="meshboard-metrics-"))
+
+import structlog
+from opentelemetry import propagate, trace
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+CALLS = Counter("meshboard_rpc_calls_total", "Calls by method and gRPC code.", ["method", "code"])
+SECONDS = Histogram("meshboard_rpc_seconds", "Seconds from receipt to answer.", ["method"], buckets=_BUCKETS)
+UNDER_WAY = Gauge("meshboard_rpc_under_way", "Calls under way.", multiprocess_mode="livesum")
+
+_tracing = False
+
+
+def start(service: str, *, level: str = "info", otlp_endpoint: str = "") -> None:
+    """Sets up logs and, with an address (`host:port` of an OTLP receiver by gRPC), traces."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            _stamp(service),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_Structured()], level=logging.WARNING, force=True)
+    if otlp_endpoint:
+        _start_tracing(service, otlp_endpoint)
+
+
+def _stamp(service: str) -> Any:
+    def stamp(_logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event.setdefault("log", "error" if method in {"error", "exception", "critical"} else "application")
+        event["service"] = service
+        event["time"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if (trace_id := current_trace_id()) and "trace_id" not in event:
+            event["trace_id"] = trace_id
+        return event
+
+    return stamp
+
+
+class _Structured(logging.Handler):
+    """Passes what libraries log on to the one format."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger(record.name).log(
+            record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
+        )
+
+
+def _start_tracing(service: str, endpoint: str) -> None:
+    # Imported here: the exporter costs 20 MB that nobody should pay who does not trace.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    global _tracing  # noqa: PLW0603 - one switch for the process
+    provider = TracerProvider(resource=Resource.create({"service.name": f"meshboard-{service}"}))
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True)
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
+    trace.set_tracer_provider(provider)
+    _tracing = True
+
+
+def stop() -> None:
+    """Sends the spans that wait."""
+    provider = trace.get_tracer_provider()
+    if _tracing and hasattr(provider, "shutdown"):
+        provider.shutdown()
+
+
+@contextmanager
+def span(
+    name: str,
+    kind: str = "INTERNAL",
+    carrier: Mapping[str, str] | None = None,
+    **attributes: str | int | float,
+) -> Iterator[None]:
+    """A span around a piece of work: a child of `carrier`'s trace context when given, else of the current span."""
+    if not _tracing:
+        yield
+        return
+    context = propagate.extract(carrier) if carrier is not None else None
+    tracer = trace.get_tracer("meshboard")
+    with tracer.start_as_current_span(name, context, trace.SpanKind[kind], attributes):
+        yield
+
+
+def trace_headers() -> dict[str, str]:
+    """The headers that carry the current trace to the next hop; empty when traces are off."""
+    headers: dict[str, str] = {}
+    if _tracing:
+        propagate.inject(headers)
+    return headers
+
+
+def current_trace_id() -> str:
+    """The trace's id as 32 hex digits; empty when there is none."""
+    if not _tracing:
+        return ""
+    context = trace.get_current_span().get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
+
+
+def tracing() -> bool:
+    """Whether traces are on."""
+    return _tracing
+
+
+def metrics() -> bytes:
+    """All metrics in Prometheus' text format; with several workers, those of all of them."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+    return generate_latest()
