@@ -121,7 +121,8 @@ async def run(stack: Stack, *, demo: bool) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop)
     began = time.monotonic()
     try:
-        stack.write_files()
+        stack.write_secrets()
+        stack.write_gateway()
         await stack.provision_replaced()
         async with Supervisor(stack.parts(), stack.data_dir, say=say, about=about(stack)):
             say(f"All ready in {time.monotonic() - began:.1f} s. Ctrl-C stops it.")

