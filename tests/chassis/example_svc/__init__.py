@@ -1,0 +1,1 @@
+"""A service of the tests: nothing but migrations."""

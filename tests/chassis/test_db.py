@@ -1,0 +1,180 @@
+import asyncio
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, exc, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from uuid_utils.compat import uuid7
+
+from services.chassis import db as chassis_db
+from services.chassis.db import ChassisBase, GrantRow
+from tests.chassis.conditions import eventually
+from tests.parts import Parts
+
+Sessions = async_sessionmaker[AsyncSession]
+
+
+async def test_many_replicas_migrate_at_once(parts: Parts) -> None:
+    url = await parts.fresh_database("user")
+    await asyncio.gather(*(chassis_db.migrate(url, "tests.chassis.example_svc") for _ in range(5)))
+    db = chassis_db.connect(url)
+    async with db() as session:
+        assert await session.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
+        assert await session.scalar(text("SELECT to_regclass('effects_subject_id') IS NOT NULL"))
+    await chassis_db.engine(db).dispose()
+
+
+async def test_migrate_leaves_a_newer_database_alone(database_url: str, db: Sessions) -> None:
+    async with db.begin() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '0009'"))
+    await chassis_db.migrate(database_url, "tests.chassis.example_svc")
+    async with db() as session:
+        assert await session.scalar(text("SELECT version_num FROM alembic_version")) == "0009"
+
+
+async def test_migrate_gives_up_waiting(database_url: str, db: Sessions) -> None:
+    async with db() as session:
+        await session.execute(text("SELECT pg_advisory_lock(:key)"), {"key": 0x6D657368})
+        with pytest.raises(TimeoutError):
+            await chassis_db.migrate(database_url, "tests.chassis.example_svc", timeout=0.3)
+
+
+async def test_tables_are_as_the_classes_say(db: Sessions) -> None:
+    def differences(connection: Connection) -> list[object]:
+        names = set(ChassisBase.metadata.tables)
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_type": True,
+                "compare_server_default": True,
+                "include_name": lambda name, kind, _: kind != "table" or name in names,
+            },
+        )
+        return list(compare_metadata(context, ChassisBase.metadata))
+
+    async with chassis_db.engine(db).connect() as connection:
+        assert await connection.run_sync(differences) == []
+
+
+def grant(**values: object) -> dict[str, object]:
+    return {
+        "workspace_id": str(uuid7()),
+        "grant_id": str(uuid7()),
+        "resource_type": "thing",
+        "resource_id": str(uuid7()),
+        "subject_type": "workspace",
+        "role": "viewer",
+        "effect": "ALLOW",
+        "creator_id": str(uuid7()),
+        **values,
+    }
+
+
+async def test_a_workspace_gets_a_role_on_a_resource_once(db: Sessions) -> None:
+    first = grant()
+    async with db.begin() as session:
+        await session.execute(insert(GrantRow).values(first))
+        row = await session.scalar(
+            insert(GrantRow)
+            .values({**first, "grant_id": str(uuid7())})
+            .on_conflict_do_nothing()
+            .returning(GrantRow.grant_id)
+        )
+        assert row is None
+        assert await session.scalar(text("SELECT count(*) FROM grants")) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"subject_type": "user"},
+        {"subject_id": str(uuid7())},
+        {"subject_type": "robot", "subject_id": str(uuid7())},
+        {"effect": "MAYBE"},
+    ],
+)
+async def test_a_grant_that_means_nothing_is_refused(db: Sessions, wrong: dict[str, object]) -> None:
+    with pytest.raises(exc.IntegrityError):
+        async with db.begin() as session:
+            await session.execute(insert(GrantRow).values(grant(**wrong)))
+
+
+async def test_ids_are_strings(db: Sessions) -> None:
+    values = grant()
+    async with db.begin() as session:
+        await session.execute(insert(GrantRow).values(values))
+        assert await session.scalar(text("SELECT pg_typeof(grant_id)::text FROM grants")) == "uuid"
+    async with db() as session:
+        row = await session.get_one(GrantRow, (values["workspace_id"], values["grant_id"]))
+        assert row.resource_id == values["resource_id"]
+
+
+async def test_connections_say_who_they_are_and_have_limits(database_url: str) -> None:
+    db = chassis_db.connect(database_url, statement_timeout_seconds=0.2)
+    async with db() as session:
+        name = await session.scalar(text("SELECT current_setting('application_name')"))
+        assert str(name).startswith("meshboard user")
+    with pytest.raises(exc.DBAPIError, match="statement timeout"):
+        async with db() as session:
+            await session.execute(text("SELECT pg_sleep(5)"))
+    await chassis_db.engine(db).dispose()
+
+
+async def test_errors_do_not_show_parameters(db: Sessions) -> None:
+    with pytest.raises(exc.DBAPIError) as raised:
+        async with db() as session:
+            await session.execute(text("SELECT 1 / (:secret - 77123)"), {"secret": 77123})
+    assert "77123," not in str(raised.value)
+    assert "hide_parameters" in str(raised.value)
+
+
+async def test_a_cancelled_call_cancels_its_statement(db: Sessions) -> None:
+    async def sleep() -> None:
+        async with db() as session:
+            await session.execute(text("SELECT pg_sleep(30) /* cancel me */"))
+
+    async def sleeping() -> int:
+        async with db() as session:
+            count = await session.scalar(
+                text(
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND state = 'active' AND query LIKE '%cancel me%' AND pid <> pg_backend_pid()"
+                )
+            )
+        return int(count or 0)
+
+    async def begun() -> bool:
+        return await sleeping() == 1
+
+    async def ended() -> bool:
+        return await sleeping() == 0
+
+    task = asyncio.create_task(sleep())
+    await eventually(begun)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(ended, seconds=3)
+
+
+async def test_lost_connections_are_replaced_unseen(parts: Parts, db: Sessions) -> None:
+    async with db() as session:
+        await session.execute(text("SELECT 1"))
+    pid_query = text("SELECT pg_backend_pid()")
+    async with db() as session:
+        old = await session.scalar(pid_query)
+    other = chassis_db.connect(parts.admin_url)
+    async with other() as session:
+        await session.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": old})
+    await chassis_db.engine(other).dispose()
+    async with db() as session:
+        assert await session.scalar(pid_query) != old
+
+
+async def test_ready_says_no_in_time(parts: Parts, db: Sessions) -> None:
+    assert await chassis_db.ready(db)
+    absent = chassis_db.connect("postgresql://user:x@/user?host=/nonexistent")
+    assert not await chassis_db.ready(absent)
+    await chassis_db.engine(absent).dispose()
