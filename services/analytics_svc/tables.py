@@ -1,0 +1,121 @@
+"""The tables of the event store, and how batches of the event log become rows of them."""
+
+from collections.abc import Mapping
+
+from services.analytics_svc.event_store import EventStore, Value
+
+# Partitions follow the time of receipt: a batch falls into one (two, once a month), however old its events are, and the
+# look-up of duplicates reads the newest only. The order of the key serves queries: one source, a stretch of days, an event.
+_EVENTS = """
+CREATE TABLE IF NOT EXISTS events (
+    workspace_id UUID,
+    source_id UUID,
+    event LowCardinality(String),
+    distinct_id String,
+    insert_id String,
+    time DateTime64(3, 'UTC'),
+    receive_time DateTime64(3, 'UTC'),
+    url String,
+    path String,
+    host LowCardinality(String),
+    referrer String,
+    referrer_host LowCardinality(String),
+    user_agent String,
+    browser LowCardinality(String),
+    os LowCardinality(String),
+    device LowCardinality(String),
+    is_robot Bool,
+    country LowCardinality(String),
+    utm_source LowCardinality(String),
+    utm_medium LowCardinality(String),
+    utm_campaign LowCardinality(String),
+    utm_term LowCardinality(String),
+    utm_content LowCardinality(String),
+    strings Map(LowCardinality(String), String),
+    numbers Map(LowCardinality(String), Float64),
+    sequence UInt64,
+    position UInt32,
+    INDEX insert_ids insert_id TYPE bloom_filter(0.001)
+)
+ENGINE = MergeTree
+PARTITION BY toYYYYMM(receive_time)
+ORDER BY (workspace_id, source_id, toDate(time), event, time)
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, non_replicated_deduplication_window = 10000
+"""
+
+# What is read of `LoggedBatch`, in the engine's words: `optional` makes what a property is not come as NULL.
+_SCHEMA = """
+syntax = "proto3";
+message Timestamp { int64 seconds = 1; int32 nanos = 2; }
+message Value { optional double number_value = 2; optional string string_value = 3; optional bool bool_value = 4; }
+message Struct { map<string, Value> fields = 1; }
+message LoggedEvent {
+  string event = 1; string distinct_id = 2; string insert_id = 3; Timestamp time = 4; Struct properties = 5;
+  string url = 6; string referrer = 7; string user_agent = 8;
+  string browser = 9; string os = 10; string device = 11; bool is_robot = 12; string country = 13;
+}
+message LoggedBatch {
+  repeated LoggedEvent events = 2; string workspace_id = 3; string source_id = 4; Timestamp receive_time = 5;
+  int64 sequence = 6;
+}
+"""
+
+# The data is a run of LoggedBatch messages, each behind its length: every value below is computed by the engine.
+INSERT_EVENTS = """
+INSERT INTO events (
+    workspace_id, source_id, event, distinct_id, insert_id, time, receive_time,
+    url, path, host, referrer, referrer_host, user_agent, browser, os, device, is_robot, country,
+    utm_source, utm_medium, utm_campaign, utm_term, utm_content, strings, numbers, sequence, position
+)
+WITH
+    tupleElement(e, 'url') AS address,
+    tupleElement(e, 'referrer') AS from_address,
+    tupleElement(tupleElement(e, 'properties'), 'fields') AS fields,
+    mapFilter((k, v) -> isNotNull(v.1), fields) AS number_fields,
+    mapFilter((k, v) -> isNotNull(v.2) OR isNotNull(v.3), fields) AS string_fields
+SELECT
+    toUUID(workspace_id), toUUID(source_id),
+    tupleElement(e, 'event'), tupleElement(e, 'distinct_id'), tupleElement(e, 'insert_id'),
+    fromUnixTimestamp64Milli(e.time.1 * 1000 + intDiv(e.time.2, 1000000), 'UTC'),
+    fromUnixTimestamp64Milli(receive_time.1 * 1000 + intDiv(receive_time.2, 1000000), 'UTC'),
+    address, path(address), lower(domain(address)), from_address, lower(domain(from_address)),
+    tupleElement(e, 'user_agent'), tupleElement(e, 'browser'), tupleElement(e, 'os'), tupleElement(e, 'device'),
+    tupleElement(e, 'is_robot'), tupleElement(e, 'country'),
+    decodeURLFormComponent(extractURLParameter(address, 'utm_source')),
+    decodeURLFormComponent(extractURLParameter(address, 'utm_medium')),
+    decodeURLFormComponent(extractURLParameter(address, 'utm_campaign')),
+    decodeURLFormComponent(extractURLParameter(address, 'utm_term')),
+    decodeURLFormComponent(extractURLParameter(address, 'utm_content')),
+    mapApply((k, v) -> (k, ifNull(v.2, if(assumeNotNull(v.3), 'true', 'false'))), string_fields),
+    mapApply((k, v) -> (k, assumeNotNull(v.1)), number_fields),
+    sequence, position
+FROM (
+    SELECT workspace_id, source_id, receive_time, sequence, e, position
+    FROM input('
+        events Array(Tuple(
+            event String, distinct_id String, insert_id String, time Tuple(seconds Int64, nanos Int32),
+            properties Tuple(fields Map(String, Tuple(
+                number_value Nullable(Float64), string_value Nullable(String), bool_value Nullable(Bool)))),
+            url String, referrer String, user_agent String,
+            browser String, os String, device String, is_robot Bool, country String)),
+        workspace_id String, source_id String, receive_time Tuple(seconds Int64, nanos Int32), sequence UInt64')
+    ARRAY JOIN events AS e, arrayEnumerate(events) AS position
+)
+FORMAT Protobuf
+"""
+
+INSERT_SETTINGS: Mapping[str, Value] = {
+    "format_schema_source": "string",
+    "format_schema": _SCHEMA,
+    "format_schema_message_name": "LoggedBatch",
+    # One insert is one block: its token then names all of it, and the part is written once.
+    "max_threads": 1,
+    "max_insert_threads": 1,
+    "min_insert_block_size_rows": 10_000_000,
+    "min_insert_block_size_bytes": 1 << 30,
+}
+
+
+async def create_tables(store: EventStore) -> None:
+    """Creates what is missing. Any number of processes may call it at once."""
+    await store.execute(_EVENTS)
