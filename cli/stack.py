@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cli import parts
+from cli import envoy_config, parts
 from cli.parts import SERVICES, Part
 
 REPOSITORY = Path(__file__).parents[1]
@@ -208,44 +206,15 @@ class Stack:
 
     def write_gateway(self) -> None:
         """Writes the gateway's configuration for this mesh."""
-        gateway = yaml.load((REPOSITORY / "edge" / "envoy.yaml").read_text(), yaml.CSafeLoader)
-        parts.write_private(
-            self.run_dir / "envoy.yaml", yaml.safe_dump(self.gateway(gateway), sort_keys=False)
+        envoy_config.write(
+            REPOSITORY / "edge" / "envoy.yaml",
+            self.run_dir / "envoy.yaml",
+            base_port=self.port,
+            host=self.host,
+            public_url=self.public_url,
+            otlp=self.environment.get("MESHBOARD_OTLP_ENDPOINT", ""),
+            limits=self.limits,
         )
-
-    def gateway(self, node: Any) -> Any:
-        """Returns a part of the gateway's configuration with the ports, addresses and limits of this mesh."""
-        if isinstance(node, list):
-            return [self.gateway(item) for item in node]
-        if isinstance(node, str):
-            return self._gateway_text(node)
-        if not isinstance(node, dict):
-            return node
-        result = {key: self.gateway(value) for key, value in node.items()}
-        port = node.get("port_value")
-        if isinstance(port, int) and port - DEFAULT_PORT in PORTS.values():
-            result["port_value"] = port - DEFAULT_PORT + self.port
-            if port == DEFAULT_PORT:
-                result["address"] = self.host
-        if "issuer" in node:
-            result["issuer"] = self.public_url
-        if "token_bucket" in node and not self.limits:
-            result["token_bucket"] = {
-                **result["token_bucket"],
-                "max_tokens": 1_000_000_000,
-                "tokens_per_fill": 1_000_000_000,
-            }
-        return result
-
-    def _gateway_text(self, text: str) -> str:
-        if text == "gen/descriptor.binpb":
-            return str(REPOSITORY / text)
-
-        def move(found: re.Match[str]) -> str:
-            distance = int(found[2]) - DEFAULT_PORT
-            return f"{found[1]}:{self.port + distance}" if distance in PORTS.values() else found[0]
-
-        return re.sub(r"(127\.0\.0\.1|localhost):(\d+)", move, text)
 
     def _provision(self, admin_url: str) -> Callable[[], Awaitable[None]]:
         passwords = self._passwords()

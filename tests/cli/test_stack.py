@@ -12,8 +12,8 @@ from cli.parts import PartMissing, binary, socket_directory
 from cli.stack import DataFolderRefused, Stack
 
 
-def stack_in(folder: Path, *, host: str = "127.0.0.1", limits: bool = True) -> Stack:
-    return Stack(data_dir=folder, host=host, port=9180, limits=limits, environment={})
+def stack_in(folder: Path) -> Stack:
+    return Stack(data_dir=folder, port=9180, environment={})
 
 
 def test_refuses_data_of_another_version(tmp_path: Path) -> None:
@@ -97,33 +97,6 @@ def test_an_address_in_the_environment_replaces_a_part(tmp_path: Path) -> None:
     assert env["MESHBOARD_EVENT_STORE_URL"] == "http://columns.example:8123"
     assert env["MESHBOARD_LOG_LEVEL"] == "debug"
     assert not [value for part in mesh.values() for value in part.env.values() if "secret@" in value]
-
-
-def test_the_gateway_gets_this_meshs_ports_and_host(tmp_path: Path) -> None:
-    stack = stack_in(tmp_path, host="0.0.0.0")
-    default = {
-        "listener": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}},
-        "auth": {"socket_address": {"address": "127.0.0.1", "port_value": 8083}},
-        "other": {"socket_address": {"address": "192.0.2.1", "port_value": 443}},
-        "issuer": "http://127.0.0.1:8080",
-        "uri": "http://127.0.0.1:8082/.well-known/jwks.json",
-        "proto_descriptor": "gen/descriptor.binpb",
-        "filters": [{"token_bucket": {"max_tokens": 100, "tokens_per_fill": 100, "fill_interval": "1s"}}],
-    }
-    moved = stack.gateway(default)
-    assert moved["listener"]["socket_address"] == {"address": "0.0.0.0", "port_value": 9180}
-    assert moved["auth"]["socket_address"] == {"address": "127.0.0.1", "port_value": 9183}
-    assert moved["other"] == default["other"]
-    assert moved["issuer"] == "http://127.0.0.1:9180"
-    assert moved["uri"] == "http://127.0.0.1:9182/.well-known/jwks.json"
-    assert Path(moved["proto_descriptor"]).is_file()
-    assert moved["filters"] == default["filters"]
-
-
-def test_limits_can_be_lifted(tmp_path: Path) -> None:
-    bucket = {"token_bucket": {"max_tokens": 100, "tokens_per_fill": 100, "fill_interval": "1s"}}
-    lifted = stack_in(tmp_path, limits=False).gateway(bucket)["token_bucket"]
-    assert lifted == {"max_tokens": 10**9, "tokens_per_fill": 10**9, "fill_interval": "1s"}
 
 
 def test_long_folders_get_a_short_place_for_sockets(tmp_path: Path) -> None:
