@@ -131,7 +131,7 @@ async def http_ok(host: str, port: int, path: str) -> bool:
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 status = await reader.readline()
             finally:
                 writer.close()

@@ -117,10 +117,11 @@ class Supervisor:
             raise AlreadyRuns(f"A mesh already runs on {self.state_file.parents[1]}.") from None
 
     def _check_ports(self) -> None:
-        for child in self.children.values():
-            for host, port in child.part.listens:
-                if not is_free(host, port):
-                    raise PortInUse(child.part.name, port)
+        parts = [child.part for child in self.children.values()]
+        wanted = [(port, host, part.name) for part in parts for host, port in part.listens]
+        for port, host, name in sorted(wanted):  # the gateway's port, which the caller chose, comes first
+            if not is_free(host, port):
+                raise PortInUse(name, port)
 
     def pid(self, name: str) -> int:
         """Returns the process id of the part; raises LookupError while it does not run."""
