@@ -42,7 +42,7 @@ def test_each_role_has_all_of_the_one_below():
     for permissions in ROLES.values():
         assert below < permissions
         below = permissions
-    assert PERMISSIONS == below
+    assert below == PERMISSIONS
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ async def sessions(parts: Parts):
     sessions = db.connect(await parts.fresh_database("dashboard"))
     async with sessions.begin() as session:
         connection = await session.connection()
-        await connection.run_sync(lambda c: db.ChassisBase.metadata.create_all(c))
+        await connection.run_sync(db.ChassisBase.metadata.create_all)
         await connection.execute(text("CREATE TABLE things (workspace_id uuid, dashboard_id uuid)"))
     yield sessions
     await sessions.kw["bind"].dispose()
@@ -94,9 +94,7 @@ TEAMS = [new_id() for _ in range(3)]
 OTHER_USER = new_id()
 GRANTS = st.lists(
     st.tuples(
-        st.sampled_from(
-            [(USER, "me"), (USER, "other"), (TEAM, 0), (TEAM, 1), (TEAM, 2), (WORKSPACE, None)]
-        ),
+        st.sampled_from([(USER, "me"), (USER, "other"), (TEAM, 0), (TEAM, 1), (TEAM, 2), (WORKSPACE, None)]),
         st.sampled_from(list(ROLES)),
         st.sampled_from([ALLOW, DENY]),
         st.sampled_from([None, NOW + timedelta(seconds=1), NOW, NOW - timedelta(days=1)]),
