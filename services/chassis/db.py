@@ -108,6 +108,14 @@ class GrantRow(ChassisBase):
             name="grants_subject_once",
             postgresql_nulls_not_distinct=True,
         ),
+        UniqueConstraint(
+            "workspace_id",
+            "resource_type",
+            "resource_id",
+            "creator_id",
+            "request_id",
+            name="grants_request_once",
+        ),
         CheckConstraint("subject_type IN ('user', 'team', 'workspace')", name="grants_subject_type"),
         CheckConstraint("(subject_type = 'workspace') = (subject_id IS NULL)", name="grants_subject_id"),
         CheckConstraint("effect IN ('ALLOW', 'DENY')", name="grants_effect"),
@@ -125,6 +133,7 @@ class GrantRow(ChassisBase):
     effect: Mapped[str] = mapped_column(Text)
     expire_time: Mapped[Time | None]
     creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time] = mapped_column(server_default=func.now())
 
 
@@ -179,13 +188,16 @@ def create_grants(op: Executes) -> None:
             effect text NOT NULL,
             expire_time timestamptz,
             creator_id uuid NOT NULL,
+            request_id text,
             create_time timestamptz NOT NULL DEFAULT now(),
             PRIMARY KEY (workspace_id, grant_id),
             CONSTRAINT grants_subject_type CHECK (subject_type IN ('user', 'team', 'workspace')),
             CONSTRAINT grants_subject_id CHECK ((subject_type = 'workspace') = (subject_id IS NULL)),
             CONSTRAINT grants_effect CHECK (effect IN ('ALLOW', 'DENY')),
             CONSTRAINT grants_subject_once UNIQUE NULLS NOT DISTINCT
-                (workspace_id, resource_type, resource_id, subject_type, subject_id, role)
+                (workspace_id, resource_type, resource_id, subject_type, subject_id, role),
+            CONSTRAINT grants_request_once UNIQUE
+                (workspace_id, resource_type, resource_id, creator_id, request_id)
         )
     """)
     op.execute("""
