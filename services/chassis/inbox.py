@@ -131,7 +131,7 @@ class _Consumer:
             except (OSError, TimeoutError, SQLAlchemyError) as error:
                 if await ready(self.db):
                     raise
-                log.warning("event_waits_for_postgres", event=self.name, error=repr(error))
+                log.warning("event_waits_for_postgres", type=self.name, error=repr(error))
                 await delivery.extend()
                 await asyncio.sleep(1)
 
@@ -148,7 +148,7 @@ class _Consumer:
     async def _retry_or_bury(self, delivery: Delivery, error: Exception) -> str:
         log.exception(
             "event_failed",
-            event=self.name,
+            type=self.name,
             event_id=delivery.headers.get(outbox.EVENT_ID),
             attempt=delivery.attempt,
         )
@@ -163,7 +163,7 @@ class _Consumer:
                 headers={**delivery.headers, "Error": _first_line(error)},
             )
         except BusError as lost:
-            log.warning("dead_letter_failed", event=self.name, error=str(lost))
+            log.warning("dead_letter_failed", type=self.name, error=str(lost))
             await delivery.nak(self.backoff_seconds[-1] if self.backoff_seconds else 1)
             return "failed"
         await delivery.ack()
