@@ -92,11 +92,15 @@ class EventStore:
         answer = json.loads(body)
         return Rows([column["name"] for column in answer["meta"]], answer["data"])
 
-    async def scan(self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = 300) -> bytes:
+    async def scan(
+        self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = 300
+    ) -> bytes:
         """Runs a SELECT that names its own FORMAT, and gives the bytes."""
         return await self._send(sql, b"", params or {}, {"max_execution_time": timeout}, timeout)
 
-    async def execute(self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = 60) -> None:
+    async def execute(
+        self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = 60
+    ) -> None:
         """Runs a statement without a result, such as CREATE TABLE."""
         await self._send(sql, b"", params or {}, {}, timeout)
 

@@ -1,13 +1,14 @@
 """The embedded event store: one chDB directory behind ClickHouse's HTTP protocol.
 
 chDB (ClickHouse as a library) allows one process per directory, so this process owns it and every other one speaks
-HTTP to it, exactly as to a ClickHouse server. Supported of the protocol: `POST /` and `GET /` with `query`, `database`
-excepted, any FORMAT, `param_<name>` for `{name:Type}`, every other parameter as a setting, the body as data of an INSERT
-(also for `INSERT … SELECT … FROM input('…')`) or as the query; `GET /ping`. An error is a 500 with
-`X-ClickHouse-Exception-Code` and the text of ClickHouse. There are no sessions: every request has a connection of its own.
+HTTP to it, exactly as to a ClickHouse server. Of the protocol there is: `POST /` and `GET /` with `query`, any FORMAT,
+`param_<name>` for `{name:Type}`, every other parameter as a setting, the body as the query or as the data of an INSERT
+(also of `INSERT … SELECT … FROM input('…')`); `GET /ping`. An error is a 500 with `X-ClickHouse-Exception-Code` and
+ClickHouse's text. There are no sessions: every request has a connection of its own.
 """
 
 import asyncio
+import os
 import re
 import tempfile
 import uuid
@@ -16,15 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
 from chdb.state.sqlitelike import Connection
+from prometheus_client import Histogram
+
+from services.analytics_svc.settings import AnalyticsSettings
+from services.chassis.server import private_http, until_stopped
 
 log = structlog.get_logger(__name__)
 
 READERS = 4
 MAX_BODY_BYTES = 256 << 20
+
+_seconds = Histogram("meshboard_store_seconds", "Seconds of statements, waiting included.", ["kind"])
 
 _READS = re.compile(r"\s*(SELECT|WITH|SHOW|DESCRIBE|DESC|EXISTS|EXPLAIN)\b", re.IGNORECASE)
 _INSERT = re.compile(r"\s*INSERT\s+INTO\b", re.IGNORECASE)
@@ -67,21 +75,31 @@ class Engine:
         self._threads.shutdown()
         self._keeper.close()
 
+    async def ready(self) -> bool:
+        """Whether queries are answered."""
+        await self.run(Request(query="SELECT 1", data=b"", settings={}, params={}))
+        return True
+
     async def run(self, request: Request) -> bytes:
         """The result in the format that the statement names. A cancelled call ends its statement, unless that is an
         INSERT: those are short, and their outcome must be certain before the next one starts. Raises chDB's errors."""
-        async with self._readers if request.reads else self._writer:
-            mark = f"/* {uuid.uuid4()} */ "
-            loop = asyncio.get_running_loop()
-            running = loop.run_in_executor(self._threads, self._run, mark, request)
-            try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                if request.reads:
-                    await loop.run_in_executor(self._threads, self._kill, mark)
-                await asyncio.wait([running])
-                running.exception()
-                raise
+        kind = "read" if request.reads else "write"
+        with _seconds.labels(kind).time():
+            async with self._readers if request.reads else self._writer:
+                return await self._run_alone(request)
+
+    async def _run_alone(self, request: Request) -> bytes:
+        mark = f"/* {uuid.uuid4()} */ "
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._threads, self._run, mark, request)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if request.reads:
+                await loop.run_in_executor(self._threads, self._kill, mark)
+            await asyncio.wait([running])
+            running.exception()
+            raise
 
     def _run(self, mark: str, request: Request) -> bytes:
         with closing(Connection(self._path)) as connection:
@@ -96,7 +114,9 @@ class Engine:
     def _insert(self, connection: Connection, request: Request) -> bytes:
         found = _FORMAT.search(request.query)
         if found is None:
-            raise RuntimeError("Code: 62. DB::Exception: An INSERT with data must end in FORMAT. (SYNTAX_ERROR)")
+            raise RuntimeError(
+                "Code: 62. DB::Exception: An INSERT with data must end in FORMAT. (SYNTAX_ERROR)"
+            )
         statement, data_format = request.query[: found.start()], found[1]
         if not _INPUT.search(statement):
             with connection.send_insert(statement, data_format) as insert:
@@ -114,7 +134,9 @@ class Engine:
 
     def _kill(self, mark: str) -> None:
         with closing(Connection(self._path)) as connection:
-            connection.query("KILL QUERY WHERE startsWith(query, {mark:String}) ASYNC", "Null", params={"mark": mark})
+            connection.query(
+                "KILL QUERY WHERE startsWith(query, {mark:String}) ASYNC", "Null", params={"mark": mark}
+            )
 
 
 def application(engine: Engine) -> web.Application:
@@ -135,13 +157,31 @@ def application(engine: Engine) -> web.Application:
             return _failure("Code: 115. DB::Exception: Unknown setting. (UNKNOWN_SETTING)")
         try:
             result = await engine.run(Request(query=query, data=body, settings=settings, params=params))
-        except Exception as error:  # chDB raises bare RuntimeError beside its own ChdbError; the client gets the text
+        except (
+            Exception
+        ) as error:  # chDB raises bare RuntimeError beside its own ChdbError; the client gets the text
             return _failure(str(error))
         return web.Response(body=result)
 
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     app.add_routes([web.get("/ping", ping), web.get("/", run), web.post("/", run)])
     return app
+
+
+async def serve(settings: AnalyticsSettings) -> None:
+    """Serves until the process is told to stop."""
+    directory = settings.store_dir.resolve()
+    engine = Engine(directory)
+    os.chdir(directory)  # where the engine writes the schemas that come with inserts
+    runner = web.AppRunner(application(engine), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    await web.UnixSite(runner, urlsplit(settings.event_store_url).path).start()
+    private = await private_http(settings.private_listen, engine.ready)
+    log.info("store_started", directory=str(directory))
+    await until_stopped()
+    await private.cleanup()
+    await runner.cleanup()
+    engine.close()
 
 
 def _failure(text: str) -> web.Response:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from services.analytics_svc.event_store import EventStore, Value
 
-# Partitions follow the time of receipt: a batch falls into one (two, once a month), however old its events are, and the
-# look-up of duplicates reads the newest only. The order of the key serves queries: one source, a stretch of days, an event.
+# Partitions follow the time of receipt: a batch falls into one (two, once a month), however old its events are, and
+# the look-up of duplicates reads the newest only. The key serves queries: one source, a stretch of days, an event.
 _EVENTS = """
 CREATE TABLE IF NOT EXISTS events (
     workspace_id UUID,
