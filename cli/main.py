@@ -20,13 +20,12 @@ from typing import Any
 import click
 
 from cli import parts
+from cli.envoy_config import DEFAULT_PORT, REPOSITORY
 from cli.parts import Part, PartMissing
 from cli.processes import is_running, memory_bytes
 from cli.stack import (
     DATA_VERSION,
-    DEFAULT_PORT,
     PORTS,
-    REPOSITORY,
     DataFolderRefused,
     Stack,
     about,
@@ -194,6 +193,20 @@ def down(data: Path) -> None:
             time.sleep(0.05)
     sweep(data / "run" / "state.json")
     say(f"Stopped in {time.monotonic() - began:.1f} s. The data stays in {data}")
+
+
+@main.command(epilog='Example: curl -H "Authorization: Bearer $(./dev token)" http://127.0.0.1:8080/v1/users/me')
+@data_option
+def token(data: Path) -> None:
+    """Sign the demo account in and print an access token, valid for ten minutes."""
+    state = read_state(data)
+    if state is None:
+        raise click.ClickException(f"Nothing runs on {data}. Start it with: up --demo --data {data}")
+    demo = importlib.import_module("cli.demo")
+    try:
+        click.echo(asyncio.run(demo.sign_in(state["gateway_url"], data)))
+    except demo.DemoFailedError as error:
+        raise click.ClickException(str(error)) from None
 
 
 # --- looking at it ----------------------------------------------------------------------------------------
