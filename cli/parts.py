@@ -46,6 +46,8 @@ class Part:
         after: names of the parts that must be ready before this one starts, and that stop after it.
         prepare: runs before the first start, to make files.
         prime: runs once the part is ready for the first time, and before it counts as such.
+        stop_seconds: how long it may take to stop before it is killed. The gateway, a service and a server, which
+            stop one after the other, stay below 10 s together.
         cwd: the working directory; the supervisor's own when absent.
         account: the system account to run as, for a server that refuses root.
     """
@@ -59,6 +61,7 @@ class Part:
     prepare: Callable[[], Awaitable[None]] | None = None
     prime: Callable[[], Awaitable[None]] | None = None
     stop_signal: signal.Signals = signal.SIGTERM
+    stop_seconds: float = 2.0
     cwd: Path | None = None
     account: str = ""
 
@@ -374,6 +377,7 @@ def envoy(
         ready=ready,
         listens=listens,
         after=after,
+        stop_seconds=1.0,
     )
 
 
@@ -400,6 +404,7 @@ def service(
         env=env,
         listens=tuple(("127.0.0.1", port) for port in ports),
         after=after,
+        stop_seconds=6.0,  # calls under way get 5 s
         cwd=Path(__file__).parents[1],
     )
 

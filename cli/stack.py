@@ -16,12 +16,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cli import envoy_config, parts
+from cli.envoy_config import DEFAULT_PORT, REPOSITORY
 from cli.parts import SERVICES, Part
 
-REPOSITORY = Path(__file__).parents[1]
 DATA_VERSION = "1"  # of the layout of a data folder; migrations of the databases do not change it
 
-DEFAULT_PORT = 8080
 PORTS = {  # distance from the gateway's port
     "gateway": 0,
     "envoy_admin": 1,

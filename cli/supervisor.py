@@ -21,7 +21,7 @@ from cli.processes import is_running, kill_group, start_time
 
 LOG_BYTES = 10 * 1024 * 1024
 READY_SECONDS = 60.0
-STOP_SECONDS = 3.0  # for each of the three layers: gateway, services, servers
+SWEEP_SECONDS = 3.0
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 HEALTHY_SECONDS = 30.0  # a part that lived this long starts again at the first backoff
@@ -282,10 +282,12 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 process.send_signal(child.part.stop_signal)
             try:
-                async with asyncio.timeout(STOP_SECONDS):
+                async with asyncio.timeout(child.part.stop_seconds):
                     await process.wait()
             except TimeoutError:
-                self._say(f"✗ {child.part.name} did not stop in {STOP_SECONDS:.0f} s and was killed")
+                self._say(
+                    f"✗ {child.part.name} did not stop in {child.part.stop_seconds:.0f} s and was killed"
+                )
         kill_group(process.pid)
         await process.wait()
 
@@ -313,7 +315,7 @@ def sweep(state_file: Path) -> None:
         return
     entries = json.loads(state_file.read_text())["parts"].values()
     left = [(entry["pid"], entry["start_time"]) for entry in entries if entry["pid"]]
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + SWEEP_SECONDS
     while any(is_running(*one) for one in left) and time.monotonic() < deadline:
         time.sleep(0.05)  # on Linux they were told to stop when their supervisor ended
     for pid, began in left:

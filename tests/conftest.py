@@ -7,7 +7,19 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.harness import Identity, make_keys
-from tests.parts import Parts, running
+from tests.parts import Mesh, Parts, running, running_mesh
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long form of soak and fault rounds as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +32,10 @@ async def parts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Parts
 def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     """Stands in for auth_svc and user_svc."""
     return Identity(make_keys(tmp_path_factory.mktemp("keys")))
+
+
+@pytest.fixture(scope="session")
+async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
+    """The whole mesh behind its gateway. Mark the module with xdist_group("mesh"): one worker then runs one mesh."""
+    async with running_mesh(tmp_path_factory.mktemp("mesh")) as whole:
+        yield whole

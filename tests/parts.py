@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from uuid import uuid4
 import asyncpg
 
 from cli import parts
-from cli.supervisor import Supervisor
+from cli.stack import PORTS, Stack, about
+from cli.supervisor import Supervisor, is_free
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,47 @@ async def running(data_dir: Path) -> AsyncIterator[Parts]:
             nats_url=f"nats://{nats_token}@127.0.0.1:{nats_port}",
             passwords=passwords,
         )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A whole mesh that serves; `supervisor.kill("store")` is how to break it."""
+
+    stack: Stack
+    supervisor: Supervisor
+
+    @property
+    def gateway_url(self) -> str:
+        return self.stack.gateway_url
+
+    def address(self, service: str) -> str:
+        """Returns the gRPC address of a service, past the gateway."""
+        return f"127.0.0.1:{self.stack.port_of(service)}"
+
+
+def free_gateway_port() -> int:
+    """Returns a port that is free together with those that a mesh takes after it."""
+    while True:
+        # Below the ports that the system gives to connections, which could take one of them meanwhile.
+        base = random.randrange(12_000, 32_000, 20)
+        if all(is_free("127.0.0.1", base + distance) for distance in PORTS.values()):
+            return base
+
+
+@asynccontextmanager
+async def running_mesh(
+    data_dir: Path, *, workers: int = 1, limits: bool = True, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Mesh]:
+    """Runs everything that `up` runs, with its data in `data_dir`. `settings` are MESHBOARD_ variables."""
+    stack = Stack(
+        data_dir=data_dir,
+        port=free_gateway_port(),
+        workers=workers,
+        limits=limits,
+        environment=settings or {},
+    )
+    stack.open_data_dir()
+    stack.write_secrets()
+    stack.write_gateway()
+    async with Supervisor(stack.parts(), data_dir, about=about(stack)) as supervisor:
+        yield Mesh(stack, supervisor)

@@ -116,7 +116,7 @@ async def test_kills_what_does_not_stop(tmp_path: Path) -> None:
         began = time.monotonic()
     assert time.monotonic() - began < 5
     assert start_time(pid) == ""
-    assert said[-1] == "✗ stubborn did not stop in 3 s and was killed"
+    assert said[-1] == "✗ stubborn did not stop in 2 s and was killed"
 
 
 async def test_a_failed_start_shows_the_log_and_stops_the_rest(tmp_path: Path) -> None:
