@@ -62,7 +62,8 @@ async def send_log(gateway: Gateway, path: Path, write_key: str) -> tuple[int, l
 
     A line's number is part of its `insertId`, so that a batch can be sent again and equal lines still count.
     """
-    accepted, refused = 0, []
+    accepted = 0
+    refused: list[str] = []
     batch: list[dict[str, Any]] = []
     numbers: list[int] = []
 
@@ -216,6 +217,9 @@ def _block(gateway_url: str, data_dir: Path, made: dict[str, str]) -> str:
     dashboard_id = made["dashboardId"]
     method = "meshboard.dashboard.v1.DashboardService/GetDashboardData"
     request = f'{{"dashboard_id": "{dashboard_id}"}}'
+    event = '{"events":[{"event":"request","distinctId":"me"}]}'
+    bearer = f'-H "Authorization: Bearer {token}"'
+    dashboard = f"{gateway_url}/v1/dashboards/{dashboard_id}"
     return f"""
 Gateway     {gateway_url}
 Account     {made["email"]}
@@ -225,15 +229,15 @@ Source      {made["sourceId"]}
 Write key   {made["writeKey"]}
 
 Its data as JSON:
-  curl -s -H "Authorization: Bearer {token}" {gateway_url}/v1/dashboards/{dashboard_id}:data
+  curl -s {bearer} {dashboard}:data
 Live, as server-sent events:
-  curl -sN -H "Authorization: Bearer {token}" -H "Accept: text/event-stream" {gateway_url}/v1/dashboards/{dashboard_id}:watch
+  curl -sN {bearer} -H "Accept: text/event-stream" {dashboard}:watch
 One more event:
-  curl -s -H "X-Write-Key: {made["writeKey"]}" {gateway_url}/v1/events:ingest -d '{{"events":[{{"event":"request","distinctId":"me"}}]}}'
+  curl -s -H "X-Write-Key: {made["writeKey"]}" {gateway_url}/v1/events:ingest -d '{event}'
 With grpcurl:
-  grpcurl -plaintext -H "Authorization: Bearer {token}" -d '{request}' {host} {method}
+  grpcurl -plaintext {bearer} -d '{request}' {host} {method}
 With buf:
-  .venv/bin/buf curl --protocol grpc --http2-prior-knowledge -H "Authorization: Bearer {token}" -d '{request}' {gateway_url}/{method}
+  .venv/bin/buf curl --protocol grpc --http2-prior-knowledge {bearer} -d '{request}' {gateway_url}/{method}
 """
 
 
