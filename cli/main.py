@@ -171,7 +171,10 @@ def start_detached(stack: Stack) -> None:
 async def run_demo(stack: Stack) -> None:
     # Found at the call: only `--demo` needs what it imports.
     demo = importlib.import_module("cli.demo")
-    await demo.run(stack.gateway_url, stack.data_dir)
+    try:
+        await demo.run(stack.gateway_url, stack.data_dir)
+    except demo.DemoFailedError as error:
+        raise click.ClickException(f"The demo failed: {error}") from None
 
 
 @main.command(epilog="Example: ./dev down --data /srv/meshboard")
