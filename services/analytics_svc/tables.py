@@ -1,6 +1,6 @@
 """The tables of the event store, and how batches of the event log become rows of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from services.analytics_svc.event_store import EventStore, Value
 
@@ -61,7 +61,7 @@ message LoggedBatch {
 """
 
 # The data is a run of LoggedBatch messages, each behind its length: every value below is computed by the engine.
-INSERT_EVENTS = """
+_INSERT_EVENTS = """
 INSERT INTO events (
     workspace_id, source_id, event, distinct_id, insert_id, time, receive_time,
     url, path, host, referrer, referrer_host, user_agent, browser, os, device, is_robot, country,
@@ -104,7 +104,7 @@ FROM (
 FORMAT Protobuf
 """
 
-INSERT_SETTINGS: Mapping[str, Value] = {
+_INSERT_SETTINGS: Mapping[str, Value] = {
     "format_schema_source": "string",
     "format_schema": _SCHEMA,
     "format_schema_message_name": "LoggedBatch",
@@ -119,3 +119,22 @@ INSERT_SETTINGS: Mapping[str, Value] = {
 async def create_tables(store: EventStore) -> None:
     """Creates what is missing. Any number of processes may call it at once."""
     await store.execute(_EVENTS)
+
+
+async def insert_events(store: EventStore, batches: Iterable[bytes], token: str) -> None:
+    """Writes serialized `LoggedBatch` messages to disk, all or none; of two calls with the same token one counts.
+
+    Raises what `EventStore.insert` raises.
+    """
+    data = b"".join(_varint(len(batch)) + batch for batch in batches)
+    await store.insert(_INSERT_EVENTS, data, token=token, settings=_INSERT_SETTINGS)
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's base 128 (https://protobuf.dev/programming-guides/encoding/#varints)."""
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

@@ -43,7 +43,7 @@ class StoreProcess:
         )
         store = EventStore(self.url)
         async with asyncio.timeout(30):
-            while not await store.ready():  # noqa: ASYNC110 - the process has no other way to tell
+            while not await store.ready():
                 assert self._process.returncode is None, "the store ended by itself"
                 await asyncio.sleep(0.05)
         await store.close()

@@ -29,7 +29,9 @@ async def test_binds_any_text(store: EventStore, text: str, texts: list[str]) ->
     assert answer.rows == [[text, texts]]
 
 
-async def test_answers_ping_and_keeps_settings_to_one_request(store: EventStore, store_process: StoreProcess) -> None:
+async def test_answers_ping_and_keeps_settings_to_one_request(
+    store: EventStore, store_process: StoreProcess
+) -> None:
     connector = aiohttp.UnixConnector(str(store_process.folder / "store.sock"))
     async with aiohttp.ClientSession(connector=connector) as session:
         async with session.get("http://store/ping") as answer:
@@ -63,9 +65,8 @@ async def test_ends_the_query_of_a_client_that_goes_away(store: EventStore) -> N
 
 
 async def _until(store: EventStore, count: int) -> None:
-    # Asked as an INSERT … SELECT would be too late: writers have their own place, so this is answered at once.
     async with asyncio.timeout(10):
-        while await _under_way(store) != count:
+        while await _under_way(store) != count:  # noqa: ASYNC110 - only the store can tell
             await asyncio.sleep(0.05)
 
 
@@ -90,12 +91,15 @@ async def test_runs_readers_beside_each_other(store: EventStore) -> None:
 async def test_keeps_one_of_two_inserts_with_the_same_token(store: EventStore) -> None:
     table = f"t{uuid4().hex}"
     await store.execute(
-        f"CREATE TABLE {table} (a UInt64) ENGINE = MergeTree ORDER BY a SETTINGS non_replicated_deduplication_window = 100"
+        f"CREATE TABLE {table} (a UInt64) ENGINE = MergeTree ORDER BY a"
+        " SETTINGS non_replicated_deduplication_window = 100"
     )
     for token in ("first", "first", "second"):
         await store.insert(f"INSERT INTO {table} (a) FORMAT JSONEachRow", b'{"a":1}\n{"a":2}\n', token=token)
         await store.insert(
-            f"INSERT INTO {table} SELECT a + 10 FROM input('a UInt64') FORMAT CSV", b"1\n2\n", token=f"{token} too"
+            f"INSERT INTO {table} SELECT a + 10 FROM input('a UInt64') FORMAT CSV",
+            b"1\n2\n",
+            token=f"{token} too",
         )
     assert (await store.query(f"SELECT a, count() FROM {table} GROUP BY a ORDER BY a")).rows == [
         [1, 2],

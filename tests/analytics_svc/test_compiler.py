@@ -1,0 +1,302 @@
+"""Compiled queries against the oracle, on the real store; and what the compiler refuses."""
+
+import math
+import random
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Filter, Measure, Order, Query, TimeRange
+
+from services.analytics_svc.compiler import compile_query, resolve_range
+from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.tables import insert_events
+from services.chassis.errors import Error
+from tests.analytics_svc import oracle
+from tests.analytics_svc.oracle import Row
+from tests.harness import new_id
+
+NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+ZONES = [
+    "",
+    "UTC",
+    "Europe/Berlin",
+    "America/New_York",
+    "Asia/Kolkata",
+    "Australia/Lord_Howe",
+    "America/Sao_Paulo",
+]
+# Around the changes of clocks in several of these zones, in 2015 to 2019.
+MOMENTS = [1427590800, 1446339600, 1541300400, 1444492800, 1428163200, 1520719200, 1432055000]
+
+
+def batch_of(workspace_id: str, source_id: str, rows: Iterable[Row], sequence: int = 1) -> bytes:
+    """Rows as they stand in the log after the pipeline's work."""
+    batch = LoggedBatch(workspace_id=workspace_id, source_id=source_id, sequence=sequence)
+    batch.receive_time.FromDatetime(NOW)
+    for position, row in enumerate(rows):
+        event = batch.events.add(insert_id=f"{sequence}-{position}")
+        for name, value in row.built_ins.items():
+            if name == "is_robot":
+                event.is_robot = value == "true"
+            else:
+                setattr(event, name, value)
+        event.time.FromMilliseconds(row.time)
+        event.properties.update(row.properties)
+    return batch.SerializeToString()
+
+
+def random_rows(source_id: str, count: int, seed: int) -> list[Row]:
+    """Events around changes of clocks, with properties of all kinds, some absent."""
+    dice = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        properties: dict[str, str | float | bool] = {}
+        if dice.random() < 0.8:
+            properties["latency"] = dice.choice([0.0, 0.5, 1.25, 7.0, 404.0, -3.5, 100.0])
+        if dice.random() < 0.7:
+            properties["plan"] = dice.choice(
+                ["pro", "free", "", "404", "it's", "a\\b", "trüe", "line\nbreak"]
+            )
+        if dice.random() < 0.5:
+            properties["mixed"] = dice.choice(["404", 404.0, True, "true", 2.5])
+        built_ins = {
+            "event": dice.choice(["view", "click", "buy"]),
+            "distinct_id": f"u{dice.randrange(6)}",
+            "browser": dice.choice(["Firefox", "Chrome", ""]),
+            "is_robot": dice.choice(["true", "false"]),
+        }
+        time = dice.choice(MOMENTS) * 1000 + dice.randrange(-40 * 3_600_000, 40 * 3_600_000)
+        if dice.random() < 0.3:
+            time = (
+                dice.choice(MOMENTS) * 1000 + dice.randrange(0, 4) * 1_800_000
+            )  # exactly at borders and gaps
+        rows.append(Row(source_id, time, built_ins, properties))
+    return rows
+
+
+class Sample:
+    """Two sources of one workspace, and the rows in them."""
+
+    def __init__(self) -> None:
+        self.workspace_id = new_id()
+        self.source_ids = [new_id(), new_id()]
+        self.rows = random_rows(self.source_ids[0], 400, seed=1) + random_rows(
+            self.source_ids[1], 150, seed=2
+        )
+
+
+@pytest.fixture(scope="session")
+async def sample(store: EventStore) -> Sample:
+    made = Sample()
+    for source_id in made.source_ids:
+        rows = [row for row in made.rows if row.source_id == source_id]
+        await insert_events(store, [batch_of(made.workspace_id, source_id, rows)], token=source_id)
+        other = [batch_of(new_id(), source_id, rows[:50])]  # the same source id elsewhere must not be counted
+        await insert_events(store, other, token=f"{source_id} of another workspace")
+    return made
+
+
+async def run(store: EventStore, query: Query, workspace_id: str) -> list[list[Any]]:
+    compiled = compile_query(query, workspace_id, NOW)
+    rows = (await store.query(compiled.sql, compiled.params)).rows
+    return rows[: compiled.limit]
+
+
+names = st.sampled_from(
+    [
+        "event",
+        "distinct_id",
+        "browser",
+        "is_robot",
+        "properties.latency",
+        "properties.plan",
+        "properties.mixed",
+    ]
+)
+texts = st.sampled_from(["view", "u1", "Fire", "", "404", "pro", "it's", "a\\b", "true", "line\nbreak", "e"])
+numbers = st.sampled_from([0.0, 0.5, 404.0, 7.0, -3.5])
+values = texts | numbers | st.booleans()
+
+
+@st.composite
+def filters(draw: st.DrawFn) -> Filter:
+    operator = draw(st.sampled_from(Filter.Operator.values()))
+    name = draw(names)
+    made = Filter(property=name, operator=operator)
+    if operator in {Filter.GREATER, Filter.GREATER_OR_EQUAL, Filter.LESS, Filter.LESS_OR_EQUAL}:
+        made.property = draw(st.sampled_from(["properties.latency", "properties.mixed", "properties.none"]))
+        chosen: list[Any] = [draw(numbers)]
+    elif operator in {Filter.EXISTS, Filter.NOT_EXISTS}:
+        chosen = []
+    elif operator in {Filter.IN, Filter.NOT_IN}:
+        chosen = draw(st.lists(values, min_size=1, max_size=3))
+    else:
+        chosen = [draw(values)]
+    for value in chosen:
+        json_format.ParseDict(value, made.values.add())
+    return made
+
+
+@st.composite
+def measures(draw: st.DrawFn, index: int) -> Measure:
+    aggregation = draw(st.sampled_from(Measure.Aggregation.values()))
+    if aggregation in {Measure.AGGREGATION_UNSPECIFIED, Measure.COUNT, Measure.UNIQUE}:
+        name = draw(st.sampled_from([""]) | names | st.just("visit_id"))
+    else:
+        name = draw(st.sampled_from(["properties.latency", "properties.mixed"]))
+    conditions = draw(st.lists(filters(), max_size=1))
+    return Measure(aggregation=aggregation, property=name, alias=f"m{index}", filters=conditions)
+
+
+@st.composite
+def queries(draw: st.DrawFn) -> Query:
+    query = Query(time_zone=draw(st.sampled_from(ZONES)))
+    query.granularity = draw(st.sampled_from(Query.Granularity.values()))
+    for index in range(draw(st.integers(1, 3))):
+        query.measures.append(draw(measures(index)))
+    query.breakdowns.extend(
+        Breakdown(property=name) for name in draw(st.lists(names, max_size=2, unique=True))
+    )
+    query.filters.extend(draw(st.lists(filters(), max_size=2)))
+    if draw(st.booleans()):
+        start = draw(st.sampled_from(MOMENTS)) + draw(st.integers(-30, 30)) * 1800
+        query.time_range.start_time.FromSeconds(start)
+        query.time_range.end_time.FromSeconds(start + draw(st.integers(0, 72)) * 1800)
+        query.fill_gaps = bool(query.granularity) and draw(st.booleans())
+    columns = (["time"] if query.granularity else []) + [b.property for b in query.breakdowns] + ["m0"]
+    query.order_by.extend(
+        Order(column=name, descending=draw(st.booleans()))
+        for name in draw(st.lists(st.sampled_from(columns), max_size=2, unique=True))
+    )
+    query.limit = draw(st.sampled_from([0, 1, 7, 50_000]))
+    return query
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(query=queries(), sources=st.sampled_from([[0], [1], [0, 1]]))
+async def test_agrees_with_the_oracle(
+    store: EventStore, sample: Sample, query: Query, sources: list[int]
+) -> None:
+    query.source_ids.extend(sample.source_ids[i] for i in sources)
+    found = await run(store, query, sample.workspace_id)
+    expected = oracle.answer(query, sample.rows)
+    assert len(found) == len(expected)
+    for found_row, expected_row in zip(found, expected, strict=True):
+        assert list(map(_comparable, found_row)) == list(map(_comparable, expected_row))
+
+
+def _comparable(cell: Any) -> Any:
+    return round(cell, 9) if isinstance(cell, float) and math.isfinite(cell) else cell
+
+
+async def test_visits_end_after_half_an_hour_and_may_begin_before_the_range(store: EventStore) -> None:
+    workspace_id, source_id = new_id(), new_id()
+    who = {"event": "view", "distinct_id": "a"}
+    minutes = [0, 29, 58, 88, 88, 200]
+    rows = [Row(source_id, 1_500_000_000_000 + minute * 60_000, who, {}) for minute in minutes]
+    await insert_events(store, [batch_of(workspace_id, source_id, rows)], token=source_id)
+    query = Query(source_ids=[source_id], breakdowns=[Breakdown(property="visit_id")])
+    whole = await run(store, query, workspace_id)
+    assert [count for _, count in whole] == [3, 2, 1]
+    query.time_range.start_time.FromSeconds(1_500_000_000 + 58 * 60)
+    query.time_range.end_time.FromSeconds(1_500_000_000 + 89 * 60)
+    part = await run(store, query, workspace_id)
+    assert sorted(part) == sorted([[whole[0][0], 1], [whole[1][0], 2]])
+
+
+def test_names_columns_by_default() -> None:
+    query = Query(
+        source_ids=[new_id()],
+        granularity=Query.DAY,
+        breakdowns=[Breakdown(property="path")],
+        measures=[
+            Measure(),
+            Measure(aggregation=Measure.UNIQUE),
+            Measure(aggregation=Measure.P95, property="properties.latency"),
+            Measure(aggregation=Measure.COUNT, property="url", alias="with url"),
+        ],
+    )
+    columns = [(c.name, Column.Type.Name(c.type)) for c in compile_query(query, new_id(), NOW).columns]
+    assert columns == [
+        ("time", "TIME"),
+        ("path", "STRING"),
+        ("count", "NUMBER"),
+        ("unique_distinct_id", "NUMBER"),
+        ("p95_properties.latency", "NUMBER"),
+        ("with url", "NUMBER"),
+    ]
+
+
+def test_knows_the_nearest_properties() -> None:
+    query = Query(source_ids=[new_id()], breakdowns=[Breakdown(property="refferer_host")])
+    with pytest.raises(Error) as caught:
+        compile_query(query, new_id(), NOW)
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROPERTY_UNKNOWN")
+    assert caught.value.metadata["nearest"].split(", ")[0] == "referrer_host"
+    assert caught.value.violations[0][0] == "query.breakdowns[0].property"
+
+
+REFUSED = {
+    "measures[0].property": Query(measures=[Measure(aggregation=Measure.SUM, property="url")]),
+    "measures[1].alias": Query(measures=[Measure(), Measure()]),
+    "order_by[0].column": Query(order_by=[Order(column="nosuch")]),
+    "fill_gaps": Query(fill_gaps=True),
+    "filters[0].values": Query(filters=[Filter(property="url")]),
+    "filters[0].property": Query(
+        filters=[
+            Filter(
+                property="url", operator=Filter.LESS, values=[json_format.ParseDict(1, Filter().values.add())]
+            )
+        ]
+    ),
+    "breakdowns": Query(breakdowns=[Breakdown(property="url"), Breakdown(property="url")]),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_refuses_what_does_not_fit_together(path: str) -> None:
+    query = REFUSED[path]
+    query.source_ids.append(new_id())
+    with pytest.raises(Error) as caught:
+        compile_query(query, new_id(), NOW)
+    assert caught.value.reason == "QUERY_INVALID"
+    assert caught.value.violations[0][0] == f"query.{path}"
+
+
+def test_refuses_an_unknown_time_zone() -> None:
+    with pytest.raises(Error) as caught:
+        compile_query(Query(source_ids=[new_id()], time_zone="Europe/Berln"), new_id(), NOW)
+    assert (caught.value.reason, caught.value.metadata["nearest"].split(", ")[0]) == (
+        "TIME_ZONE_UNKNOWN",
+        "Europe/Berlin",
+    )
+
+
+def test_last_seconds_hold_the_present_and_move_in_steps() -> None:
+    now = datetime(2026, 1, 1, 12, 0, 0, 250_000, tzinfo=UTC)
+    start, end = resolve_range(TimeRange(last_seconds=60), now)
+    assert start is not None
+    assert end is not None
+    assert end - start == 60_000
+    assert end == int(now.timestamp()) * 1000 + 1000
+    later = now.replace(second=20)
+    assert resolve_range(TimeRange(last_seconds=86_400), now) == resolve_range(
+        TimeRange(last_seconds=86_400), later
+    )
+
+
+async def test_values_cannot_become_sql(store: EventStore, sample: Sample) -> None:
+    evil = "'; DROP TABLE events; --"
+    query = Query(source_ids=sample.source_ids, breakdowns=[Breakdown(property=f"properties.{evil}")])
+    query.measures.append(Measure(alias=evil))
+    query.filters.add(property="event", operator=Filter.NOT_EQUAL).values.add().string_value = evil
+    compiled = compile_query(query, sample.workspace_id, NOW)
+    assert "DROP" not in compiled.sql
+    assert await run(store, query, sample.workspace_id) == [["", len(sample.rows)]]
