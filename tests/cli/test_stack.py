@@ -4,12 +4,14 @@ import base64
 import stat
 from pathlib import Path
 
+import asyncpg
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from cli.parts import PartMissing, binary, socket_directory
 from cli.stack import DataFolderRefused, Stack
+from tests.parts import running
 
 
 def stack_in(folder: Path) -> Stack:
@@ -97,6 +99,19 @@ def test_an_address_in_the_environment_replaces_a_part(tmp_path: Path) -> None:
     assert env["MESHBOARD_EVENT_STORE_URL"] == "http://columns.example:8123"
     assert env["MESHBOARD_LOG_LEVEL"] == "debug"
     assert not [value for part in mesh.values() for value in part.env.values() if "secret@" in value]
+
+
+async def test_a_foreign_postgres_gets_roles_and_databases(tmp_path: Path) -> None:
+    async with running(tmp_path / "server") as server:
+        environment = {"MESHBOARD_POSTGRES_URL": server.admin_url}
+        stack = Stack(data_dir=tmp_path / "data", port=9180, environment=environment)
+        stack.open_data_dir()
+        for _ in range(2):
+            await stack.provision_replaced()
+        auth = next(part for part in stack.parts() if part.name == "auth_svc")
+        connection = await asyncpg.connect(auth.env["MESHBOARD_POSTGRES_URL"])
+        assert await connection.fetchval("SELECT current_user || '/' || current_database()") == "auth/auth"
+        await connection.close()
 
 
 def test_long_folders_get_a_short_place_for_sockets(tmp_path: Path) -> None:
