@@ -370,7 +370,8 @@ def envoy(
     async def ready() -> bool:
         return await http_ok("127.0.0.1", admin_port, "/ready")
 
-    options = ("--disable-hot-restart", "--concurrency", str(os.cpu_count() or 1), "--log-level", "warning")
+    options = ["--disable-hot-restart", "--concurrency", str(os.cpu_count() or 1), "--log-level", "warning"]
+    options += ["--file-flush-interval-msec", "1000"]  # of the access log; ten seconds otherwise
     return Part(
         name="envoy",
         argv=(server, "-c", str(config_file), *options),
