@@ -62,6 +62,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: no such method."""
     CALL_CANCELLED: _ErrorReason.ValueType  # 19
     """CANCELLED: the caller went away."""
+    ROUTE_UNKNOWN: _ErrorReason.ValueType  # 20
+    """NOT_FOUND, from the gateway: nothing answers to this method and path."""
+    REQUEST_MALFORMED: _ErrorReason.ValueType  # 21
+    """INVALID_ARGUMENT, from the gateway: the request cannot be read; the message names the field where there is one."""
+    BODY_TOO_LARGE: _ErrorReason.ValueType  # 22
+    """INVALID_ARGUMENT, from the gateway with HTTP status 413: the body is larger than 4 MiB. Send smaller batches."""
+    HEADERS_TOO_LARGE: _ErrorReason.ValueType  # 23
+    """INVALID_ARGUMENT, from the gateway with HTTP status 431: the headers are larger than 32 KiB."""
+    RATE_LIMITED: _ErrorReason.ValueType  # 24
+    """RESOURCE_EXHAUSTED, from the gateway: too many calls. Repeat after `Retry-After` or `RetryInfo.retry_delay`."""
+    ORIGIN_REFUSED: _ErrorReason.ValueType  # 25
+    """PERMISSION_DENIED, from the gateway: a page of another origin made this request with the session cookie."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that every service can give. They stand in `google.rpc.ErrorInfo.reason`, with the domain `meshboard`."""
@@ -106,4 +118,16 @@ METHOD_UNKNOWN: ErrorReason.ValueType  # 18
 """UNIMPLEMENTED: no such method."""
 CALL_CANCELLED: ErrorReason.ValueType  # 19
 """CANCELLED: the caller went away."""
+ROUTE_UNKNOWN: ErrorReason.ValueType  # 20
+"""NOT_FOUND, from the gateway: nothing answers to this method and path."""
+REQUEST_MALFORMED: ErrorReason.ValueType  # 21
+"""INVALID_ARGUMENT, from the gateway: the request cannot be read; the message names the field where there is one."""
+BODY_TOO_LARGE: ErrorReason.ValueType  # 22
+"""INVALID_ARGUMENT, from the gateway with HTTP status 413: the body is larger than 4 MiB. Send smaller batches."""
+HEADERS_TOO_LARGE: ErrorReason.ValueType  # 23
+"""INVALID_ARGUMENT, from the gateway with HTTP status 431: the headers are larger than 32 KiB."""
+RATE_LIMITED: ErrorReason.ValueType  # 24
+"""RESOURCE_EXHAUSTED, from the gateway: too many calls. Repeat after `Retry-After` or `RetryInfo.retry_delay`."""
+ORIGIN_REFUSED: ErrorReason.ValueType  # 25
+"""PERMISSION_DENIED, from the gateway: a page of another origin made this request with the session cookie."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
