@@ -1,0 +1,103 @@
+"""auth_svc: `python -m services.auth_svc`."""
+
+from datetime import UTC, datetime
+
+from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
+from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
+from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
+from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
+from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
+from redis.asyncio import Redis
+from uuid_utils.compat import uuid7
+
+from services.auth_svc import reaper
+from services.auth_svc.accounts import AuthServicer
+from services.auth_svc.consumers import on_member_removed, on_user_updated
+from services.auth_svc.internal_sessions import InternalAuthServicer
+from services.auth_svc.passwords import Passwords
+from services.auth_svc.sessions import own_sessions
+from services.auth_svc.settings import AuthSettings
+from services.auth_svc.sign_in_delays import SignInDelays
+from services.auth_svc.signing_keys import SigningKeys
+from services.chassis import auth, db, trust
+from services.chassis.access import Access
+from services.chassis.bus import Bus
+from services.chassis.cache import Cache, CachedMessages
+from services.chassis.clients import Peer
+from services.chassis.inbox import consume
+from services.chassis.outbox import Relay
+from services.chassis.server import Server, main, until_stopped
+
+
+def now() -> datetime:
+    """The time."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """A new UUIDv7."""
+    return str(uuid7())
+
+
+async def serve(settings: AuthSettings) -> None:
+    """Serves until the process is told to stop."""
+    await db.migrate(settings.postgres_url, "services.auth_svc")
+    sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
+    keys = SigningKeys(sessions, settings, now)
+    await keys.load()
+    bus = await Bus.connect(settings.nats_url, "auth")
+    cache = await Cache.connect(settings.redis_url, bus, "auth")
+    redis = Redis.from_url(settings.redis_url, socket_timeout=1, socket_connect_timeout=1)
+    tokens = auth.ServiceTokens("auth", settings.keys_dir)
+    user_peer = Peer("user", settings.user_address, tokens)
+
+    rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
+    revocations = await trust.follow_revocations(bus, *own_sessions(sessions, settings, now))
+    verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
+    access = Access(verifier, tokens, revocations, rights)
+
+    passwords = Passwords(settings)
+    # Short, because it bounds how long a revocation can be missed when NATS and Redis are both away.
+    alive = CachedMessages(cache, "alive", CheckSessionResponse, ttl_seconds=10)
+    accounts = AuthServicer(
+        db=sessions,
+        settings=settings,
+        users=user_peer.stub(InternalUserServiceStub),
+        passwords=passwords,
+        delays=SignInDelays(redis, settings),
+        keys=keys,
+        alive=alive,
+        refresh_token_key=settings.derived_key("refresh-tokens"),
+        now=now,
+        new_id=new_id,
+    )
+    internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
+    server = Server(
+        settings,
+        [
+            lambda server: add_AuthServiceServicer_to_server(accounts, server),
+            lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
+        ],
+        access,
+        ready=[lambda: db.ready(sessions)],
+    )
+    try:
+        await server.start()
+        await until_stopped(
+            Relay(settings.postgres_url, bus, "auth").run(),
+            consume(bus, sessions, "auth", {UserUpdated: on_user_updated, MemberRemoved: on_member_removed}),
+            keys.follow(),
+            reaper.run(sessions, settings, now),
+        )
+    finally:
+        await server.stop()
+        passwords.close()
+        await user_peer.close()
+        await redis.aclose()
+        await cache.close()
+        await bus.close()
+        await db.engine(sessions).dispose()
+
+
+if __name__ == "__main__":
+    main("auth", AuthSettings, serve)

@@ -1,0 +1,43 @@
+"""Clears away what is no longer of use: sign-ups that were not finished, and sessions long after their end."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+import structlog
+from sqlalchemy import delete, or_
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.auth_svc.models import Account, Session
+from services.auth_svc.settings import AuthSettings
+
+log = structlog.get_logger(__name__)
+
+_ROUND_SECONDS = 60
+_KEEP_ENDED_SESSIONS = timedelta(days=7)
+
+
+async def run(
+    db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: Callable[[], datetime]
+) -> None:
+    """Reaps every minute until it is cancelled; any number of replicas may do so at once."""
+    while True:
+        try:
+            await reap(db, settings, now())
+        except (OSError, TimeoutError, SQLAlchemyError) as error:
+            log.warning("reaping_failed", error=repr(error))
+        await asyncio.sleep(_ROUND_SECONDS)
+
+
+async def reap(db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: datetime) -> None:
+    """One round."""
+    stale = now - timedelta(seconds=settings.pending_account_seconds)
+    ended = now - _KEEP_ENDED_SESSIONS
+    async with db.begin() as session:
+        await session.execute(
+            delete(Account).where(Account.activate_time.is_(None), Account.try_time < stale)
+        )
+        await session.execute(
+            delete(Session).where(or_(Session.expire_time < ended, Session.revoke_time < ended))
+        )

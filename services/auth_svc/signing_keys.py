@@ -1,0 +1,143 @@
+"""The keys that access tokens are signed with, and their change without anyone noticing.
+
+A new key is published for an hour before it signs, and for a token's lifetime after the next one has taken over, so
+that verifiers know it whenever they meet it. Private keys are encrypted (AES-256-GCM) with a key derived from the
+master key.
+"""
+
+import asyncio
+import base64
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import structlog
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_der_private_key,
+)
+from meshboard.auth.v1.auth_service_pb2 import GetJwksResponse, JsonWebKey
+from sqlalchemy import delete, func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from uuid_utils.compat import uuid7
+
+from services.auth_svc.models import SigningKeyRow
+from services.auth_svc.settings import AuthSettings
+from services.chassis.auth import ALGORITHM, LEEWAY_SECONDS, Keys
+
+log = structlog.get_logger(__name__)
+
+# How long verifiers are told of a key before it signs: longer than any of them remembers the key set.
+_NOTICE = timedelta(hours=1)
+_RELOAD_SECONDS = 60
+_NONCE_BYTES = 12
+# "sign" in ASCII: the advisory lock of whoever makes a key.
+_LOCK = 0x7369676E
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A key that signs from `activate_time` on."""
+
+    key_id: str
+    private: ec.EllipticCurvePrivateKey
+    activate_time: datetime
+
+
+class SigningKeys:
+    """The keys at hand; `load` before the first use."""
+
+    def __init__(
+        self, db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: Callable[[], datetime]
+    ) -> None:
+        self._db = db
+        self._cipher = AESGCM(settings.derived_key("signing-keys"))
+        self._lifetime = timedelta(seconds=settings.signing_key_seconds)
+        self._token_lifetime = timedelta(seconds=settings.access_token_seconds + LEEWAY_SECONDS)
+        self._now = now
+        self._keys: list[SigningKey] = []
+
+    def current(self) -> SigningKey:
+        """The key that signs now."""
+        now = self._now()
+        return max((key for key in self._keys if key.activate_time <= now), key=lambda key: key.activate_time)
+
+    async def public_keys(self) -> Keys:
+        """The public keys by id, for this process itself."""
+        return {key.key_id: key.private.public_key() for key in self._keys}
+
+    async def load(self) -> None:
+        """Reads the keys, makes the next one when it is due, and deletes those whose tokens have expired.
+
+        Raises RuntimeError when the master key is not the one that they were encrypted with.
+        """
+        now = self._now()
+        async with self._db.begin() as session:
+            await session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+            keys = [self._open(row) for row in await session.scalars(select(SigningKeyRow))]
+            keys.sort(key=lambda key: key.activate_time)
+            if not keys:
+                keys.append(self._add(session, now))
+            elif keys[-1].activate_time + self._lifetime - _NOTICE <= now:
+                keys.append(self._add(session, now + _NOTICE))
+            while len(keys) > 1 and keys[1].activate_time + self._token_lifetime <= now:
+                retired = keys.pop(0)
+                await session.execute(delete(SigningKeyRow).where(SigningKeyRow.key_id == retired.key_id))
+        self._keys = keys
+
+    async def follow(self) -> None:
+        """Loads again every minute, until it is cancelled: another replica may have made a key."""
+        while True:
+            await asyncio.sleep(_RELOAD_SECONDS)
+            try:
+                await self.load()
+            except (OSError, TimeoutError, SQLAlchemyError) as error:
+                log.warning("signing_keys_not_loaded", error=repr(error))
+
+    def _add(self, session: AsyncSession, activate_time: datetime) -> SigningKey:
+        key = SigningKey(str(uuid7()), ec.generate_private_key(ec.SECP256R1()), activate_time)
+        plain = key.private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        nonce = os.urandom(_NONCE_BYTES)
+        sealed = nonce + self._cipher.encrypt(nonce, plain, key.key_id.encode())
+        session.add(SigningKeyRow(key_id=key.key_id, sealed_key=sealed, activate_time=activate_time))
+        log.info("signing_key_made", key_id=key.key_id, activate_time=activate_time.isoformat())
+        return key
+
+    def _open(self, row: SigningKeyRow) -> SigningKey:
+        nonce, sealed = row.sealed_key[:_NONCE_BYTES], row.sealed_key[_NONCE_BYTES:]
+        try:
+            private = load_der_private_key(self._cipher.decrypt(nonce, sealed, row.key_id.encode()), None)
+        except InvalidTag:
+            raise RuntimeError("the signing keys were encrypted with another master key") from None
+        assert isinstance(private, ec.EllipticCurvePrivateKey)
+        return SigningKey(row.key_id, private, row.activate_time)
+
+
+def jwks(keys: Keys) -> GetJwksResponse:
+    """The keys as a JSON Web Key Set (RFC 7517; RFC 7518, section 6.2)."""
+    response = GetJwksResponse()
+    for key_id, key in keys.items():
+        point = key.public_numbers()
+        response.keys.append(
+            JsonWebKey(
+                kty="EC",
+                crv="P-256",
+                x=_coordinate(point.x),
+                y=_coordinate(point.y),
+                kid=key_id,
+                alg=ALGORITHM,
+                use="sig",
+            )
+        )
+    return response
+
+
+def _coordinate(value: int) -> str:
+    return base64.urlsafe_b64encode(value.to_bytes(32, "big")).rstrip(b"=").decode()

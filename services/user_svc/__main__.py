@@ -1,0 +1,87 @@
+"""user_svc: `python -m services.user_svc`."""
+
+from datetime import UTC, datetime
+
+from meshboard.auth.v1.events_pb2 import SignedIn
+from meshboard.user.v1.internal_user_service_pb2_grpc import add_InternalUserServiceServicer_to_server
+from meshboard.user.v1.team_service_pb2_grpc import add_TeamServiceServicer_to_server
+from meshboard.user.v1.user_service_pb2 import GetMeResponse
+from meshboard.user.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
+from meshboard.user.v1.workspace_service_pb2_grpc import add_WorkspaceServiceServicer_to_server
+from uuid_utils.compat import uuid7
+
+from services.chassis import auth, db, trust
+from services.chassis.access import Access
+from services.chassis.bus import Bus
+from services.chassis.cache import Cache, CachedMessages
+from services.chassis.clients import Peer
+from services.chassis.inbox import consume
+from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
+from services.chassis.server import Server, main, until_stopped
+from services.chassis.settings import Settings
+from services.user_svc.consumers import on_signed_in
+from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.rights import rights_of
+from services.user_svc.teams import TeamServicer
+from services.user_svc.users import UserServicer
+from services.user_svc.workspaces import WorkspaceServicer
+
+
+def now() -> datetime:
+    """The time."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """A new UUIDv7."""
+    return str(uuid7())
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until the process is told to stop."""
+    await db.migrate(settings.postgres_url, "services.user_svc")
+    sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
+    bus = await Bus.connect(settings.nats_url, "user")
+    cache = await Cache.connect(settings.redis_url, bus, "user")
+    tokens = auth.ServiceTokens("user", settings.keys_dir)
+    auth_peer = Peer("auth", settings.auth_address, tokens)
+
+    fetch_rights = rights_of(sessions)
+    rights = await trust.follow_rights(bus, fetch_rights)
+    revocations = await trust.follow_revocations(bus, *trust.sessions_of(auth_peer))
+    verifier = auth.TokenVerifier(settings.public_url, trust.keys_of(auth_peer))
+    access = Access(verifier, tokens, revocations, rights)
+
+    pages = Pages(settings.derived_key("page tokens"))
+    users = UserServicer(sessions, CachedMessages(cache, "me", GetMeResponse), now)
+    workspaces = WorkspaceServicer(sessions, pages, now, new_id)
+    teams = TeamServicer(sessions, pages, now, new_id)
+    internal_users = InternalUserServicer(sessions, fetch_rights, now)
+    server = Server(
+        settings,
+        [
+            lambda server: add_UserServiceServicer_to_server(users, server),
+            lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
+            lambda server: add_TeamServiceServicer_to_server(teams, server),
+            lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
+        ],
+        access,
+        ready=[lambda: db.ready(sessions)],
+    )
+    try:
+        await server.start()
+        await until_stopped(
+            Relay(settings.postgres_url, bus, "user").run(),
+            consume(bus, sessions, "user", {SignedIn: on_signed_in}),
+        )
+    finally:
+        await server.stop()
+        await auth_peer.close()
+        await cache.close()
+        await bus.close()
+        await db.engine(sessions).dispose()
+
+
+if __name__ == "__main__":
+    main("user", Settings, serve)

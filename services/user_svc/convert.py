@@ -1,0 +1,73 @@
+"""Rows as messages of the contract."""
+
+from datetime import datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from meshboard.user.v1 import user_pb2, workspace_pb2
+
+from services.chassis.rights import Rights
+from services.user_svc.models import Member, Team, User, Workspace
+
+
+def user_to_pb(row: User) -> user_pb2.User:
+    """The user as its co-members see it."""
+    return user_pb2.User(
+        user_id=row.user_id,
+        display_name=row.display_name,
+        email=row.email,
+        create_time=_timestamp(row.create_time),
+        update_time=_timestamp(row.update_time),
+        etag=str(row.version),
+    )
+
+
+def workspace_to_pb(row: Workspace) -> workspace_pb2.Workspace:
+    """The workspace."""
+    return workspace_pb2.Workspace(
+        workspace_id=row.workspace_id,
+        title=row.title,
+        create_time=_timestamp(row.create_time),
+        update_time=_timestamp(row.update_time),
+        etag=str(row.version),
+    )
+
+
+def member_to_pb(row: Member, user: User) -> workspace_pb2.Member:
+    """The member with its user."""
+    return workspace_pb2.Member(
+        workspace_id=row.workspace_id,
+        user=user_to_pb(user),
+        role=row.role,
+        create_time=_timestamp(row.create_time),
+    )
+
+
+def team_to_pb(row: Team) -> workspace_pb2.Team:
+    """The team."""
+    return workspace_pb2.Team(
+        team_id=row.team_id,
+        workspace_id=row.workspace_id,
+        title=row.title,
+        parent_team_id=row.parent_team_id or "",
+        create_time=_timestamp(row.create_time),
+        update_time=_timestamp(row.update_time),
+        etag=str(row.version),
+    )
+
+
+def rights_to_pb(rights: Rights) -> workspace_pb2.Rights:
+    """The rights, with sorted lists."""
+    return workspace_pb2.Rights(
+        user_id=rights.user_id,
+        workspace_id=rights.workspace_id,
+        role=rights.role,
+        permissions=sorted(rights.permissions),
+        team_ids=sorted(rights.team_ids),
+        version=rights.version,
+    )
+
+
+def _timestamp(time: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(time)
+    return timestamp

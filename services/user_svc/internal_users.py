@@ -1,0 +1,120 @@
+"""What other services ask about people."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import grpc.aio
+from meshboard.user.v1 import events_pb2
+from meshboard.user.v1.internal_user_service_pb2 import (
+    CheckSubjectsRequest,
+    CheckSubjectsResponse,
+    CreateUserRequest,
+    CreateUserResponse,
+    GetRightsRequest,
+    GetRightsResponse,
+    GetSignInRequest,
+    GetSignInResponse,
+)
+from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.chassis import errors, outbox
+from services.chassis.rights import Fetch
+from services.user_svc.convert import rights_to_pb, user_to_pb, workspace_to_pb
+from services.user_svc.models import Member, Team, User, Workspace
+from services.user_svc.users import user_not_found
+from services.user_svc.workspaces import add_workspace
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True)
+class InternalUserServicer(InternalUserServiceServicer):
+    """Answers the other services from the tables, without a cache: they have their own."""
+
+    db: async_sessionmaker[AsyncSession]
+    fetch_rights: Fetch
+    now: Callable[[], datetime]
+
+    async def CreateUser(self, request: CreateUserRequest, context: Context) -> CreateUserResponse:
+        now = self.now()
+        async with self.db.begin() as session:
+            user = await session.scalar(
+                insert(User)
+                .values(
+                    user_id=request.user_id,
+                    display_name=request.display_name,
+                    email=request.email,
+                    create_time=now,
+                    update_time=now,
+                )
+                .on_conflict_do_nothing()
+                .returning(User)
+            )
+            if user is None:
+                return await self._created(session, request)
+            title = f"{request.display_name}'s workspace"[:100]
+            workspace = await add_workspace(session, user, request.workspace_id, title=title, now=now)
+            if workspace is None:
+                raise _ids_taken()
+            outbox.add(session, events_pb2.UserCreated(user=user_to_pb(user)))
+        return CreateUserResponse(user=user_to_pb(user), workspace=workspace_to_pb(workspace))
+
+    async def _created(self, session: AsyncSession, request: CreateUserRequest) -> CreateUserResponse:
+        found = await session.execute(
+            select(User, Workspace)
+            .join(Workspace, Workspace.creator_id == User.user_id)
+            .where(
+                User.user_id == request.user_id,
+                User.email == request.email,
+                Workspace.workspace_id == request.workspace_id,
+            )
+        )
+        row = found.one_or_none()
+        if row is None:
+            raise _ids_taken()
+        user, workspace = row
+        return CreateUserResponse(user=user_to_pb(user), workspace=workspace_to_pb(workspace))
+
+    async def GetSignIn(self, request: GetSignInRequest, context: Context) -> GetSignInResponse:
+        async with self.db() as session:
+            user = await session.get(User, request.user_id)
+            if user is None:
+                raise user_not_found(request.user_id)
+            # UUIDv7s sort by time: without a wanted workspace the oldest one comes first.
+            workspace = await session.scalar(
+                select(Workspace)
+                .join(Member, Member.workspace_id == Workspace.workspace_id)
+                .where(Member.user_id == user.user_id)
+                .order_by(Workspace.workspace_id != (request.workspace_id or None), Workspace.workspace_id)
+                .limit(1)
+            )
+        return GetSignInResponse(
+            user=user_to_pb(user), workspace=workspace_to_pb(workspace) if workspace else None
+        )
+
+    async def GetRights(self, request: GetRightsRequest, context: Context) -> GetRightsResponse:
+        rights = await self.fetch_rights(request.user_id.lower(), request.workspace_id.lower())
+        return GetRightsResponse(rights=rights_to_pb(rights))
+
+    async def CheckSubjects(self, request: CheckSubjectsRequest, context: Context) -> CheckSubjectsResponse:
+        async with self.db() as session:
+            user_ids = await session.scalars(
+                select(Member.user_id).where(
+                    Member.workspace_id == request.workspace_id, Member.user_id.in_(request.user_ids)
+                )
+            )
+            team_ids = await session.scalars(
+                select(Team.team_id).where(
+                    Team.workspace_id == request.workspace_id, Team.team_id.in_(request.team_ids)
+                )
+            )
+        return CheckSubjectsResponse(user_ids=user_ids, team_ids=team_ids)
+
+
+def _ids_taken() -> errors.Error:
+    return errors.already_exists("USER_ID_TAKEN", "The ids belong to another user or workspace.")

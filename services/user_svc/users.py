@@ -1,0 +1,93 @@
+"""People: reading and changing them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import grpc.aio
+from meshboard.user.v1 import events_pb2
+from meshboard.user.v1.user_service_pb2 import (
+    GetMeRequest,
+    GetMeResponse,
+    GetUserRequest,
+    GetUserResponse,
+    UpdateUserRequest,
+    UpdateUserResponse,
+)
+from meshboard.user.v1.user_service_pb2_grpc import UserServiceServicer
+from sqlalchemy import Text, cast, exists, or_, select, true, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.chassis import auth, errors, outbox
+from services.chassis.cache import CachedMessages
+from services.chassis.masks import changed_fields
+from services.user_svc.convert import user_to_pb
+from services.user_svc.models import Member, User
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def user_not_found(user_id: str) -> errors.Error:
+    """What is said of a user who does not exist, or whom the caller may not see."""
+    return errors.not_found("USER_NOT_FOUND", "There is no such user.", user_id=user_id)
+
+
+@dataclass(frozen=True)
+class UserServicer(UserServiceServicer):
+    """`cache` holds the answers of GetMe by user."""
+
+    db: async_sessionmaker[AsyncSession]
+    cache: CachedMessages[GetMeResponse]
+    now: Callable[[], datetime]
+
+    async def GetMe(self, request: GetMeRequest, context: Context) -> GetMeResponse:
+        user_id = auth.caller().user_id
+        response = await self.cache.get(user_id, lambda: self._load_me(user_id))
+        if response is None:
+            raise user_not_found(user_id)
+        return response
+
+    async def _load_me(self, user_id: str) -> GetMeResponse | None:
+        async with self.db() as session:
+            user = await session.get(User, user_id)
+        return GetMeResponse(user=user_to_pb(user)) if user else None
+
+    async def GetUser(self, request: GetUserRequest, context: Context) -> GetUserResponse:
+        caller = auth.caller()
+        co_member = exists().where(Member.workspace_id == caller.workspace_id, Member.user_id == User.user_id)
+        async with self.db() as session:
+            user = await session.scalar(
+                select(User).where(
+                    User.user_id == request.user_id, or_(User.user_id == caller.user_id, co_member)
+                )
+            )
+        if user is None:
+            raise user_not_found(request.user_id)
+        return GetUserResponse(user=user_to_pb(user))
+
+    async def UpdateUser(self, request: UpdateUserRequest, context: Context) -> UpdateUserResponse:
+        user_id = auth.caller().user_id
+        if request.user.user_id.lower() != user_id:
+            raise user_not_found(request.user.user_id)
+        changes = {
+            field: getattr(request.user, field)
+            for field in changed_fields(request.user, request.update_mask, {"display_name"})
+        }
+        if changes.get("display_name") == "":
+            raise errors.invalid_fields([("user.display_name", "must have at least 1 character")])
+        etag = request.user.etag
+        async with self.db.begin() as session:
+            user = await session.scalar(
+                update(User)
+                .where(User.user_id == user_id, cast(User.version, Text) == etag if etag else true())
+                .values(**changes, version=User.version + 1, update_time=self.now())
+                .returning(User)
+            )
+            if user is None:
+                if await session.get(User, user_id) is None:
+                    raise user_not_found(user_id)
+                raise errors.etag_mismatch()
+            outbox.add(session, events_pb2.UserUpdated(user=user_to_pb(user)))
+        await self.cache.invalidate(user_id)
+        return UpdateUserResponse(user=user_to_pb(user))

@@ -1,0 +1,289 @@
+"""Workspaces and their members."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import grpc.aio
+from meshboard.user.v1 import events_pb2
+from meshboard.user.v1.workspace_service_pb2 import (
+    AddMemberRequest,
+    AddMemberResponse,
+    CreateWorkspaceRequest,
+    CreateWorkspaceResponse,
+    GetWorkspaceRequest,
+    GetWorkspaceResponse,
+    ListMembersRequest,
+    ListMembersResponse,
+    ListWorkspacesRequest,
+    ListWorkspacesResponse,
+    RemoveMemberRequest,
+    RemoveMemberResponse,
+    UpdateMemberRequest,
+    UpdateMemberResponse,
+    UpdateWorkspaceRequest,
+    UpdateWorkspaceResponse,
+)
+from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceServicer
+from sqlalchemy import Text, cast, delete, func, select, true, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.chassis import auth, errors, outbox
+from services.chassis.masks import changed_fields
+from services.chassis.paging import Pages
+from services.chassis.rights import ROLES
+from services.user_svc.convert import member_to_pb, workspace_to_pb
+from services.user_svc.models import Member, User, Workspace
+from services.user_svc.rights import announce_rights, lock_rights
+from services.user_svc.users import user_not_found
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+OWNER = "owner"
+
+
+@dataclass(frozen=True)
+class WorkspaceServicer(WorkspaceServiceServicer):
+    """`new_id` gives UUIDv7s, whose order is that of creation."""
+
+    db: async_sessionmaker[AsyncSession]
+    pages: Pages
+    now: Callable[[], datetime]
+    new_id: Callable[[], str]
+
+    async def CreateWorkspace(
+        self, request: CreateWorkspaceRequest, context: Context
+    ) -> CreateWorkspaceResponse:
+        user_id = auth.caller().user_id
+        async with self.db.begin() as session:
+            owner = await session.get_one(User, user_id)
+            workspace = await add_workspace(
+                session,
+                owner,
+                self.new_id(),
+                title=request.title,
+                request_id=request.request_id or None,
+                now=self.now(),
+            )
+            if workspace is None:
+                workspace = (
+                    await session.scalars(
+                        select(Workspace).where(
+                            Workspace.creator_id == user_id, Workspace.request_id == request.request_id
+                        )
+                    )
+                ).one()
+            else:
+                await announce_rights(session, workspace.workspace_id)
+        return CreateWorkspaceResponse(workspace=workspace_to_pb(workspace))
+
+    async def GetWorkspace(self, request: GetWorkspaceRequest, context: Context) -> GetWorkspaceResponse:
+        async with self.db() as session:
+            workspace = await session.get_one(Workspace, auth.caller().workspace_id)
+        return GetWorkspaceResponse(workspace=workspace_to_pb(workspace))
+
+    async def ListWorkspaces(
+        self, request: ListWorkspacesRequest, context: Context
+    ) -> ListWorkspacesResponse:
+        user_id = auth.caller().user_id
+        page = self.pages.open(request, user_id)
+        async with self.db() as session:
+            rows = await session.scalars(
+                select(Workspace)
+                .join(Member, Member.workspace_id == Workspace.workspace_id)
+                .where(Member.user_id == user_id, page.after(Workspace.workspace_id))
+                .order_by(Workspace.workspace_id)
+                .limit(page.limit)
+            )
+        workspaces, next_page_token = page.close(rows.all(), lambda workspace: (workspace.workspace_id,))
+        return ListWorkspacesResponse(
+            workspaces=map(workspace_to_pb, workspaces), next_page_token=next_page_token
+        )
+
+    async def UpdateWorkspace(
+        self, request: UpdateWorkspaceRequest, context: Context
+    ) -> UpdateWorkspaceResponse:
+        workspace_id = auth.caller().workspace_id
+        changes = {
+            field: getattr(request.workspace, field)
+            for field in changed_fields(request.workspace, request.update_mask, {"title"})
+        }
+        if changes.get("title") == "":
+            raise errors.invalid_fields([("workspace.title", "must have at least 1 character")])
+        etag = request.workspace.etag
+        async with self.db.begin() as session:
+            workspace = await session.scalar(
+                update(Workspace)
+                .where(
+                    Workspace.workspace_id == workspace_id,
+                    cast(Workspace.version, Text) == etag if etag else true(),
+                )
+                .values(**changes, version=Workspace.version + 1, update_time=self.now())
+                .returning(Workspace)
+            )
+            if workspace is None:
+                raise errors.etag_mismatch()
+            event = events_pb2.WorkspaceUpdated(workspace=workspace_to_pb(workspace))
+            outbox.add(session, event, workspace_id=workspace_id)
+        return UpdateWorkspaceResponse(workspace=workspace_to_pb(workspace))
+
+    async def AddMember(self, request: AddMemberRequest, context: Context) -> AddMemberResponse:
+        caller = auth.caller()
+        _require_role(request.role)
+        async with self.db.begin() as session:
+            await lock_rights(session, caller.workspace_id)
+            await _require_owner_for(session, request.role)
+            user = await session.get(User, request.user_id)
+            if user is None:
+                raise user_not_found(request.user_id)
+            member = await session.scalar(
+                insert(Member)
+                .values(
+                    workspace_id=caller.workspace_id,
+                    user_id=user.user_id,
+                    role=request.role,
+                    create_time=self.now(),
+                )
+                .on_conflict_do_nothing()
+                .returning(Member)
+            )
+            if member is None:
+                raise errors.already_exists(
+                    "MEMBER_EXISTS", "The user is a member already.", user_id=user.user_id
+                )
+            event = events_pb2.MemberAdded(member=member_to_pb(member, user))
+            outbox.add(session, event, workspace_id=caller.workspace_id)
+            await announce_rights(session, caller.workspace_id)
+        return AddMemberResponse(member=member_to_pb(member, user))
+
+    async def ListMembers(self, request: ListMembersRequest, context: Context) -> ListMembersResponse:
+        workspace_id = auth.caller().workspace_id
+        page = self.pages.open(request, workspace_id)
+        async with self.db() as session:
+            rows = await session.execute(
+                select(Member, User)
+                .join(User, User.user_id == Member.user_id)
+                .where(Member.workspace_id == workspace_id, page.after(Member.create_time, Member.user_id))
+                .order_by(Member.create_time, Member.user_id)
+                .limit(page.limit)
+            )
+        members, next_page_token = page.close(
+            rows.tuples().all(), lambda row: (row[0].create_time, row[0].user_id)
+        )
+        return ListMembersResponse(
+            members=[member_to_pb(member, user) for member, user in members],
+            next_page_token=next_page_token,
+        )
+
+    async def UpdateMember(self, request: UpdateMemberRequest, context: Context) -> UpdateMemberResponse:
+        workspace_id = auth.caller().workspace_id
+        _require_role(request.role)
+        async with self.db.begin() as session:
+            await lock_rights(session, workspace_id)
+            member, user = await _find_member(session, workspace_id, request.user_id)
+            if member.role != request.role:
+                await _require_owner_for(session, request.role, member.role)
+                await _require_another_owner(session, member)
+                member.role = request.role
+                event = events_pb2.MemberUpdated(member=member_to_pb(member, user))
+                outbox.add(session, event, workspace_id=workspace_id)
+                await announce_rights(session, workspace_id)
+        return UpdateMemberResponse(member=member_to_pb(member, user))
+
+    async def RemoveMember(self, request: RemoveMemberRequest, context: Context) -> RemoveMemberResponse:
+        workspace_id = auth.caller().workspace_id
+        async with self.db.begin() as session:
+            await lock_rights(session, workspace_id)
+            member, user = await _find_member(session, workspace_id, request.user_id)
+            await _require_owner_for(session, member.role)
+            await _require_another_owner(session, member)
+            await session.execute(
+                delete(Member).where(Member.workspace_id == workspace_id, Member.user_id == user.user_id)
+            )
+            event = events_pb2.MemberRemoved(workspace_id=workspace_id, user_id=user.user_id)
+            outbox.add(session, event, workspace_id=workspace_id)
+            await announce_rights(session, workspace_id)
+        return RemoveMemberResponse()
+
+
+async def add_workspace(
+    session: AsyncSession,
+    owner: User,
+    workspace_id: str,
+    *,
+    title: str,
+    request_id: str | None = None,
+    now: datetime,
+) -> Workspace | None:
+    """Adds a workspace with its owner, and the events that tell of both; None when it is there already."""
+    workspace: Workspace | None = await session.scalar(
+        insert(Workspace)
+        .values(
+            workspace_id=workspace_id,
+            title=title,
+            creator_id=owner.user_id,
+            request_id=request_id,
+            create_time=now,
+            update_time=now,
+        )
+        .on_conflict_do_nothing()
+        .returning(Workspace)
+    )
+    if workspace is None:
+        return None
+    member = Member(workspace_id=workspace_id, user_id=owner.user_id, role=OWNER, create_time=now)
+    session.add(member)
+    created = events_pb2.WorkspaceCreated(workspace=workspace_to_pb(workspace))
+    outbox.add(session, created, workspace_id=workspace_id)
+    added = events_pb2.MemberAdded(member=member_to_pb(member, owner))
+    outbox.add(session, added, workspace_id=workspace_id)
+    return workspace
+
+
+def _require_role(role: str) -> None:
+    if role not in ROLES:
+        raise errors.invalid_argument(
+            "ROLE_UNKNOWN", f"There is no such role; these are: {', '.join(ROLES)}.", field="role", role=role
+        )
+
+
+async def _find_member(session: AsyncSession, workspace_id: str, user_id: str) -> tuple[Member, User]:
+    found = await session.execute(
+        select(Member, User)
+        .join(User, User.user_id == Member.user_id)
+        .where(Member.workspace_id == workspace_id, Member.user_id == user_id)
+    )
+    row = found.one_or_none()
+    if row is None:
+        raise errors.not_found("MEMBER_NOT_FOUND", "The workspace has no such member.", user_id=user_id)
+    member, user = row
+    return member, user
+
+
+async def _require_owner_for(session: AsyncSession, *roles: str) -> None:
+    """Lets only owners give or take the role of an owner, as the tables say now."""
+    caller = auth.caller()
+    if OWNER in roles:
+        member = await session.get(Member, (caller.workspace_id, caller.user_id))
+        if member is None or member.role != OWNER:
+            raise errors.permission_denied(
+                "OWNER_ROLE_RESERVED", "Only an owner can give or take the role of an owner."
+            )
+
+
+async def _require_another_owner(session: AsyncSession, member: Member) -> None:
+    if member.role != OWNER:
+        return
+    others = await session.scalar(
+        select(func.count())
+        .select_from(Member)
+        .where(
+            Member.workspace_id == member.workspace_id, Member.role == OWNER, Member.user_id != member.user_id
+        )
+    )
+    if not others:
+        raise errors.failed_precondition(
+            "LAST_OWNER", "The workspace would be left without an owner: make someone else an owner first."
+        )
