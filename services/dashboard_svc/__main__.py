@@ -1,0 +1,97 @@
+"""The process of dashboard_svc."""
+
+from __future__ import annotations
+
+from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
+from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
+from meshboard.user.v1.events_pb2 import MemberRemoved
+
+from services.chassis import auth, db, trust
+from services.chassis.access import Access, Resource
+from services.chassis.bus import Bus
+from services.chassis.cache import Cache
+from services.chassis.clients import Peer
+from services.chassis.inbox import consume
+from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
+from services.chassis.server import Server, main, until_stopped
+from services.dashboard_svc.answers import Answers
+from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.consumers import on_member_removed
+from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer
+from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.streams import Span
+from services.dashboard_svc.widgets import WidgetServicer
+
+
+async def serve(settings: Settings) -> None:
+    """Runs the service until it is told to stop."""
+    await db.migrate(settings.postgres_url, "services.dashboard_svc")
+    sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
+    bus = await Bus.connect(settings.nats_url, "dashboard")
+    cache = await Cache.connect(settings.redis_url, bus, "dashboard")
+
+    tokens = auth.ServiceTokens("dashboard", settings.keys_dir)
+    auth_peer = Peer("auth", settings.auth_address, tokens)
+    user_peer = Peer("user", settings.user_address, tokens)
+    analytics_peer = Peer("analytics", settings.analytics_address, tokens)
+    access = Access(
+        auth.TokenVerifier(settings.public_url, trust.keys_of(auth_peer)),
+        tokens,
+        await trust.follow_revocations(bus, *trust.sessions_of(auth_peer)),
+        await trust.follow_rights(bus, trust.rights_of(user_peer)),
+        db=sessions,
+        resources=[Resource(DASHBOARD, Dashboard.workspace_id, Dashboard.dashboard_id)],
+    )
+
+    boards = Boards(sessions, cache)
+    pages = Pages(settings.derived_key("page tokens"))
+    answers = Answers(analytics_peer)
+    feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
+    await feeds.listen(bus)
+    dashboards = DashboardServicer(
+        db=sessions,
+        boards=boards,
+        pages=pages,
+        user=user_peer,
+        answers=answers,
+        feeds=feeds,
+        span=Span(settings.heartbeat_seconds, settings.watch_seconds),
+        draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
+    )
+    widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+
+    async def postgres_ready() -> bool:
+        return await db.ready(sessions)
+
+    async def bus_ready() -> bool:
+        return bus.connected
+
+    server = Server(
+        settings,
+        [
+            lambda s: add_DashboardServiceServicer_to_server(dashboards, s),
+            lambda s: add_WidgetServiceServicer_to_server(widgets, s),
+        ],
+        access,
+        ready=[postgres_ready, bus_ready],
+    )
+    await server.start()
+    try:
+        await until_stopped(
+            Relay(settings.postgres_url, bus, "dashboard").run(),
+            consume(bus, sessions, "dashboard", {MemberRemoved: on_member_removed}),
+        )
+    finally:
+        await server.stop()
+        for peer in (auth_peer, user_peer, analytics_peer):
+            await peer.close()
+        await cache.close()
+        await bus.close()
+        await db.engine(sessions).dispose()
+
+
+if __name__ == "__main__":
+    main("dashboard", Settings, serve)

@@ -1,0 +1,76 @@
+"""Which data a watcher has: what a stream is taken up with, after a lost connection, at any replica.
+
+A cursor is base64url of: a format byte, the dashboard's id, for each widget its id and the digest of its data, and an
+HMAC-SHA256, cut to 16 bytes, over all of this. It says nothing that the watcher does not know.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Mapping
+from uuid import UUID
+
+from meshboard.dashboard.v1.dashboard_pb2 import WidgetData
+
+from services.chassis import errors
+
+DIGEST_BYTES = 8
+_FORMAT = b"\x01"
+_ID_BYTES = 16
+_MAC_BYTES = 16
+_ENTRY_BYTES = _ID_BYTES + DIGEST_BYTES
+
+# The digest of each widget's data, by widget id.
+Digests = Mapping[str, bytes]
+
+
+def digest(data: WidgetData) -> bytes:
+    """Differs when what is shown differs: `watermark` and `cached` tell of the query, not of its answer."""
+    outcome = WidgetData()
+    outcome.CopyFrom(data)
+    outcome.ClearField("widget_id")
+    if outcome.HasField("result"):
+        outcome.result.ClearField("watermark")
+        outcome.result.ClearField("cached")
+    return hashlib.blake2b(outcome.SerializeToString(deterministic=True), digest_size=DIGEST_BYTES).digest()
+
+
+def encode(key: bytes, dashboard_id: str, digests: Digests) -> str:
+    """Makes a cursor."""
+    body = _FORMAT + UUID(dashboard_id).bytes
+    body += b"".join(UUID(widget_id).bytes + value for widget_id, value in digests.items())
+    return base64.urlsafe_b64encode(body + _mac(key, body)).rstrip(b"=").decode()
+
+
+def decode(key: bytes, dashboard_id: str, cursor: str) -> dict[str, bytes]:
+    """Reads a cursor. Raises INVALID_ARGUMENT (CURSOR_INVALID) when it was not made here for this dashboard."""
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _invalid() from error
+    body, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
+    head = _FORMAT + UUID(dashboard_id).bytes
+    entries = body[len(head) :]
+    if not hmac.compare_digest(mac, _mac(key, body)) or not body.startswith(head):
+        raise _invalid()
+    if len(entries) % _ENTRY_BYTES:
+        raise _invalid()
+    return {
+        str(UUID(bytes=entries[at : at + _ID_BYTES])): entries[at + _ID_BYTES : at + _ENTRY_BYTES]
+        for at in range(0, len(entries), _ENTRY_BYTES)
+    }
+
+
+def _mac(key: bytes, body: bytes) -> bytes:
+    return hmac.digest(key, body, "sha256")[:_MAC_BYTES]
+
+
+def _invalid() -> errors.Error:
+    return errors.invalid_argument(
+        "CURSOR_INVALID",
+        "The cursor is not one of this dashboard's: start without one.",
+        field="cursor",
+    )

@@ -1,0 +1,369 @@
+"""The data of dashboards that someone watches: kept current once, however many watch.
+
+A `Feed` is a dashboard's present state. It asks a query again when one of its sources ticks, when its sliding range has
+moved, or when it failed. Watchers are not sent to: each compares what its client has with the present state whenever
+that has changed, so a slow one skips states instead of queueing them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import Context
+from typing import Any
+
+import structlog
+from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.dashboard.v1 import events_pb2
+from meshboard.dashboard.v1.dashboard_pb2 import Widget, WidgetData
+from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
+from prometheus_client import Gauge
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.chassis.bus import Bus, Received
+from services.dashboard_svc import cursors
+from services.dashboard_svc.answers import QUERIES_AT_ONCE, Answers, is_transient, key_of, of_widget
+from services.dashboard_svc.boards import Board
+
+log = structlog.get_logger(__name__)
+
+# Between two starts of a query, and between two changes that a watcher is sent.
+LEAST_SECONDS = 0.25
+# A passing failure is shown in place of data when it has come this often in a row.
+PATIENCE = 3
+LONGEST_RETRY_SECONDS = 30.0
+# A sliding range is drawn with about this many points: it moves when it has moved by one.
+POINTS = 300
+_NEWS_KEPT = 64
+
+_watchers = Gauge("meshboard_watchers", "Open streams of live dashboards.", multiprocess_mode="livesum")
+_feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_mode="livesum")
+
+Load = Callable[[str, str], Awaitable[Board | None]]
+News = tuple[WatchDashboardResponse, cursors.Digests]
+
+_EVENTS = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (
+        events_pb2.DashboardDeleted,
+        events_pb2.WidgetCreated,
+        events_pb2.WidgetUpdated,
+        events_pb2.WidgetDeleted,
+        events_pb2.DashboardGrantCreated,
+        events_pb2.DashboardGrantDeleted,
+    )
+}
+
+
+def slide_seconds(query: Query) -> float | None:
+    """How often the answer changes because time goes by; None when it does not."""
+    last_seconds = query.time_range.last_seconds
+    return max(1.0, last_seconds / POINTS) if last_seconds else None
+
+
+class _Line:
+    """The answer to one query, asked again when it is stale."""
+
+    def __init__(self, query: Query) -> None:
+        self.query = query
+        self.stale = asyncio.Event()
+        self.answer: WidgetData | None = None
+        self.digest = b""
+
+    async def follow(
+        self, ask: Callable[[Query], Awaitable[WidgetData]], changed: Callable[[], None]
+    ) -> None:
+        """Keeps the answer current until cancelled: at once, but LEAST_SECONDS after the last time."""
+        failures = 0
+        while True:
+            self.stale.clear()
+            start = time.monotonic()
+            answer = await ask(self.query)
+            failures = failures + 1 if is_transient(answer) else 0
+            if self._take(answer, failures):
+                changed()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pause(failures)):
+                    await self.stale.wait()
+            await asyncio.sleep(max(0.0, start + LEAST_SECONDS - time.monotonic()))
+
+    def _take(self, answer: WidgetData, failures: int) -> bool:
+        """Says whether watchers see a difference."""
+        if self.answer is not None and 0 < failures < PATIENCE:
+            return False
+        digest = cursors.digest(answer)
+        different = digest != self.digest
+        self.answer, self.digest = answer, digest
+        return different
+
+    def _pause(self, failures: int) -> float | None:
+        if failures:
+            return min(2.0 ** (failures - 1), LONGEST_RETRY_SECONDS)
+        return slide_seconds(self.query)
+
+
+class Feed:
+    """The present state of one dashboard.
+
+    `changed` is set, and another event put in its place, when the state has changed. `doubts` grows when watchers have
+    reason to check at once whether they may still watch.
+    """
+
+    def __init__(
+        self, workspace_id: str, dashboard_id: str, load: Load, answers: Answers, feeds: Feeds
+    ) -> None:
+        self.workspace_id = workspace_id
+        self.dashboard_id = dashboard_id
+        self.changed = asyncio.Event()
+        self.doubts = 0
+        self.watchers = 0
+        self._load = load
+        self._answers = answers
+        self._feeds = feeds
+        self._room = asyncio.Semaphore(QUERIES_AT_ONCE)
+        self._outdated = asyncio.Event()
+        self._version = 0
+        self._wanted_version = 0
+        self._lines: dict[bytes, _Line] = {}
+        self._tiles: dict[str, _Line] = {}
+        self._tasks: dict[bytes, asyncio.Task[None]] = {}
+        self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
+        self._failure: BaseException | None = None
+        self._start(b"", self._follow())
+
+    def want(self, version: int) -> None:
+        """Makes the feed ready only with the widgets of this version of the dashboard or a later one."""
+        self._wanted_version = max(version, self._wanted_version)
+        if self._version < version:
+            self._outdated.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is data, or an error, for each widget. Raises what has ended the feed."""
+        if self._failure:
+            raise RuntimeError("the feed has failed") from self._failure
+        return 0 < self._wanted_version <= self._version and all(
+            line.answer is not None for line in self._tiles.values()
+        )
+
+    def news(self, has: cursors.Digests | None) -> News | None:
+        """What leads a client that has this data (None: nothing) to the present state, and what it has then.
+
+        None when nothing is new. The message is shared by all watchers in the same state: not to be changed.
+        """
+        if self._failure:
+            raise RuntimeError("the feed has failed") from self._failure
+        key = None if has is None else tuple(has.items())
+        if key not in self._news:
+            if len(self._news) >= _NEWS_KEPT:
+                self._news.clear()
+            self._news[key] = self._make_news(has)
+        return self._news[key]
+
+    def _make_news(self, has: cursors.Digests | None) -> News | None:
+        known = has or {}
+        now_has = {
+            widget_id: line.digest if line.answer is not None else known[widget_id]
+            for widget_id, line in self._tiles.items()
+            if line.answer is not None or widget_id in known
+        }
+        different = [
+            of_widget(widget_id, line.answer)
+            for widget_id, line in self._tiles.items()
+            if line.answer is not None and line.digest != known.get(widget_id)
+        ]
+        removed = [widget_id for widget_id in known if widget_id not in self._tiles]
+        cursor = self.cursor(now_has)
+        if has is None:
+            snapshot = WatchDashboardResponse.Snapshot(widgets=different)
+            return WatchDashboardResponse(cursor=cursor, snapshot=snapshot), now_has
+        if not different and not removed:
+            return None
+        return WatchDashboardResponse(cursor=cursor, changes=different, removed_widget_ids=removed), now_has
+
+    def cursor(self, has: cursors.Digests) -> str:
+        """What a client that has this data takes the stream up with, here or at another replica."""
+        return cursors.encode(self._feeds.cursor_key, self.dashboard_id, has)
+
+    def read_cursor(self, cursor: str) -> cursors.Digests:
+        """The opposite. Raises INVALID_ARGUMENT (CURSOR_INVALID)."""
+        return cursors.decode(self._feeds.cursor_key, self.dashboard_id, cursor)
+
+    # Called by Feeds
+
+    def reload(self) -> None:
+        """Notes that the widgets may have changed."""
+        self._outdated.set()
+
+    def doubt(self) -> None:
+        """Has watchers check at once that they may still watch."""
+        self.doubts += 1
+        self._announce()
+
+    def mistrust(self) -> None:
+        """Notes that ticks and events may have been missed."""
+        self.reload()
+        self.doubt()
+        for line in self._lines.values():
+            line.stale.set()
+
+    def close(self) -> None:
+        """Stops asking."""
+        for line in self._lines.values():
+            self._feeds.unfollow_sources(line)
+        for key in list(self._tasks):
+            self._stop(key)
+
+    # The work
+
+    async def _follow(self) -> None:
+        while True:
+            self._outdated.clear()
+            try:
+                board = await self._load(self.workspace_id, self.dashboard_id)
+            except (OSError, TimeoutError, SQLAlchemyError) as error:
+                log.warning("feed_waits_for_postgres", error=repr(error))
+                await asyncio.sleep(0.5)
+                continue
+            if board is None:
+                self.doubt()
+            else:
+                self._adopt(board)
+            await self._outdated.wait()
+
+    def _adopt(self, board: Board) -> None:
+        queries = {key_of(widget.query): widget.query for widget in board.widgets}
+        for key in self._lines.keys() - queries.keys():
+            self._feeds.unfollow_sources(self._lines.pop(key))
+            self._stop(key)
+        for key, query in queries.items():
+            if key not in self._lines:
+                line = self._lines[key] = _Line(query)
+                self._feeds.follow_sources(line)
+                self._start(key, line.follow(self._ask, self._announce))
+        self._tiles = {widget.widget_id: self._lines[key_of(widget.query)] for widget in board.widgets}
+        self._version = board.version
+        self._announce()
+
+    async def _ask(self, query: Query) -> WidgetData:
+        async with self._room:
+            return await self._answers.answer(self.workspace_id, query)
+
+    def _announce(self) -> None:
+        self._news.clear()
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def _start(self, key: bytes, work: Coroutine[Any, Any, None]) -> None:
+        # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
+        task = asyncio.create_task(work, context=Context())
+        task.add_done_callback(self._done)
+        self._tasks[key] = task
+
+    def _stop(self, key: bytes) -> None:
+        self._feeds.let_end(self._tasks.pop(key))
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()):
+            log.error("feed_failed", dashboard_id=self.dashboard_id, exc_info=failure)
+            self._failure = failure
+            self._feeds.forget(self)
+            self._announce()
+
+
+class Feeds:
+    """The feeds of this process, and what they are told."""
+
+    def __init__(self, load: Load, answers: Answers, cursor_key: bytes) -> None:
+        self._load = load
+        self._answers = answers
+        self.cursor_key = cursor_key
+        self._feeds: dict[tuple[str, str], Feed] = {}
+        self._sources: dict[str, set[_Line]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def listen(self, bus: Bus) -> None:
+        """Follows ticks, and what other replicas change."""
+        await bus.listen("tick.*", self._ticked)
+        await bus.listen("meshboard.dashboard.v1.>", self._happened)
+        bus.on_gap(self._mistrust)
+
+    @contextmanager
+    def watch(self, workspace_id: str, dashboard_id: str) -> Iterator[Feed]:
+        """The dashboard's feed, which lives as long as someone watches."""
+        key = (workspace_id, dashboard_id)
+        feed = self._feeds.get(key)
+        if feed is None:
+            feed = self._feeds[key] = Feed(*key, self._load, self._answers, self)
+            _feeds.inc()
+        feed.watchers += 1
+        _watchers.inc()
+        try:
+            yield feed
+        finally:
+            _watchers.dec()
+            feed.watchers -= 1
+            if not feed.watchers:
+                self.forget(feed)
+                feed.close()
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    # Called by feeds
+
+    def follow_sources(self, line: _Line) -> None:
+        """Has the line hear the ticks of its sources."""
+        for source_id in line.query.source_ids:
+            self._sources.setdefault(source_id.lower(), set()).add(line)
+
+    def unfollow_sources(self, line: _Line) -> None:
+        """The opposite."""
+        for source_id in map(str.lower, line.query.source_ids):
+            lines = self._sources[source_id]
+            lines.discard(line)
+            if not lines:
+                del self._sources[source_id]
+
+    def let_end(self, task: asyncio.Task[None]) -> None:
+        """Cancels a task, and holds it until it has ended."""
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        task.cancel()
+
+    def forget(self, feed: Feed) -> None:
+        """Gives the feed to nobody else."""
+        key = (feed.workspace_id, feed.dashboard_id)
+        if self._feeds.get(key) is feed:
+            del self._feeds[key]
+            _feeds.dec()
+
+    # Called by the bus
+
+    def _ticked(self, message: Received) -> None:
+        for line in self._sources.get(message.subject.removeprefix("tick."), ()):
+            line.stale.set()
+
+    def _happened(self, message: Received) -> None:
+        kind = _EVENTS.get(message.subject)
+        if kind is None or not self._feeds:
+            return
+        event: Any = kind.FromString(message.payload)
+        feed = self._feeds.get((event.workspace_id, _dashboard_of(event)))
+        if feed is None:
+            return
+        if "widget" in event.DESCRIPTOR.fields_by_name or "widget_id" in event.DESCRIPTOR.fields_by_name:
+            feed.reload()
+        else:
+            feed.doubt()
+
+    def _mistrust(self) -> None:
+        for feed in self._feeds.values():
+            feed.mistrust()
+
+
+def _dashboard_of(event: Any) -> str:
+    widget: Widget | None = getattr(event, "widget", None)
+    return str(widget.dashboard_id if widget is not None else event.dashboard_id)

@@ -1,0 +1,63 @@
+"""The tables of dashboard_svc."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, ForeignKeyConstraint, LargeBinary, SmallInteger, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from services.chassis.db import Id, Time
+
+
+class Base(DeclarativeBase):
+    """The tables of this service, beside those of the chassis."""
+
+
+class Dashboard(Base):
+    """A dashboard; `version` grows with each change of it or of one of its widgets."""
+
+    __tablename__ = "dashboards"
+    __table_args__ = (
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="dashboards_request_once"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    description: Mapped[str] = mapped_column(Text)
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
+class Widget(Base):
+    """A widget. `kind` is the contract's number, `query` a serialized meshboard.analytics.v1.Query."""
+
+    __tablename__ = "widgets"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id"],
+            ["dashboards.workspace_id", "dashboards.dashboard_id"],
+            ondelete="CASCADE",
+        ),
+        UniqueConstraint(
+            "workspace_id", "dashboard_id", "creator_id", "request_id", name="widgets_request_once"
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    widget_id: Mapped[Id] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    kind: Mapped[int] = mapped_column(SmallInteger)
+    query: Mapped[bytes] = mapped_column(LargeBinary)
+    x: Mapped[int]
+    y: Mapped[int]
+    width: Mapped[int]
+    height: Mapped[int]
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]

@@ -1,0 +1,15 @@
+"""What dashboard_svc needs to know of the world."""
+
+from __future__ import annotations
+
+from services.chassis.settings import Settings as ChassisSettings
+
+
+class Settings(ChassisSettings):
+    """The shared settings, and those of live dashboards. Times in seconds."""
+
+    # A live dashboard is a call under way for as long as someone looks at it.
+    max_calls: int = 10_000
+    heartbeat_seconds: float = 15.0
+    # A stream ends after this long, so that streams spread over replicas again.
+    watch_seconds: float = 3600.0
