@@ -5,12 +5,14 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import structlog
+from meshboard.auth.v1.events_pb2 import AccountDiscarded
 from sqlalchemy import delete, or_
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc.models import Account, Session
 from services.auth_svc.settings import AuthSettings
+from services.chassis import outbox
 
 log = structlog.get_logger(__name__)
 
@@ -35,9 +37,13 @@ async def reap(db: async_sessionmaker[AsyncSession], settings: AuthSettings, now
     stale = now - timedelta(seconds=settings.pending_account_seconds)
     ended = now - _KEEP_ENDED_SESSIONS
     async with db.begin() as session:
-        await session.execute(
-            delete(Account).where(Account.activate_time.is_(None), Account.try_time < stale)
+        discarded = await session.execute(
+            delete(Account)
+            .where(Account.activate_time.is_(None), Account.try_time < stale)
+            .returning(Account.user_id, Account.workspace_id)
         )
+        for user_id, workspace_id in discarded:
+            outbox.add(session, AccountDiscarded(user_id=user_id, workspace_id=workspace_id))
         await session.execute(
             delete(Session).where(or_(Session.expire_time < ended, Session.revoke_time < ended))
         )

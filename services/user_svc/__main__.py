@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from meshboard.auth.v1.events_pb2 import SignedIn
+from meshboard.auth.v1.events_pb2 import AccountDiscarded, SignedIn
 from meshboard.user.v1.internal_user_service_pb2_grpc import add_InternalUserServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
@@ -20,7 +20,7 @@ from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.server import Server, main, until_stopped
 from services.chassis.settings import Settings
-from services.user_svc.consumers import on_signed_in
+from services.user_svc.consumers import on_account_discarded, on_signed_in
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
@@ -73,7 +73,7 @@ async def serve(settings: Settings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "user").run(),
-            consume(bus, sessions, "user", {SignedIn: on_signed_in}),
+            consume(bus, sessions, "user", {SignedIn: on_signed_in, AccountDiscarded: on_account_discarded}),
         )
     finally:
         await server.stop()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/auth/v1/events.proto\x12\x11meshboard.auth.v1\x1a\x1fgoogle/protobuf/timestamp.proto\")\n\x0e\x41\x63\x63ountCreated\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"\x95\x01\n\x08SignedIn\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"\x93\x02\n\x0eSessionRevoked\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12@\n\x06reason\x18\x03 \x01(\x0e\x32(.meshboard.auth.v1.SessionRevoked.ReasonR\x06reason\x12;\n\x0brevoke_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"J\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0e\n\nSIGNED_OUT\x10\x01\x12\x18\n\x14REFRESH_TOKEN_REUSED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/auth/v1/events.proto\x12\x11meshboard.auth.v1\x1a\x1fgoogle/protobuf/timestamp.proto\")\n\x0e\x41\x63\x63ountCreated\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"N\n\x10\x41\x63\x63ountDiscarded\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"\x95\x01\n\x08SignedIn\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"\x93\x02\n\x0eSessionRevoked\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12@\n\x06reason\x18\x03 \x01(\x0e\x32(.meshboard.auth.v1.SessionRevoked.ReasonR\x06reason\x12;\n\x0brevoke_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"J\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0e\n\nSIGNED_OUT\x10\x01\x12\x18\n\x14REFRESH_TOKEN_REUSED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACCOUNTCREATED']._serialized_start=86
   _globals['_ACCOUNTCREATED']._serialized_end=127
-  _globals['_SIGNEDIN']._serialized_start=130
-  _globals['_SIGNEDIN']._serialized_end=279
-  _globals['_SESSIONREVOKED']._serialized_start=282
-  _globals['_SESSIONREVOKED']._serialized_end=557
-  _globals['_SESSIONREVOKED_REASON']._serialized_start=483
-  _globals['_SESSIONREVOKED_REASON']._serialized_end=557
+  _globals['_ACCOUNTDISCARDED']._serialized_start=129
+  _globals['_ACCOUNTDISCARDED']._serialized_end=207
+  _globals['_SIGNEDIN']._serialized_start=210
+  _globals['_SIGNEDIN']._serialized_end=359
+  _globals['_SESSIONREVOKED']._serialized_start=362
+  _globals['_SESSIONREVOKED']._serialized_end=637
+  _globals['_SESSIONREVOKED_REASON']._serialized_start=563
+  _globals['_SESSIONREVOKED_REASON']._serialized_end=637
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,32 @@ class AccountCreated(_message.Message):
 Global___AccountCreated: _TypeAlias = AccountCreated  # noqa: Y015
 
 @_typing.final
+class AccountDiscarded(_message.Message):
+    """A sign-up was not finished in time, and its account is gone. What was made for it elsewhere goes too."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The person that it was for."""
+    workspace_id: _builtins.str
+    """The personal workspace that it was for."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        workspace_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccountDiscarded: _TypeAlias = AccountDiscarded  # noqa: Y015
+
+@_typing.final
 class SignedIn(_message.Message):
     """A session began."""
 

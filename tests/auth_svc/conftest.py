@@ -1,0 +1,138 @@
+"""auth_svc and user_svc as `up` runs them, in this process, on real parts."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from meshboard.auth.v1.auth_service_pb2 import SignUpRequest, SignUpResponse
+from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
+from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
+from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
+from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
+
+from services.auth_svc.__main__ import serve as serve_auth
+from services.auth_svc.settings import AuthSettings
+from services.chassis import db
+from services.chassis.settings import Settings
+from services.user_svc.__main__ import serve as serve_user
+from tests.harness import make_keys, make_settings, new_id
+from tests.parts import Parts, free_port
+
+PASSWORD = "a long enough passphrase"
+
+
+@dataclass(frozen=True)
+class Services:
+    """Both services and stubs of what they offer; `sessions` is the database of auth_svc."""
+
+    auth_settings: AuthSettings
+    user_settings: Settings
+    keys: Path
+    auth: AuthServiceStub
+    internal_auth: InternalAuthServiceStub
+    users: UserServiceStub
+    workspaces: WorkspaceServiceStub
+    sessions: db.async_sessionmaker[db.AsyncSession]
+    user_sessions: db.async_sessionmaker[db.AsyncSession]
+
+    async def sign_up(self, email: str = "", password: str = PASSWORD) -> SignUpResponse:
+        """A new person, by default with an address of their own."""
+        return await self.auth.SignUp(
+            SignUpRequest(email=email or new_email(), password=password, display_name="Ada")
+        )
+
+
+def new_email() -> str:
+    """An address that nobody has used."""
+    return f"{new_id()}@example.org"
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call with this access token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+@asynccontextmanager
+async def running(
+    serve: Callable[[Any], Coroutine[Any, Any, None]], settings: Settings
+) -> AsyncIterator[None]:
+    """Runs a service until the block ends."""
+    task = asyncio.create_task(serve(settings))
+    try:
+        async with asyncio.timeout(30), grpc.aio.insecure_channel(settings.listen) as channel:
+            ready = asyncio.create_task(channel.channel_ready())
+            await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                ready.cancel()
+                task.result()
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def make_both(parts: Parts, keys: Path, **more: Any) -> tuple[AuthSettings, Settings]:
+    """Settings of the two services, which know each other's addresses."""
+    ports = [free_port() for _ in range(4)]
+    addresses = {"auth_address": f"127.0.0.1:{ports[0]}", "user_address": f"127.0.0.1:{ports[1]}"}
+    auth = make_settings(
+        AuthSettings,
+        parts,
+        keys,
+        await parts.fresh_database("auth"),
+        **addresses,
+        listen=addresses["auth_address"],
+        private_listen=f"127.0.0.1:{ports[2]}",
+        **more,
+    )
+    user = make_settings(
+        Settings,
+        parts,
+        keys,
+        await parts.fresh_database("user"),
+        **addresses,
+        listen=addresses["user_address"],
+        private_listen=f"127.0.0.1:{ports[3]}",
+    )
+    return auth, user
+
+
+@asynccontextmanager
+async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIterator[Services]:
+    """Stubs and databases of two services."""
+    sessions, user_sessions = db.connect(auth.postgres_url), db.connect(user.postgres_url)
+    async with (
+        grpc.aio.insecure_channel(auth.listen) as auth_channel,
+        grpc.aio.insecure_channel(user.listen) as user_channel,
+    ):
+        yield Services(
+            auth_settings=auth,
+            user_settings=user,
+            keys=keys,
+            auth=AuthServiceStub(auth_channel),
+            internal_auth=InternalAuthServiceStub(auth_channel),
+            users=UserServiceStub(user_channel),
+            workspaces=WorkspaceServiceStub(user_channel),
+            sessions=sessions,
+            user_sessions=user_sessions,
+        )
+    await db.engine(sessions).dispose()
+    await db.engine(user_sessions).dispose()
+
+
+@pytest.fixture(scope="session")
+async def services(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Services]:
+    """Both services, shared by the tests of a run."""
+    keys = make_keys(tmp_path_factory.mktemp("auth-keys"))
+    auth, user = await make_both(parts, keys)
+    async with (
+        running(serve_user, user),
+        running(serve_auth, auth),
+        connected(auth, user, keys) as both,
+    ):
+        yield both
