@@ -1,0 +1,85 @@
+"""The event log: a JetStream stream of accepted events, which the pipeline reads into the store.
+
+A message is a serialized `LoggedBatch` of one source, on the subject of the source. JetStream syncs each write, so what
+is confirmed is on disk.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.source_pb2 import Source
+from uuid_utils.compat import uuid7
+
+from services.chassis.bus import Bus, BusError
+
+STREAM = "EVENTS"
+# Below NATS' max_payload of 8 MiB.
+MAX_PUBLISH_BYTES = 6 << 20
+MAX_LOG_BYTES = 64 << 30
+MAX_LOG_SECONDS = 30 * 86_400.0
+PUBLISH_SECONDS = 10.0
+
+
+async def ensure_log(bus: Bus) -> None:
+    """Makes the stream. It forgets by age, and when it is full it refuses new events. Raises BusError."""
+    await bus.ensure_stream(
+        STREAM, ["events.>"], max_age_seconds=MAX_LOG_SECONDS, max_bytes=MAX_LOG_BYTES, discard_new=True
+    )
+
+
+@dataclass(slots=True)
+class _Group:
+    """Events of one source that are published together."""
+
+    events: list[bytes] = field(default_factory=list)
+    size: int = 0
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class EventLog:
+    """Appends events. Requests that come while an earlier publish of their source is under way share the next one."""
+
+    def __init__(self, bus: Bus, now: Callable[[], datetime]) -> None:
+        self._bus = bus
+        self._now = now
+        self._waiting: dict[str, deque[_Group]] = {}
+        self._publishing: set[asyncio.Task[None]] = set()
+
+    async def append(self, source: Source, events: bytes) -> None:
+        """Returns when the events, field 2 of a serialized LoggedBatch, are on disk. Raises BusError."""
+        groups = self._waiting.get(source.source_id)
+        if groups is None:
+            groups = self._waiting[source.source_id] = deque()
+            task = asyncio.create_task(self._publish_groups(source, groups))
+            self._publishing.add(task)
+            task.add_done_callback(self._publishing.discard)
+        if not groups or groups[-1].size + len(events) > MAX_PUBLISH_BYTES:
+            groups.append(_Group())
+        group = groups[-1]
+        group.events.append(events)
+        group.size += len(events)
+        await asyncio.shield(group.done)  # whoever goes away leaves the others their answer
+
+    async def _publish_groups(self, source: Source, groups: deque[_Group]) -> None:
+        while groups:
+            group = groups.popleft()
+            try:
+                await self._publish(source, group.events)
+            except BusError as error:
+                group.done.set_exception(error)
+                group.done.exception()  # it may be that nobody waits any more
+            else:
+                group.done.set_result(None)
+        del self._waiting[source.source_id]
+
+    async def _publish(self, source: Source, events: list[bytes]) -> None:
+        head = LoggedBatch(workspace_id=source.workspace_id, source_id=source.source_id)
+        head.receive_time.FromDatetime(self._now())
+        subject = f"events.{source.workspace_id}.{source.source_id}"
+        payload = b"".join([*events, head.SerializeToString()])
+        # The id lets the bus send it again when the connection breaks.
+        await self._bus.publish(subject, payload, message_id=uuid7().hex, timeout=PUBLISH_SECONDS)

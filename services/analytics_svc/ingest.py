@@ -1,0 +1,115 @@
+"""Takes events of applications: judges each, and answers when the good ones are in the event log."""
+
+import json
+import math
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import grpc.aio
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
+from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest, IngestResponse, RefusedEvent
+from meshboard.analytics.v1.ingest_service_pb2_grpc import IngestServiceServicer
+from prometheus_client import Counter
+from uuid_utils.compat import uuid7
+
+from services.analytics_svc import write_keys
+from services.analytics_svc.event_log import EventLog
+from services.chassis import errors
+from services.chassis.bus import BusError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+DAY_SECONDS = 86_400
+MAX_PROPERTIES_BYTES = 65_536
+
+_events = Counter("meshboard_ingest_events_total", "Events by what became of them.", ["outcome"])
+_accepted, _refused = _events.labels("accepted"), _events.labels("refused")
+
+
+class IngestServicer(IngestServiceServicer):
+    """`now` is the time of receipt."""
+
+    def __init__(self, log: EventLog, now: Callable[[], datetime]) -> None:
+        self.log = log
+        self.now = now
+
+    async def Ingest(self, request: IngestRequest, context: Context) -> IngestResponse:
+        receive_time = Timestamp()
+        receive_time.FromDatetime(self.now())
+        refused = [
+            RefusedEvent(index=index, reason=why[0], message=why[1])
+            for index, event in enumerate(request.events)
+            if (why := refusal_of(event, receive_time.seconds))
+        ]
+        for refusal in reversed(refused):
+            del request.events[refusal.index]
+        accepted = len(request.events)
+        if accepted:
+            complete(request, receive_time)
+            try:
+                await self.log.append(write_keys.source(), request.SerializeToString())
+            except BusError as error:
+                raise errors.unavailable("The event log takes no events now.") from error
+        _accepted.inc(accepted)
+        _refused.inc(len(refused))
+        return IngestResponse(accepted_count=accepted, refused=refused)
+
+
+def complete(request: IngestRequest, receive_time: Timestamp) -> None:
+    """Gives events the time and the `insert_id` that they lack, and leaves nothing in the request but events."""
+    request.ClearField("write_key")
+    # What this contract does not know would be read as fields of LoggedBatch and LoggedEvent.
+    request.DiscardUnknownFields()
+    prefix = uuid7().hex
+    for index, event in enumerate(request.events):
+        if not event.insert_id:
+            event.insert_id = f"{prefix}-{index}"
+        if not event.HasField("time"):
+            event.time.CopyFrom(receive_time)
+
+
+def refusal_of(event: Event, now_seconds: int) -> tuple[str, str] | None:
+    """The reason and the words why an event is refused; None for a good one, whose lists and objects become text."""
+    if not 1 <= len(event.event) <= 200:
+        return "EVENT_NAME_INVALID", "event: must have 1 to 200 characters"
+    if not 1 <= len(event.distinct_id) <= 200:
+        return "DISTINCT_ID_INVALID", "distinct_id: must have 1 to 200 characters"
+    if len(event.insert_id) > 200:
+        return "INSERT_ID_INVALID", "insert_id: must have at most 200 characters"
+    if event.HasField("time") and not _plausible(event.time, now_seconds):
+        return "TIME_INVALID", "time: must be from 1970 to a day ahead"
+    if len(event.url) > 4096:
+        return "CONTEXT_INVALID", "url: must have at most 4,096 characters"
+    if len(event.referrer) > 4096:
+        return "CONTEXT_INVALID", "referrer: must have at most 4,096 characters"
+    if len(event.user_agent) > 2048:
+        return "CONTEXT_INVALID", "user_agent: must have at most 2,048 characters"
+    if event.HasField("properties"):
+        return _refusal_of_properties(event.properties)
+    return None
+
+
+def _plausible(time: Timestamp, now_seconds: int) -> bool:
+    return 0 <= time.seconds <= now_seconds + DAY_SECONDS and 0 <= time.nanos < 1_000_000_000
+
+
+def _refusal_of_properties(properties: Struct) -> tuple[str, str] | None:
+    fields = properties.fields
+    if len(fields) > 200:
+        return "PROPERTIES_INVALID", "properties: must have at most 200 names"
+    if properties.ByteSize() > MAX_PROPERTIES_BYTES:
+        return "PROPERTIES_INVALID", "properties: must have at most 64 KiB"
+    for name, value in fields.items():
+        if not 1 <= len(name) <= 200:
+            return "PROPERTIES_INVALID", f"properties.{name[:50]}: a name must have 1 to 200 characters"
+        kind = value.WhichOneof("kind")
+        if kind == "number_value":
+            if not math.isfinite(value.number_value):
+                return "PROPERTIES_INVALID", f"properties.{name}: must be finite"
+        elif kind in {"list_value", "struct_value"}:
+            inner = json_format.MessageToDict(value)
+            value.string_value = json.dumps(inner, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return None
