@@ -1,0 +1,182 @@
+"""dashboard_svc on real Postgres, NATS and Valkey, with stand-ins for the services that it calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from meshboard.analytics.v1.events_pb2 import Tick
+from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard as DashboardMessage
+from meshboard.dashboard.v1.dashboard_pb2 import Widget as WidgetMessage
+from meshboard.dashboard.v1.dashboard_service_pb2 import CreateDashboardRequest
+from meshboard.dashboard.v1.dashboard_service_pb2_grpc import (
+    DashboardServiceStub,
+    add_DashboardServiceServicer_to_server,
+)
+from meshboard.dashboard.v1.widget_service_pb2 import CreateWidgetRequest
+from meshboard.dashboard.v1.widget_service_pb2_grpc import (
+    WidgetServiceStub,
+    add_WidgetServiceServicer_to_server,
+)
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.chassis import auth
+from services.chassis import db as chassis_db
+from services.chassis.access import Resource
+from services.chassis.bus import Bus
+from services.chassis.cache import Cache
+from services.chassis.clients import Peer
+from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
+from services.chassis.server import Server
+from services.dashboard_svc.answers import Answers
+from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer
+from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.streams import Span
+from services.dashboard_svc.widgets import WidgetServicer
+from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
+from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving
+from tests.parts import Parts
+
+
+@dataclass
+class Mesh:
+    """A running dashboard_svc, and what stands around it."""
+
+    identity: Identity
+    analytics: StandInAnalytics
+    users: StandInUsers
+    db: async_sessionmaker[AsyncSession]
+    bus: Bus
+    server: Server
+    feeds: Feeds
+    dashboards: Any
+    widgets: Any
+    another: Any = field(repr=False)
+
+    async def dashboard(self, member: Member, title: str = "Traffic") -> DashboardMessage:
+        """A new dashboard of the member."""
+        response = await self.dashboards.CreateDashboard(
+            CreateDashboardRequest(title=title), metadata=member.metadata
+        )
+        dashboard: DashboardMessage = response.dashboard
+        return dashboard
+
+    async def widget(
+        self, member: Member, dashboard: DashboardMessage, query: Query | None = None, **more: Any
+    ) -> WidgetMessage:
+        """A new widget, by default the count of a source of its own."""
+        request = CreateWidgetRequest(
+            **{
+                "dashboard_id": dashboard.dashboard_id,
+                "kind": WidgetMessage.TABLE,
+                "query": query or Query(source_ids=[new_id()]),
+                **more,
+            }
+        )
+        widget: WidgetMessage = (await self.widgets.CreateWidget(request, metadata=member.metadata)).widget
+        return widget
+
+    async def tick(self, source_id: str) -> None:
+        """Says, as the pipeline does, that a source has new events."""
+        await self.bus.emit(f"tick.{source_id}", Tick(source_id=source_id).SerializeToString())
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def identity(keys: Path) -> Iterator[Identity]:
+    yield Identity(keys)
+
+
+@pytest.fixture(scope="session")
+async def database_url(parts: Parts) -> str:
+    url = await parts.fresh_database("dashboard")
+    await chassis_db.migrate(url, "services.dashboard_svc")
+    return url
+
+
+@pytest.fixture
+def span() -> Span:
+    """How long streams live; tests override it."""
+    return Span(heartbeat_seconds=15, watch_seconds=3600)
+
+
+@pytest.fixture
+async def mesh(
+    parts: Parts, keys: Path, identity: Identity, database_url: str, span: Span
+) -> AsyncIterator[Mesh]:
+    analytics, users = StandInAnalytics(), StandInUsers()
+    settings = make_settings(Settings, parts, keys, database_url)
+    db = chassis_db.connect(database_url, settings.postgres_pool_size)
+    bus = await Bus.connect(parts.nats_url, "test")
+    relay = asyncio.create_task(Relay(database_url, bus, "dashboard").run())
+    async with serving_stand_ins(analytics, users) as address:
+
+        @asynccontextmanager
+        async def replica() -> AsyncIterator[tuple[grpc.aio.Channel, Server, Feeds]]:
+            cache = await Cache.connect(parts.redis_url, bus, "dashboard")
+            tokens = auth.ServiceTokens("dashboard", keys)
+            peers = [Peer("user", address, tokens), Peer("analytics", address, tokens)]
+            boards, pages = Boards(db, cache), Pages(settings.derived_key("page tokens"))
+            answers = Answers(peers[1])
+            feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
+            await feeds.listen(bus)
+            servers: list[Server] = []
+            dashboards = DashboardServicer(
+                db=db,
+                boards=boards,
+                pages=pages,
+                user=peers[0],
+                answers=answers,
+                feeds=feeds,
+                span=span,
+                draining=lambda: servers[0].draining.is_set(),
+            )
+            widgets = WidgetServicer(db, boards, pages, peers[1])
+            access = identity.access(
+                "dashboard",
+                db=db,
+                resources=[Resource(DASHBOARD, Dashboard.workspace_id, Dashboard.dashboard_id)],
+            )
+            registrations = [
+                lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
+                lambda server: add_WidgetServiceServicer_to_server(widgets, server),
+            ]
+            async with serving(settings, registrations, access) as (channel, server):
+                servers.append(server)
+                yield channel, server, feeds
+            for peer in peers:
+                await peer.close()
+            await cache.close()
+
+        async with replica() as (channel, server, feeds):
+            yield Mesh(
+                identity=identity,
+                analytics=analytics,
+                users=users,
+                db=db,
+                bus=bus,
+                server=server,
+                feeds=feeds,
+                dashboards=DashboardServiceStub(channel),
+                widgets=WidgetServiceStub(channel),
+                another=replica,
+            )
+    relay.cancel()
+    await asyncio.gather(relay, return_exceptions=True)
+    await bus.close()
+    await chassis_db.engine(db).dispose()

@@ -1,0 +1,119 @@
+"""Stand-ins for what dashboard_svc calls: analytics_svc with answers to order, and user_svc that knows its subjects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.struct_pb2 import ListValue, Value
+from meshboard.analytics.v1 import internal_query_service_pb2, query_service_pb2
+from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
+    InternalQueryServiceServicer,
+    add_InternalQueryServiceServicer_to_server,
+)
+from meshboard.analytics.v1.query_pb2 import Column, Query, Result
+from meshboard.analytics.v1.query_service_pb2_grpc import (
+    QueryServiceServicer,
+    add_QueryServiceServicer_to_server,
+)
+from meshboard.user.v1 import internal_user_service_pb2
+from meshboard.user.v1.internal_user_service_pb2_grpc import (
+    InternalUserServiceServicer,
+    add_InternalUserServiceServicer_to_server,
+)
+
+from services.chassis import errors
+
+Context = Any
+
+
+class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
+    """Answers each query with the number that `count` has for its first source.
+
+    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises.
+    """
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.failures: dict[str, errors.Error] = {}
+        self.delays: dict[str, float] = {}
+        self.refused: errors.Error | None = None
+        self.asked: list[internal_query_service_pb2.RunWidgetQueryRequest] = []
+        self.validated: list[tuple[Query, dict[str, str]]] = []
+        self.at_once = 0
+        self.most_at_once = 0
+
+    async def RunWidgetQuery(
+        self, request: internal_query_service_pb2.RunWidgetQueryRequest, context: Context
+    ) -> internal_query_service_pb2.RunWidgetQueryResponse:
+        self.asked.append(request)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            source_id = request.query.source_ids[0]
+            count = self.count[source_id]
+            await asyncio.sleep(self.delays.get(source_id, 0))
+            if failure := self.failures.get(source_id):
+                await abort(context, failure)
+        finally:
+            self.at_once -= 1
+        result = Result(
+            columns=[Column(name="count", type=Column.NUMBER)],
+            rows=[ListValue(values=[Value(number_value=count)])],
+            watermark=str(len(self.asked)),
+        )
+        return internal_query_service_pb2.RunWidgetQueryResponse(result=result)
+
+    async def ValidateQuery(
+        self, request: query_service_pb2.ValidateQueryRequest, context: Context
+    ) -> query_service_pb2.ValidateQueryResponse:
+        self.validated.append((request.query, {key: str(value) for key, value in context.invocation_metadata()}))
+        if self.refused:
+            await abort(context, self.refused)
+        return query_service_pb2.ValidateQueryResponse()
+
+    def times_asked(self, source_id: str) -> int:
+        """How often a query of the source was run."""
+        return sum(source_id in request.query.source_ids for request in self.asked)
+
+
+class StandInUsers(InternalUserServiceServicer):
+    """Knows the subjects in `known`."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    async def CheckSubjects(
+        self, request: internal_user_service_pb2.CheckSubjectsRequest, context: Context
+    ) -> internal_user_service_pb2.CheckSubjectsResponse:
+        return internal_user_service_pb2.CheckSubjectsResponse(
+            user_ids=[i for i in request.user_ids if i in self.known],
+            team_ids=[i for i in request.team_ids if i in self.known],
+        )
+
+
+async def abort(context: Context, failure: errors.Error) -> None:
+    """Fails a call as the chassis does."""
+    await context.abort(
+        failure.code, failure.message, ((errors.DETAILS_KEY, failure.status().SerializeToString()),)
+    )
+
+
+@asynccontextmanager
+async def serving_stand_ins(analytics: StandInAnalytics, users: StandInUsers) -> AsyncIterator[str]:
+    """Runs both on one port; gives their address."""
+    server = grpc.aio.server()
+    add_InternalQueryServiceServicer_to_server(analytics, server)
+    add_QueryServiceServicer_to_server(analytics, server)
+    add_InternalUserServiceServicer_to_server(users, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
