@@ -72,7 +72,9 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     async def ValidateQuery(
         self, request: query_service_pb2.ValidateQueryRequest, context: Context
     ) -> query_service_pb2.ValidateQueryResponse:
-        self.validated.append((request.query, {key: str(value) for key, value in context.invocation_metadata()}))
+        self.validated.append(
+            (request.query, {key: str(value) for key, value in context.invocation_metadata()})
+        )
         if self.refused:
             await abort(context, self.refused)
         return query_service_pb2.ValidateQueryResponse()
