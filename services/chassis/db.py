@@ -17,6 +17,7 @@ import structlog
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from prometheus_client import Gauge
 from sqlalchemy import (
     URL,
     CheckConstraint,
@@ -42,9 +43,24 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
+
+from services.chassis import telemetry
 
 log = structlog.get_logger(__name__)
+
+_pool_size = Gauge(
+    "meshboard_postgres_pool_size",
+    "Connections that the pool may open.",
+    ["database"],
+    multiprocess_mode="livesum",
+)
+_pool_open = Gauge(
+    "meshboard_postgres_pool_open", "Connections that are open.", ["database"], multiprocess_mode="livesum"
+)
+_pool_used = Gauge(
+    "meshboard_postgres_pool_used", "Connections in use.", ["database"], multiprocess_mode="livesum"
+)
 
 # Ids are strings in the contracts and uuid columns in Postgres; they are converted here, in the driver.
 Id = Annotated[str, mapped_column(Uuid(as_uuid=False))]
@@ -233,6 +249,8 @@ def connect(
         connect_args=_connect_args(url, statement_timeout_seconds),
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    _measure(engine)
+    telemetry.trace_statements(engine.sync_engine)
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
@@ -334,6 +352,21 @@ def _refuse_closed(dbapi_connection: Any, _record: object, _proxy: object) -> No
     # pool_pre_ping's round trip, and a new connection takes the place before any statement fails.
     if dbapi_connection.driver_connection.is_closed():
         raise exc.InvalidatePoolError
+
+
+def _measure(pool_of: AsyncEngine) -> None:
+    pool = pool_of.sync_engine.pool
+    assert isinstance(pool, QueuePool)
+    database = pool_of.url.database or ""
+    _pool_size.labels(database).set(pool.size())
+    used, opened = _pool_used.labels(database), _pool_open.labels(database)
+
+    def count(leaving: int) -> None:
+        used.set(pool.checkedout() - leaving)
+        opened.set(pool.checkedin() + pool.checkedout())
+
+    event.listen(pool, "checkout", lambda *_: count(0))
+    event.listen(pool, "checkin", lambda *_: count(1))  # told before the connection is back
 
 
 def _folder(package: str) -> Path:

@@ -180,6 +180,7 @@ class _Stages:
         seconds = time.perf_counter() - start
         self._seconds.observe(seconds)
         (self._ok if code == "OK" else telemetry.CALLS.labels(self._rule.method, code)).inc()
+        telemetry.note(error=reason or ("" if code == "OK" else code), rpc_code=code)
         who = auth.caller()
         log.info(
             "call",

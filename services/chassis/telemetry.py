@@ -11,18 +11,24 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # prometheus-client decides at import whether several processes share the counters.
 if int(os.environ.get("MESHBOARD_WORKERS") or 1) > 1:
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="meshboard-metrics-"))
 
 import structlog
-from opentelemetry import propagate, trace
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 CALLS = Counter("meshboard_rpc_calls_total", "Calls by method and gRPC code.", ["method", "code"])
@@ -30,6 +36,10 @@ SECONDS = Histogram("meshboard_rpc_seconds", "Seconds from receipt to answer.", 
 UNDER_WAY = Gauge("meshboard_rpc_under_way", "Calls under way.", multiprocess_mode="livesum")
 
 _tracing = False
+_NO_SPAN = nullcontext()
+# Baggage is not passed on: whoever calls from outside could fill it.
+_propagator = TraceContextTextMapPropagator()
+_MAX_STATEMENT = 2000
 
 
 def start(service: str, *, level: str = "info", otlp_endpoint: str = "") -> None:
@@ -81,7 +91,8 @@ def _start_tracing(service: str, endpoint: str) -> None:
 
     global _tracing  # noqa: PLW0603 - one switch for the process
     provider = TracerProvider(resource=Resource.create({"service.name": f"meshboard-{service}"}))
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True)
+    # A receiver that hangs must not hold up the end of the process.
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=1)
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
     _tracing = True
@@ -94,28 +105,113 @@ def stop() -> None:
         provider.shutdown()
 
 
-@contextmanager
 def span(
     name: str,
     kind: str = "INTERNAL",
     carrier: Mapping[str, str] | None = None,
+    links: Iterable[Mapping[str, str]] = (),
     **attributes: str | int | float,
+) -> AbstractContextManager[None]:
+    """A span around a piece of work: a child of `carrier`'s trace context when it has one, else of the current span.
+
+    `links` are the carriers of other traces that the work belongs to. CLIENT and PRODUCER spans exist within a trace
+    only: what a process asks of others by itself, again and again, is none. An exception is noted by its reason or
+    type, because its text may quote what people sent.
+    """
+    return _span(name, kind, carrier, links, attributes) if _tracing else _NO_SPAN
+
+
+@contextmanager
+def _span(
+    name: str,
+    kind: str,
+    carrier: Mapping[str, str] | None,
+    links: Iterable[Mapping[str, str]],
+    attributes: Mapping[str, str | int | float],
 ) -> Iterator[None]:
-    """A span around a piece of work: a child of `carrier`'s trace context when given, else of the current span."""
-    if not _tracing:
+    context = _propagator.extract(carrier) if carrier is not None else None
+    if kind in {"CLIENT", "PRODUCER"} and not _in_trace(context):
         yield
         return
-    context = propagate.extract(carrier) if carrier is not None else None
+    with trace.get_tracer("meshboard").start_as_current_span(
+        name,
+        context,
+        trace.SpanKind[kind],
+        attributes,
+        [trace.Link(other) for link in links if (other := _span_context(_propagator.extract(link))).is_valid],
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as current:
+        try:
+            yield
+        except Exception as failure:
+            if current.is_recording() and "error.type" not in getattr(current, "attributes", {}):
+                _fail(current, getattr(failure, "reason", "") or type(failure).__name__)
+            raise
+
+
+def note(*, error: str = "", **attributes: str | int | float) -> None:
+    """Adds attributes to the current span; `error` is the reason or type of a failure."""
+    if not _tracing:
+        return
+    current = trace.get_current_span()
+    current.set_attributes(attributes)
+    if error:
+        _fail(current, error)
+
+
+def _fail(current: trace.Span, why: str) -> None:
+    current.set_attribute("error.type", why)
+    current.set_status(trace.StatusCode.ERROR)
+
+
+def _span_context(context: Context | None) -> trace.SpanContext:
+    return trace.get_current_span(context).get_span_context()
+
+
+def _in_trace(context: Context | None) -> bool:
+    return _span_context(context).is_valid
+
+
+def trace_statements(engine: Engine) -> None:
+    """Makes a span of each statement of an engine, with its text and without its values, while traces are on."""
+    if not _tracing:
+        return
     tracer = trace.get_tracer("meshboard")
-    with tracer.start_as_current_span(name, context, trace.SpanKind[kind], attributes):
-        yield
+    database = engine.url.database or ""
+
+    def before(_c: object, _cursor: object, statement: str, _p: object, context: Any, _many: bool) -> None:
+        if context is not None and _in_trace(None):
+            operation = statement.split(None, 1)[0].upper()
+            context.meshboard_span = tracer.start_span(
+                f"{operation} {database}",
+                kind=trace.SpanKind.CLIENT,
+                attributes={
+                    "db.system.name": "postgresql",
+                    "db.namespace": database,
+                    "db.query.text": statement[:_MAX_STATEMENT],
+                },
+            )
+
+    def after(_c: object, _cursor: object, _s: str, _p: object, context: Any, _many: bool) -> None:
+        if current := getattr(context, "meshboard_span", None):
+            current.end()
+
+    def failed(failure: ExceptionContext) -> None:
+        if current := getattr(failure.execution_context, "meshboard_span", None):
+            _fail(current, type(failure.original_exception).__name__)
+            current.end()
+
+    event.listen(engine, "before_cursor_execute", before)
+    event.listen(engine, "after_cursor_execute", after)
+    event.listen(engine, "handle_error", failed)
 
 
 def trace_headers() -> dict[str, str]:
     """The headers that carry the current trace to the next hop; empty when traces are off."""
     headers: dict[str, str] = {}
     if _tracing:
-        propagate.inject(headers)
+        _propagator.inject(headers)
     return headers
 
 
