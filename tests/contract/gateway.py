@@ -160,7 +160,7 @@ class StandIn(grpc.GenericRpcHandler):
             await self.go_on.wait()
             yield rpc.response(cursor="2")
 
-        read, write = rpc.request.FromString, message.Message.SerializeToString
+        read, write = rpc.request.FromString, rpc.response.SerializeToString
         if rpc.streams:
             return grpc.unary_stream_rpc_method_handler(
                 stream, request_deserializer=read, response_serializer=write

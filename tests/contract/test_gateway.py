@@ -146,9 +146,9 @@ def test_only_reads_are_tried_again() -> None:
 def test_the_filters_are_in_order() -> None:
     names = [name.removeprefix("envoy.filters.http.") for name in FILTERS]
     assert names == [
+        "header_to_metadata",  # reads the path for the log, before anything refuses
         "cors",  # answers preflights, which carry no token
         "csrf",  # sees the cookie before it becomes a header
-        "header_to_metadata",
         "session-cookie",
         "grpc_web",
         "jwt_authn",
