@@ -5,6 +5,7 @@ is confirmed is on disk.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.source_pb2 import Source
 from uuid_utils.compat import uuid7
 
-from services.chassis.bus import Bus, BusError
+from services.chassis import telemetry
+from services.chassis.bus import Bus, BusError, Delivery, PullConsumer
 
 STREAM = "EVENTS"
 # Below NATS' max_payload of 8 MiB.
@@ -22,6 +24,8 @@ MAX_PUBLISH_BYTES = 6 << 20
 MAX_LOG_BYTES = 64 << 30
 MAX_LOG_SECONDS = 30 * 86_400.0
 PUBLISH_SECONDS = 10.0
+_FETCH_AT_ONCE = 64
+_CHECK_SECONDS = 2.0
 
 
 async def ensure_log(bus: Bus) -> None:
@@ -33,9 +37,11 @@ async def ensure_log(bus: Bus) -> None:
 
 @dataclass(slots=True)
 class _Group:
-    """Events of one source that are published together."""
+    """Events of one source that are published together; the headers carry the trace of the first request."""
 
+    headers: dict[str, str]
     events: list[bytes] = field(default_factory=list)
+    traces: list[dict[str, str]] = field(default_factory=list)
     size: int = 0
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -58,9 +64,10 @@ class EventLog:
             self._publishing.add(task)
             task.add_done_callback(self._publishing.discard)
         if not groups or groups[-1].size + len(events) > MAX_PUBLISH_BYTES:
-            groups.append(_Group())
+            groups.append(_Group(telemetry.trace_headers()))
         group = groups[-1]
         group.events.append(events)
+        group.traces.append(telemetry.trace_headers())
         group.size += len(events)
         await asyncio.shield(group.done)  # whoever goes away leaves the others their answer
 
@@ -68,7 +75,7 @@ class EventLog:
         while groups:
             group = groups.popleft()
             try:
-                await self._publish(source, group.events)
+                await self._publish(source, group)
             except BusError as error:
                 group.done.set_exception(error)
                 group.done.exception()  # it may be that nobody waits any more
@@ -76,10 +83,67 @@ class EventLog:
                 group.done.set_result(None)
         del self._waiting[source.source_id]
 
-    async def _publish(self, source: Source, events: list[bytes]) -> None:
+    async def _publish(self, source: Source, group: _Group) -> None:
         head = LoggedBatch(workspace_id=source.workspace_id, source_id=source.source_id)
         head.receive_time.FromDatetime(self._now())
         subject = f"events.{source.workspace_id}.{source.source_id}"
-        payload = b"".join([*events, head.SerializeToString()])
+        payload = b"".join([*group.events, head.SerializeToString()])
         # The id lets the bus send it again when the connection breaks.
-        await self._bus.publish(subject, payload, message_id=uuid7().hex, timeout=PUBLISH_SECONDS)
+        await self._bus.publish(
+            subject, payload, message_id=uuid7().hex, headers=group.headers, timeout=PUBLISH_SECONDS
+        )
+
+
+class LogReader:
+    """Reads the log in order, each message once, from the one after `position`."""
+
+    def __init__(self, bus: Bus, position: int) -> None:
+        self.position = position
+        self._bus = bus
+        self._consumer: PullConsumer | None = None
+        self._continues = False
+        self._next_check = 0.0
+
+    async def fetch(self, timeout: float) -> list[Delivery]:
+        """The next messages, in order; [] after `timeout` seconds. Raises BusError, and LogReplacedError."""
+        if self._consumer is None:
+            # A consumer of its own for each attempt: what was brought to an earlier one is brought again.
+            self._continues = False
+            self._consumer = await self._bus.pull(
+                STREAM,
+                f"pipeline-{uuid7().hex}",
+                start_sequence=self.position + 1,
+                acks=False,
+                inactive_seconds=60,
+            )
+        messages: list[Delivery] = []
+        for delivery in await self._consumer.fetch(_FETCH_AT_ONCE, timeout):
+            if delivery.sequence <= self.position:
+                continue
+            if self._continues and delivery.sequence != self.position + 1:
+                # Either lost with a connection, or gone from the log: a new consumer will tell.
+                await self.close()
+                return messages
+            self.position, self._continues = delivery.sequence, True
+            messages.append(delivery)
+        if not messages:
+            await self._check_log()
+        return messages
+
+    async def close(self) -> None:
+        """Gives the consumer back."""
+        if self._consumer is not None:
+            await self._consumer.close()
+            self._consumer = None
+
+    async def _check_log(self) -> None:
+        if time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + _CHECK_SECONDS
+        _, last = await self._bus.sequences(STREAM)
+        if last < self.position:
+            raise LogReplacedError(f"the event log ends at {last}, and {self.position} has been read")
+
+
+class LogReplacedError(Exception):
+    """The log is a new one, whose sequences begin again."""

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from services.chassis import telemetry
+
 Value = str | int | float | bool | Sequence[str] | Sequence[float]
 
 # ClickHouse's numbers of errors (src/Common/ErrorCodes.cpp), where the kind of error makes a difference to us.
@@ -131,17 +133,19 @@ class EventStore:
         query |= {f"param_{name}": _parameter(value) for name, value in params.items()}
         if data:
             query["query"] = sql
-        try:
-            async with self._session.post(
-                self._url,
-                params=query,
-                data=data or sql.encode(),
-                # The store ends the statement by itself; this is for a store that hangs.
-                timeout=aiohttp.ClientTimeout(total=timeout + 5),
-            ) as response:
-                body = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise UnavailableError(f"the event store does not answer: {error!r}") from error
+        with telemetry.span(f"event store {sql.split(None, 1)[0]}", "CLIENT", sql=sql[:2000]):
+            try:
+                async with self._session.post(
+                    self._url,
+                    params=query,
+                    data=data or sql.encode(),
+                    headers=telemetry.trace_headers(),
+                    # The store ends the statement by itself; this is for a store that hangs.
+                    timeout=aiohttp.ClientTimeout(total=timeout + 5),
+                ) as response:
+                    body = await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise UnavailableError(f"the event store does not answer: {error!r}") from error
         if response.status == 200:
             return body
         code = int(response.headers.get("X-ClickHouse-Exception-Code", "0"))

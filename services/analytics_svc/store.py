@@ -25,12 +25,14 @@ from chdb.state.sqlitelike import Connection
 from prometheus_client import Histogram
 
 from services.analytics_svc.settings import AnalyticsSettings
+from services.chassis import telemetry
 from services.chassis.server import private_http, until_stopped
 
 log = structlog.get_logger(__name__)
 
 READERS = 4
 MAX_BODY_BYTES = 256 << 20
+MAX_URL_BYTES = 1 << 20  # as in ClickHouse: bound parameters are part of it
 
 _seconds = Histogram("meshboard_store_seconds", "Seconds of statements, waiting included.", ["kind"])
 
@@ -156,7 +158,8 @@ def application(engine: Engine) -> web.Application:
         if not all(map(_SETTING.fullmatch, settings)):
             return _failure("Code: 115. DB::Exception: Unknown setting. (UNKNOWN_SETTING)")
         try:
-            result = await engine.run(Request(query=query, data=body, settings=settings, params=params))
+            with telemetry.span("store", "SERVER", carrier=http.headers, bytes=len(body)):
+                result = await engine.run(Request(query=query, data=body, settings=settings, params=params))
         except (
             Exception
         ) as error:  # chDB raises bare RuntimeError beside its own ChdbError; the client gets the text
@@ -173,7 +176,9 @@ async def serve(settings: AnalyticsSettings) -> None:
     directory = settings.store_dir.resolve()
     engine = Engine(directory)
     os.chdir(directory)  # where the engine writes the schemas that come with inserts
-    runner = web.AppRunner(application(engine), handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(
+        application(engine), handler_cancellation=True, access_log=None, max_line_size=MAX_URL_BYTES
+    )
     await runner.setup()
     await web.UnixSite(runner, urlsplit(settings.event_store_url).path).start()
     private = await private_http(settings.private_listen, engine.ready)
