@@ -170,7 +170,7 @@ class WorkspaceServicer(WorkspaceServiceServicer):
                 .limit(page.limit)
             )
         members, next_page_token = page.close(
-            rows.tuples().all(), lambda row: (row[0].create_time, row[0].user_id)
+            rows.all(), lambda row: (row[0].create_time, row[0].user_id)
         )
         return ListMembersResponse(
             members=[member_to_pb(member, user) for member, user in members],

@@ -14,6 +14,7 @@ from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc.__main__ import serve as serve_auth
 from services.auth_svc.settings import AuthSettings
@@ -37,8 +38,8 @@ class Services:
     internal_auth: InternalAuthServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
-    sessions: db.async_sessionmaker[db.AsyncSession]
-    user_sessions: db.async_sessionmaker[db.AsyncSession]
+    sessions: async_sessionmaker[AsyncSession]
+    user_sessions: async_sessionmaker[AsyncSession]
 
     async def sign_up(self, email: str = "", password: str = PASSWORD) -> SignUpResponse:
         """A new person, by default with an address of their own."""
