@@ -37,9 +37,8 @@ async def ensure_log(bus: Bus) -> None:
 
 @dataclass(slots=True)
 class _Group:
-    """Events of one source that are published together; the headers carry the trace of the first request."""
+    """Events of one source that are published together, and the traces of the requests that brought them."""
 
-    headers: dict[str, str]
     events: list[bytes] = field(default_factory=list)
     traces: list[dict[str, str]] = field(default_factory=list)
     size: int = 0
@@ -64,7 +63,7 @@ class EventLog:
             self._publishing.add(task)
             task.add_done_callback(self._publishing.discard)
         if not groups or groups[-1].size + len(events) > MAX_PUBLISH_BYTES:
-            groups.append(_Group(telemetry.trace_headers()))
+            groups.append(_Group())
         group = groups[-1]
         group.events.append(events)
         group.traces.append(telemetry.trace_headers())
@@ -75,7 +74,9 @@ class EventLog:
         while groups:
             group = groups.popleft()
             try:
-                await self._publish(source, group)
+                # In the trace of the first request, linked to the others: the task began in an earlier one.
+                with telemetry.span("append events", carrier=group.traces[0], links=group.traces[1:]):
+                    await self._publish(source, group.events)
             except BusError as error:
                 group.done.set_exception(error)
                 group.done.exception()  # it may be that nobody waits any more
@@ -83,15 +84,13 @@ class EventLog:
                 group.done.set_result(None)
         del self._waiting[source.source_id]
 
-    async def _publish(self, source: Source, group: _Group) -> None:
+    async def _publish(self, source: Source, events: list[bytes]) -> None:
         head = LoggedBatch(workspace_id=source.workspace_id, source_id=source.source_id)
         head.receive_time.FromDatetime(self._now())
         subject = f"events.{source.workspace_id}.{source.source_id}"
-        payload = b"".join([*group.events, head.SerializeToString()])
+        payload = b"".join([*events, head.SerializeToString()])
         # The id lets the bus send it again when the connection breaks.
-        await self._bus.publish(
-            subject, payload, message_id=uuid7().hex, headers=group.headers, timeout=PUBLISH_SECONDS
-        )
+        await self._bus.publish(subject, payload, message_id=uuid7().hex, timeout=PUBLISH_SECONDS)
 
 
 class LogReader:
