@@ -1,0 +1,106 @@
+"""What user_svc tells the others, and what it makes of their events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from google.protobuf.message import Message
+from meshboard.auth.v1.events_pb2 import AccountDiscarded, SignedIn
+from meshboard.user.v1.events_pb2 import RightsChanged
+from meshboard.user.v1.user_service_pb2 import GetMeRequest
+from meshboard.user.v1.workspace_service_pb2 import RemoveMemberRequest
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.chassis import outbox
+from services.chassis.bus import Received
+from services.chassis.inbox import consume
+from services.chassis.outbox import Relay
+from services.user_svc.consumers import on_account_discarded, on_signed_in
+from services.user_svc.models import User, Workspace
+from tests.chassis.conditions import eventually
+from tests.harness import new_id
+from tests.user_svc.conftest import Person, UserSvc
+
+
+@asynccontextmanager
+async def working(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def publish(svc: UserSvc, event: Message, event_id: str) -> None:
+    # A message id of its own, as after the stream's duplicate window: only the inbox can know the repetition.
+    await svc.bus.publish(
+        event.DESCRIPTOR.full_name,
+        event.SerializeToString(),
+        message_id=new_id(),
+        headers={outbox.EVENT_ID: event_id},
+    )
+
+
+async def test_changes_of_rights_reach_everyone(svc: UserSvc, owner: Person):
+    heard: list[RightsChanged] = []
+
+    def hear(message: Received) -> None:
+        event = RightsChanged.FromString(message.payload)
+        if event.workspace_id == owner.workspace_id:
+            heard.append(event)
+
+    listening = await svc.bus.listen(RightsChanged.DESCRIPTOR.full_name, hear)
+    async with working(Relay(svc.url, svc.bus, "user").run()):
+        viewer = await svc.join(owner, "viewer")
+        await svc.workspaces.RemoveMember(
+            RemoveMemberRequest(workspace_id=owner.workspace_id, user_id=viewer.user_id),
+            metadata=owner.metadata,
+        )
+        await eventually(lambda: len(heard) == 2)
+    await listening.unsubscribe()
+    assert [event.version for event in heard] == [2, 3]
+
+
+async def test_a_sign_in_is_remembered_once_and_in_any_order(svc: UserSvc, owner: Person):
+    time = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    effects = 0
+
+    async def counted(session: AsyncSession, event: SignedIn) -> None:
+        nonlocal effects
+        await on_signed_in(session, event)
+        effects += event.user_id == owner.user_id
+
+    def signed_in(at: datetime) -> SignedIn:
+        event = SignedIn(user_id=owner.user_id)
+        event.time.FromDatetime(at)
+        return event
+
+    newer, older = new_id(), new_id()
+    await publish(svc, signed_in(time), newer)
+    await publish(svc, signed_in(time), newer)
+    await publish(svc, signed_in(time - timedelta(days=1)), older)
+    async with working(consume(svc.bus, svc.sessions, new_id(), {SignedIn: counted})):
+        await eventually(lambda: effects == 2)
+    async with svc.sessions() as session:
+        assert (await session.get_one(User, owner.user_id)).sign_in_time == time
+    assert effects == 2
+
+
+async def test_what_an_unfinished_sign_up_left_goes(svc: UserSvc, owner: Person):
+    discarded = await svc.person()
+    event = AccountDiscarded(user_id=discarded.user_id, workspace_id=discarded.workspace_id)
+    await publish(svc, event, new_id())
+
+    async def gone() -> bool:
+        async with svc.sessions() as session:
+            return (
+                await session.get(User, discarded.user_id) is None
+                and await session.get(Workspace, discarded.workspace_id) is None
+            )
+
+    async with working(consume(svc.bus, svc.sessions, new_id(), {AccountDiscarded: on_account_discarded})):
+        await eventually(gone)
+    assert (await svc.users.GetMe(GetMeRequest(), metadata=owner.metadata)).user.user_id == owner.user_id
