@@ -1,22 +1,39 @@
-"""Which events were there before: a filter in memory that mostly answers "surely not"; the store decides the rest.
+"""Drops events that were there before: same source and `insert_id` within 7 days of receipt.
 
-A Bloom filter (Bloom 1970) in its blocked form (Putze, Sanders and Singler, 2007): all bits of a key are in one 64-bit
-word, so that a look-up is one read. With 24 bits of space a key and 5 bits set, one key in 1,000 is looked up in vain.
+A filter in memory says "surely new" of nearly all; the rest is looked up in the store. The filter is built from the
+store at the start, so that nothing that counts is kept in this process or in Redis.
+
+It is a Bloom filter (Bloom 1970) in its blocked form (Putze, Sanders and Singler 2007): all bits of a key are in one
+64-bit word, so that a look-up is one read. With 24 bits of space a key, one in 1,000 is looked up in vain.
 """
 
+import time
 from array import array
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from hashlib import md5
+from typing import NamedTuple
 
+import structlog
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+
+from services.analytics_svc.event_store import EventStore
+
+log = structlog.get_logger(__name__)
+
+WINDOW = timedelta(days=7)
 CAPACITY = 1 << 20
 _BITS_PER_KEY = 24
 _MASK = (1 << 64) - 1
+_LOOK_UP_AT_ONCE = 1000
 
 
 class SeenKeys:
-    """Keys that have been added, and a few that have not. Grows by doubling; a key is its 64-bit hash."""
+    """Keys that have been added, and a few that have not. Grows by doubling; a key is a 64-bit hash."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._parts: list[array[int]] = []
-        self._room = 0
+        self._begun: list[float] = []
         self._grow(capacity)
 
     def add(self, key: int) -> bool:
@@ -39,7 +56,117 @@ class SeenKeys:
         self._room -= 1
         return False
 
+    def forget(self, seconds: float) -> None:
+        """Frees what holds only keys that were added longer ago."""
+        while len(self._begun) > 1 and self._begun[1] < time.monotonic() - seconds:
+            del self._parts[0], self._begun[0]
+
     def _grow(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._room = capacity
+        self._capacity = self._room = capacity
         self._parts.append(array("Q", bytes(capacity * _BITS_PER_KEY // 8)))
+        self._begun.append(time.monotonic())
+
+
+def key_of(source_id: str, insert_id: str) -> int:
+    """The same as halfMD5(concat(source_id, insert_id)) in the store; no secret depends on it."""
+    digest = md5(f"{source_id}{insert_id}".encode(), usedforsecurity=False).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+class _Place(NamedTuple):
+    """Where an event is: the number of its batch, and its number there."""
+
+    batch: int
+    event: int
+
+
+class Duplicates:
+    """Knows the events of the last 7 days."""
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+        self._seen = SeenKeys()
+
+    async def remember(self, now: datetime) -> None:
+        """Fills the filter from the store. Raises UnavailableError or EventStoreError."""
+        start, count = time.monotonic(), 0
+        # A day at a time, to bound the memory; the last bound is open, for what came meanwhile.
+        bounds = [now - timedelta(days=days) for days in range(WINDOW.days + 1, -1, -1)]
+        for begin, end in zip(bounds, [*bounds[1:-1], now + WINDOW], strict=False):
+            keys = array("Q")
+            keys.frombytes(
+                await self._store.scan(
+                    "SELECT halfMD5(concat(toString(source_id), insert_id)) FROM events"
+                    " WHERE receive_time >= fromUnixTimestamp64Milli({begin:Int64}, 'UTC')"
+                    " AND receive_time < fromUnixTimestamp64Milli({end:Int64}, 'UTC') FORMAT RowBinary",
+                    {"begin": int(begin.timestamp() * 1000), "end": int(end.timestamp() * 1000)},
+                )
+            )
+            count += len(keys)
+            for key in keys:
+                self._seen.add(key)
+        log.info("duplicates_remembered", events=count, seconds=round(time.monotonic() - start, 2))
+
+    async def drop(self, batches: Sequence[LoggedBatch]) -> int:
+        """Removes the events that were there before, in the store or in these batches; says how many.
+
+        Raises UnavailableError or EventStoreError, having removed nothing: call it again.
+        """
+        self._seen.forget(WINDOW.total_seconds())
+        suspects = list(self._suspects(batches))
+        if not suspects:
+            return 0
+        wanted = {_identity(batches, place) for place in suspects}
+        stored = await self._stored([batches[place.batch] for place in suspects], wanted)
+        # The first of several equal ones in these batches stays, unless it is in the store.
+        first: dict[tuple[str, str], _Place] = {}
+        for number, batch in enumerate(batches):
+            for index, event in enumerate(batch.events):
+                identity = (batch.source_id, event.insert_id)
+                if identity in wanted:
+                    first.setdefault(identity, _Place(number, index))
+        dropped = 0
+        for place in reversed(suspects):
+            identity = _identity(batches, place)
+            received = batches[place.batch].receive_time.ToDatetime()
+            if first[identity] != place or (identity in stored and received - stored[identity] < WINDOW):
+                del batches[place.batch].events[place.event]
+                dropped += 1
+        return dropped
+
+    def _suspects(self, batches: Sequence[LoggedBatch]) -> Iterator[_Place]:
+        add = self._seen.add
+        for number, batch in enumerate(batches):
+            source_id = batch.source_id
+            for index, event in enumerate(batch.events):
+                if add(key_of(source_id, event.insert_id)):
+                    yield _Place(number, index)
+
+    async def _stored(
+        self, batches: Sequence[LoggedBatch], wanted: set[tuple[str, str]]
+    ) -> dict[tuple[str, str], datetime]:
+        """When those of the wanted that are in the store were received last, in UTC without a zone."""
+        since = min(batch.receive_time.ToDatetime() for batch in batches) - WINDOW
+        found: dict[tuple[str, str], datetime] = {}
+        insert_ids = sorted({insert_id for _, insert_id in wanted})
+        for start in range(0, len(insert_ids), _LOOK_UP_AT_ONCE):
+            rows = await self._store.query(
+                "SELECT toString(source_id), insert_id, max(receive_time) FROM events"
+                " WHERE workspace_id IN {workspaces:Array(UUID)} AND source_id IN {sources:Array(UUID)}"
+                " AND insert_id IN {insert_ids:Array(String)} AND receive_time >= {since:DateTime64(3, 'UTC')}"
+                " GROUP BY source_id, insert_id",
+                {
+                    "workspaces": sorted({batch.workspace_id for batch in batches}),
+                    "sources": sorted({batch.source_id for batch in batches}),
+                    "insert_ids": insert_ids[start : start + _LOOK_UP_AT_ONCE],
+                    "since": since.isoformat(" ", "milliseconds"),
+                },
+            )
+            for source_id, insert_id, received in rows.rows:
+                found[source_id, insert_id] = datetime.fromisoformat(received)
+        return found
+
+
+def _identity(batches: Sequence[LoggedBatch], place: _Place) -> tuple[str, str]:
+    batch = batches[place.batch]
+    return batch.source_id, batch.events[place.event].insert_id

@@ -100,11 +100,10 @@ class Queries:
         return found or 0
 
     async def _compute(self, compiled: Compiled, watermark: int) -> Result:
-        timeout = min(QUERY_SECONDS, seconds_left())
         try:
             with telemetry.span("event store query", "CLIENT"):
                 found = await self.store.query(
-                    compiled.sql, compiled.params, settings=_LIMITS, timeout=timeout
+                    compiled.sql, compiled.params, settings=_LIMITS, timeout=QUERY_SECONDS
                 )
         except TooExpensiveError as error:
             raise errors.resource_exhausted(

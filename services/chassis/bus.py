@@ -19,7 +19,9 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, StorageType, StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, DiscardPolicy, StorageType, StreamConfig
+
+from services.chassis import telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -188,7 +190,14 @@ class Bus:
         With a `message_id` it is sent again when the connection breaks, for `timeout` seconds: a restart of
         the server shows only as a delay.
         """
-        sent_headers = {**(headers or {}), "Nats-Msg-Id": message_id} if message_id else dict(headers or {})
+        sent_headers = dict(headers or {})
+        if message_id:
+            sent_headers["Nats-Msg-Id"] = message_id
+        with telemetry.span("nats publish", "PRODUCER", carrier=sent_headers, subject=subject):
+            sent_headers.update(telemetry.trace_headers())
+            return await self._store(subject, payload, sent_headers, timeout)
+
+    async def _store(self, subject: str, payload: bytes, headers: dict[str, str], timeout: float) -> int:
         token = str(next(self._ack_tokens))
         try:
             async with asyncio.timeout(timeout):
@@ -199,11 +208,11 @@ class Bus:
                     self._acks[token] = ack
                     try:
                         await self._client.publish(
-                            subject, payload, reply=f"{self._ack_inbox}.{token}", headers=sent_headers or None
+                            subject, payload, reply=f"{self._ack_inbox}.{token}", headers=headers or None
                         )
                         return await ack
                     except ConnectionError:
-                        if not message_id:
+                        if "Nats-Msg-Id" not in headers:
                             raise
                     except nats.js.errors.NoStreamResponseError:
                         await asyncio.sleep(0.1)  # JetStream is starting, or the stream is being made again
@@ -241,20 +250,26 @@ class Bus:
         ack_wait_seconds: float = 30,
         max_ack_pending: int = 1000,
         inactive_seconds: float = 0,
+        start_sequence: int = 0,
+        acks: bool = True,
     ) -> "PullConsumer":
         """Makes or changes a durable consumer, shared by all who use its name, from the stream's beginning.
 
         Deliveries are unlimited: who gives up on a message says so with `ack`. A consumer that nobody uses
-        for `inactive_seconds` is forgotten. Raises BusError.
+        for `inactive_seconds` is forgotten. One with a `start_sequence` begins there; one without `acks`
+        brings each message once, in order, except what is lost with a connection: who uses it keeps its own
+        place. Raises BusError.
         """
         config = ConsumerConfig(
             name=durable,
             durable_name=durable,
             filter_subject=subject,
-            ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=ack_wait_seconds,
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE if start_sequence else DeliverPolicy.ALL,
+            opt_start_seq=start_sequence or None,
+            ack_policy=AckPolicy.EXPLICIT if acks else AckPolicy.NONE,
+            ack_wait=ack_wait_seconds if acks else None,
             max_deliver=-1,
-            max_ack_pending=max_ack_pending,
+            max_ack_pending=max_ack_pending if acks else None,
             inactive_threshold=inactive_seconds or None,
         )
         consumer = PullConsumer(self, self._client, stream, config)
@@ -275,7 +290,8 @@ class Bus:
         if not self._connected.is_set():
             return False
         try:
-            await self._client.publish(subject, payload, headers=dict(headers) if headers else None)
+            sent_headers = {**telemetry.trace_headers(), **(headers or {})}
+            await self._client.publish(subject, payload, headers=sent_headers or None)
         except nats.errors.Error as error:
             log.warning("emit_failed", subject=subject, error=str(error))
             return False

@@ -1,0 +1,342 @@
+"""From the event log into the event store: read in order, enrich, drop duplicates, insert, tell.
+
+One insert is one fixed range of the log, and the range is its deduplication token. The range is written to Postgres
+before the insert, so that after a crash the same range is inserted again under the same token. The place in the log is
+kept there too: messages are not acknowledged one by one.
+
+One pipeline runs for a log. Where two do, each change of the place is conditional on the place it started from, and the
+one that comes too late ends.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple, TypeVar
+from uuid import UUID
+
+import structlog
+from google.protobuf.message import DecodeError
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.events_pb2 import Tick
+from prometheus_client import Counter, Gauge, Histogram
+from sqlalchemy import case, exc, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from uuid_utils.compat import uuid7
+
+from services.analytics_svc.duplicates import Duplicates
+from services.analytics_svc.event_log import STREAM, LogReader, LogReplacedError, ensure_log
+from services.analytics_svc.event_store import DataRefusedError, EventStore, EventStoreError, UnavailableError
+from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
+from services.analytics_svc.settings import AnalyticsSettings
+from services.analytics_svc.tables import create_tables, insert_events
+from services.analytics_svc.user_agents import parse_user_agent
+from services.chassis import db, telemetry
+from services.chassis.bus import Bus, BusError
+from services.chassis.server import private_http, until_stopped
+
+log = structlog.get_logger(__name__)
+
+MAX_BYTES = 8 << 20
+# How long the first message waits for company: it bounds the number of parts that the store has to merge.
+LINGER_SECONDS = 0.05
+_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+_events = Counter("meshboard_pipeline_events_total", "Events by what became of them.", ["outcome"])
+_inserted, _duplicate, _failed = (_events.labels(o) for o in ("inserted", "duplicate", "failed"))
+_insert_seconds = Histogram("meshboard_pipeline_insert_seconds", "Seconds from reading a range to its tick.")
+_place = Gauge("meshboard_pipeline_position", "Sequence of the last message of the log that is in the store.")
+
+T = TypeVar("T")
+
+
+class OvertakenError(Exception):
+    """Another pipeline has moved the place in the log."""
+
+
+class _Message(NamedTuple):
+    sequence: int
+    payload: bytes
+    headers: dict[str, str]
+
+
+class Pipeline:
+    """`deduplicate` is switched off by the fault test only, to see that it would notice."""
+
+    def __init__(
+        self,
+        db: async_sessionmaker[AsyncSession],
+        bus: Bus,
+        store: EventStore,
+        now: Callable[[], datetime],
+        *,
+        deduplicate: bool = True,
+    ) -> None:
+        self.db = db
+        self.bus = bus
+        self.store = store
+        self.now = now
+        self.duplicates = Duplicates(store) if deduplicate else None
+        self._held: deque[_Message] = deque()
+        self._epoch = 0
+        self._position = 0
+
+    async def run(self) -> None:
+        """Works until it is cancelled. Waits for whatever does not answer; ends with OvertakenError."""
+        if (duplicates := self.duplicates) is not None:
+            await self._persist(lambda: duplicates.remember(self.now()))
+        while True:
+            reader: LogReader | None = None
+            try:
+                planned = await self._open()
+                reader = LogReader(self.bus, self._position)
+                if planned > self._position:
+                    await self._insert_range(await self._collect_again(reader, planned), planned)
+                while True:
+                    if messages := await self._collect(reader):
+                        await self._insert_range(messages, messages[-1].sequence)
+            except LogReplacedError as error:
+                log.error("event_log_replaced", error=str(error))
+                await self._begin_again()
+            finally:
+                self._held.clear()
+                if reader is not None:
+                    await reader.close()
+
+    # The place in the log
+
+    async def _open(self) -> int:
+        """Reads the place, and gives the end of the range that was being inserted."""
+
+        async def read() -> LogPosition:
+            async with self.db.begin() as session:
+                await session.execute(insert(LogPosition).values(log=STREAM).on_conflict_do_nothing())
+                return (await session.scalars(select(LogPosition).where(LogPosition.log == STREAM))).one()
+
+        row = await self._persist(read)
+        self._epoch, self._position = row.epoch, row.last_sequence
+        return row.planned_sequence
+
+    async def _begin_again(self) -> None:
+        async def write() -> None:
+            async with self.db.begin() as session:
+                await session.execute(
+                    update(LogPosition)
+                    .where(LogPosition.log == STREAM, LogPosition.epoch == self._epoch)
+                    .values(epoch=self._epoch + 1, last_sequence=0, planned_sequence=0)
+                )
+
+        await self._persist(write)
+
+    async def _move(self, session: AsyncSession, to: int, **values: int) -> None:
+        """Changes the row if it is where this pipeline left it, or where a lost answer to this call has put it."""
+        moved = await session.scalar(
+            update(LogPosition)
+            .where(
+                LogPosition.log == STREAM,
+                LogPosition.epoch == self._epoch,
+                LogPosition.last_sequence.in_([self._position, to]),
+                LogPosition.planned_sequence.in_([self._position, to]),
+            )
+            .values(**values)
+            .returning(LogPosition.log)
+        )
+        if moved is None:
+            raise OvertakenError(f"another pipeline has passed {self._position}")
+
+    # A range
+
+    async def _collect(self, reader: LogReader) -> list[_Message]:
+        """The messages of a new range: what arrives within a moment of the first; [] after a second without any."""
+        loop = asyncio.get_running_loop()
+        message = await self._next(reader, 1.0)
+        messages, size, deadline = [], 0, loop.time() + LINGER_SECONDS
+        while message is not None:
+            messages.append(message)
+            size += len(message.payload)
+            message = await self._next(reader, deadline - loop.time()) if size < MAX_BYTES else None
+        return messages
+
+    async def _collect_again(self, reader: LogReader, end: int) -> list[_Message]:
+        """The messages of the range that was being inserted, as far as the log still has them."""
+        messages = []
+        while reader.position < end or self._held:
+            message = await self._next(reader, 1.0)
+            if message is not None and message.sequence > end:
+                self._held.appendleft(message)
+                break
+            if message is not None:
+                messages.append(message)
+        return messages
+
+    async def _next(self, reader: LogReader, timeout: float) -> _Message | None:
+        if not self._held and timeout > 0:
+            try:
+                for delivery in await reader.fetch(timeout):
+                    self._held.append(_Message(delivery.sequence, delivery.payload, dict(delivery.headers)))
+            except BusError as error:
+                log.warning("event_log_away", error=str(error))
+                await asyncio.sleep(_RETRY_SECONDS[-1])
+        return self._held.popleft() if self._held else None
+
+    async def _insert_range(self, messages: Sequence[_Message], end: int) -> None:
+        token = f"{STREAM} {self._epoch} {self._position + 1}-{end}" if self.duplicates else ""
+        headers = next((message.headers for message in messages if message.headers), {})
+        with _insert_seconds.time(), telemetry.span("pipeline", "CONSUMER", carrier=headers):
+            batches = await self._parse(messages)
+            if (duplicates := self.duplicates) is not None:
+                _duplicate.inc(await self._persist(lambda: duplicates.drop(batches)))
+            batches = [batch for batch in batches if batch.events]
+            await self._persist(lambda: self._plan(end))
+            await self._insert(batches, token)
+            await self._persist(lambda: self._finish(end, batches))
+        self._position = end
+        _place.set(end)
+        await self._tell(end, batches)
+
+    async def _parse(self, messages: Sequence[_Message]) -> list[LoggedBatch]:
+        batches = []
+        for message in messages:
+            batch = LoggedBatch()
+            try:
+                batch.ParseFromString(message.payload)
+                UUID(batch.workspace_id), UUID(batch.source_id)
+            except (DecodeError, ValueError) as error:
+                await self._fail(LoggedBatch(sequence=message.sequence), message.payload, str(error))
+                continue
+            batch.sequence = message.sequence
+            enrich(batch)
+            batches.append(batch)
+        return batches
+
+    async def _plan(self, end: int) -> None:
+        async with self.db.begin() as session:
+            await self._move(session, end, planned_sequence=end)
+
+    async def _finish(self, end: int, batches: Sequence[LoggedBatch]) -> None:
+        sources = {(batch.workspace_id, batch.source_id) for batch in batches}
+        async with self.db.begin() as session:
+            await self._move(session, end, last_sequence=end)
+            if not sources:
+                return
+            rows = [
+                {"workspace_id": workspace_id, "source_id": source_id, "watermark": end}
+                for workspace_id, source_id in sorted(sources)
+            ]
+            statement = insert(Watermark).values(rows)
+            await session.execute(
+                statement.on_conflict_do_update(
+                    index_elements=[Watermark.workspace_id, Watermark.source_id],
+                    # After a replaced log sequences begin again, but a watermark never falls.
+                    set_={
+                        "watermark": case(
+                            (
+                                Watermark.watermark < statement.excluded.watermark,
+                                statement.excluded.watermark,
+                            ),
+                            else_=Watermark.watermark + 1,
+                        )
+                    },
+                )
+            )
+
+    async def _insert(self, batches: Sequence[LoggedBatch], token: str) -> None:
+        """Inserts all of them; what the store refuses is halved until the single event stands alone."""
+        if not batches:
+            return
+        try:
+            data = [batch.SerializeToString() for batch in batches]
+            await self._persist(lambda: insert_events(self.store, data, token))
+            _inserted.inc(sum(len(batch.events) for batch in batches))
+        except DataRefusedError as error:
+            halves = _halves(batches)
+            if halves is None:
+                log.error("event_refused", sequence=batches[0].sequence, error=str(error))
+                await self._fail(batches[0], batches[0].SerializeToString(), str(error))
+                return
+            for name, half in zip("ab", halves, strict=True):
+                await self._insert(half, f"{token}{name}" if token else "")
+
+    async def _fail(self, batch: LoggedBatch, data: bytes, error: str) -> None:
+        async def write() -> None:
+            async with self.db.begin() as session:
+                session.add(
+                    FailedEvent(
+                        failed_event_id=str(uuid7()),
+                        workspace_id=batch.workspace_id or None,
+                        source_id=batch.source_id or None,
+                        sequence=batch.sequence,
+                        batch=data,
+                        error=error,
+                    )
+                )
+
+        await self._persist(write)
+        _failed.inc()
+
+    async def _tell(self, watermark: int, batches: Sequence[LoggedBatch]) -> None:
+        for workspace_id, source_id in {(batch.workspace_id, batch.source_id) for batch in batches}:
+            tick = Tick(workspace_id=workspace_id, source_id=source_id, watermark=watermark)
+            await self.bus.emit(f"tick.{source_id}", tick.SerializeToString())
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Repeats what fails because Postgres or the store is away, for as long as it takes."""
+        failures = 0
+        while True:
+            try:
+                return await attempt()
+            except DataRefusedError:
+                raise
+            except (UnavailableError, EventStoreError, OSError, exc.SQLAlchemyError) as error:
+                log.warning("pipeline_waits", error=str(error)[:300], failures=failures)
+                await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
+                failures += 1
+
+
+def enrich(batch: LoggedBatch) -> None:
+    """Fills in what the user agent tells. What a URL tells, the engine finds out by itself."""
+    for event in batch.events:
+        if event.user_agent:
+            event.browser, event.os, event.device, event.is_robot = parse_user_agent(event.user_agent)
+
+
+def _halves(batches: Sequence[LoggedBatch]) -> tuple[list[LoggedBatch], list[LoggedBatch]] | None:
+    """Two parts that have an event each at least; None for a single event."""
+    if len(batches) > 1:
+        middle = len(batches) // 2
+        return list(batches[:middle]), list(batches[middle:])
+    (batch,) = batches
+    if len(batch.events) == 1:
+        return None
+    first, second = LoggedBatch(), LoggedBatch()
+    first.CopyFrom(batch)
+    second.CopyFrom(batch)
+    middle = len(batch.events) // 2
+    del first.events[middle:], second.events[:middle]
+    return [first], [second]
+
+
+async def serve(settings: AnalyticsSettings) -> None:
+    """Runs the pipeline until the process is told to stop."""
+    await db.migrate(settings.postgres_url, "services.analytics_svc")
+    sessions = db.connect(settings.postgres_url, pool_size=4)
+    store = EventStore(settings.event_store_url)
+    await create_tables(store)
+    bus = await Bus.connect(settings.nats_url, "pipeline")
+    await ensure_log(bus)
+    pipeline = Pipeline(
+        sessions, bus, store, lambda: datetime.now(UTC), deduplicate=not settings.unsafe_no_deduplication
+    )
+
+    async def ready() -> bool:
+        return bus.connected and await store.ready() and await db.ready(sessions)
+
+    private = await private_http(settings.private_listen, ready)
+    try:
+        await until_stopped(pipeline.run(), bus.beat("beat.pipeline"))
+    finally:
+        await private.cleanup()
+        await bus.close()
+        await store.close()
+        await db.engine(sessions).dispose()

@@ -1,0 +1,97 @@
+"""The composition root of the role `serve`: sources, ingest and queries."""
+
+from datetime import UTC, datetime
+
+from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
+from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
+from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
+from meshboard.analytics.v1.internal_query_service_pb2_grpc import add_InternalQueryServiceServicer_to_server
+from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
+from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
+from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
+from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
+from uuid_utils.compat import uuid7
+
+from services.analytics_svc.event_log import EventLog, ensure_log
+from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.ingest import IngestServicer
+from services.analytics_svc.models import Source
+from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.settings import AnalyticsSettings
+from services.analytics_svc.sources import RESOURCE, SourceServicer
+from services.analytics_svc.tables import create_tables
+from services.analytics_svc.write_keys import WriteKeys
+from services.chassis import auth, db, trust
+from services.chassis.access import Access, Resource
+from services.chassis.bus import Bus
+from services.chassis.cache import Cache, CachedMessages
+from services.chassis.clients import Peer
+from services.chassis.interceptor import warm_up
+from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
+from services.chassis.server import Server, until_stopped
+
+
+def now() -> datetime:
+    """The time."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """A new UUIDv7."""
+    return str(uuid7())
+
+
+async def serve(settings: AnalyticsSettings) -> None:
+    """Serves until the process is told to stop."""
+    await db.migrate(settings.postgres_url, "services.analytics_svc")
+    sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
+    store = EventStore(settings.event_store_url)
+    await create_tables(store)
+    bus = await Bus.connect(settings.nats_url, "analytics")
+    await ensure_log(bus)
+    cache = await Cache.connect(settings.redis_url, bus, "analytics")
+    tokens = auth.ServiceTokens("analytics", settings.keys_dir)
+    auth_peer = Peer("auth", settings.auth_address, tokens)
+    user_peer = Peer("user", settings.user_address, tokens)
+
+    write_keys = WriteKeys(sessions, CachedMessages(cache, "write_keys", SourceMessage))
+    rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
+    revocations = await trust.follow_revocations(bus, *trust.sessions_of(auth_peer))
+    access = Access(
+        auth.TokenVerifier(settings.public_url, trust.keys_of(auth_peer)),
+        tokens,
+        revocations,
+        rights,
+        db=sessions,
+        resources=[Resource(RESOURCE, Source.workspace_id, Source.source_id)],
+        credentials={"write_key": write_keys.check},
+    )
+
+    pages = Pages(settings.derived_key("page tokens"))
+    sources = SourceServicer(sessions, write_keys, user_peer, pages, now=now, new_id=new_id)
+    ingest = IngestServicer(EventLog(bus, now), now)
+    queries = Queries(sessions, store, now)
+    server = Server(
+        settings,
+        [
+            lambda server: add_SourceServiceServicer_to_server(sources, server),
+            lambda server: add_IngestServiceServicer_to_server(ingest, server),
+            lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+            lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+        ],
+        access,
+        ready=[lambda: db.ready(sessions), store.ready],
+    )
+    warm_up(IngestRequest(), RunQueryRequest(), RunWidgetQueryRequest())
+    try:
+        await server.start()
+        await until_stopped(Relay(settings.postgres_url, bus, "analytics").run())
+    finally:
+        await server.stop()
+        await auth_peer.close()
+        await user_peer.close()
+        await cache.close()
+        await bus.close()
+        await store.close()
+        await db.engine(sessions).dispose()
