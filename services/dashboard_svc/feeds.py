@@ -288,7 +288,7 @@ class Feeds:
         """Follows ticks, and what other replicas change."""
         await bus.listen("tick.*", self._ticked)
         await bus.listen("meshboard.dashboard.v1.>", self._happened)
-        bus.on_gap(self._mistrust)
+        bus.on_gap(self.mistrust)
 
     @contextmanager
     def watch(self, workspace_id: str, dashboard_id: str) -> Iterator[Feed]:
@@ -359,7 +359,8 @@ class Feeds:
         else:
             feed.doubt()
 
-    def _mistrust(self) -> None:
+    def mistrust(self) -> None:
+        """Notes that ticks and events may have been missed."""
         for feed in self._feeds.values():
             feed.mistrust()
 

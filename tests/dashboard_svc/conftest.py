@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from meshboard.dashboard.v1.widget_service_pb2_grpc import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth
+from services.chassis import auth, errors
 from services.chassis import db as chassis_db
 from services.chassis.access import Resource
 from services.chassis.bus import Bus
@@ -35,6 +35,7 @@ from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.rights import Rights
 from services.chassis.server import Server
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
@@ -53,7 +54,7 @@ from tests.parts import Parts
 class Mesh:
     """A running dashboard_svc, and what stands around it."""
 
-    identity: Identity
+    identity: Absentee
     analytics: StandInAnalytics
     users: StandInUsers
     db: async_sessionmaker[AsyncSession]
@@ -97,9 +98,20 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_keys(tmp_path_factory.mktemp("keys"))
 
 
+class Absentee(Identity):
+    """An identity that can be out of reach."""
+
+    away = False
+
+    async def fetch_rights(self, user_id: str, workspace_id: str) -> Rights:
+        if self.away:
+            raise errors.unavailable("user does not answer.")
+        return await super().fetch_rights(user_id, workspace_id)
+
+
 @pytest.fixture
-def identity(keys: Path) -> Iterator[Identity]:
-    yield Identity(keys)
+def identity(keys: Path) -> Absentee:
+    return Absentee(keys)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +129,7 @@ def span() -> Span:
 
 @pytest.fixture
 async def mesh(
-    parts: Parts, keys: Path, identity: Identity, database_url: str, span: Span
+    parts: Parts, keys: Path, identity: Absentee, database_url: str, span: Span
 ) -> AsyncIterator[Mesh]:
     analytics, users = StandInAnalytics(), StandInUsers()
     settings = make_settings(Settings, parts, keys, database_url)
@@ -144,7 +156,7 @@ async def mesh(
                 answers=answers,
                 feeds=feeds,
                 span=span,
-                draining=lambda: servers[0].draining.is_set(),
+                draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
             )
             widgets = WidgetServicer(db, boards, pages, peers[1])
             access = identity.access(

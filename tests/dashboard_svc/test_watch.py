@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from meshboard.analytics.v1.query_pb2 import Query, TimeRange
+from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
+from meshboard.dashboard.v1 import widget_service_pb2
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget, WidgetData
+from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
+from meshboard.user.v1.grant_pb2 import Grant, Subject
+
+from services.chassis import errors
+from services.dashboard_svc.streams import Span
+from tests.chassis.conditions import eventually
+from tests.dashboard_svc.conftest import Mesh
+from tests.harness import Member, new_id, reason_of
+
+Response = pb.WatchDashboardResponse
+End = Response.End
+
+
+class Watcher:
+    """A client of a stream: keeps what it was sent, and the state that this leads to."""
+
+    def __init__(self, call: Any, state: dict[str, float]) -> None:
+        self.call = call
+        self.responses: list[Response] = []
+        self.times: list[float] = []
+        self.cursor = ""
+        self.state = state
+        self.reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for response in self.call:
+            self.responses.append(response)
+            self.times.append(time.monotonic())
+            self.cursor = response.cursor or self.cursor
+            if response.HasField("snapshot"):
+                self.state = {}
+            for data in (*response.snapshot.widgets, *response.changes):
+                self.state[data.widget_id] = number(data)
+            for widget_id in response.removed_widget_ids:
+                del self.state[widget_id]
+
+    @property
+    def changes(self) -> list[Response]:
+        return [response for response in self.responses if response.changes]
+
+    @property
+    def reasons(self) -> list[Any]:
+        return [response.end.reason for response in self.responses if response.HasField("end")]
+
+    async def ended(self, reason: End.Reason.ValueType, within: float) -> None:
+        """The stream ends with this reason as its last message, and status OK."""
+        async with asyncio.timeout(within):
+            await self.reading
+        assert self.reasons == [reason]
+        assert self.responses[-1].HasField("end")
+        assert await self.call.code() is grpc.StatusCode.OK
+
+
+def number(data: WidgetData) -> float:
+    """The one number of a result; -1 for an error."""
+    return data.result.rows[0].values[0].number_value if data.HasField("result") else -1.0
+
+
+@asynccontextmanager
+async def watching(
+    mesh: Mesh, member: Member, dashboard: Dashboard, after: Watcher | None = None, stub: Any = None
+) -> AsyncIterator[Watcher]:
+    """Watches until the block ends; `after` an earlier stream, with its cursor and its state."""
+    cursor, state = (after.cursor, dict(after.state)) if after else ("", {})
+    request = pb.WatchDashboardRequest(dashboard_id=dashboard.dashboard_id, cursor=cursor)
+    call = (stub or mesh.dashboards).WatchDashboard(request, metadata=member.metadata)
+    watcher = Watcher(call, state)
+    try:
+        await eventually(lambda: bool(watcher.responses) or watcher.reading.done(), 10)
+        if watcher.reading.done():
+            await watcher.reading
+        yield watcher
+    finally:
+        call.cancel()
+        await asyncio.gather(watcher.reading, return_exceptions=True)
+
+
+async def counted(mesh: Mesh, member: Member, n: int = 2) -> tuple[Dashboard, list[str], list[Widget]]:
+    """A dashboard with widgets that count a source each."""
+    dashboard = await mesh.dashboard(member)
+    sources = [new_id() for _ in range(n)]
+    widgets = [await mesh.widget(member, dashboard, Query(source_ids=[source])) for source in sources]
+    return dashboard, sources, widgets
+
+
+async def test_snapshot_then_only_what_differs(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, widgets = await counted(mesh, ann)
+    async with watching(mesh, ann, dashboard) as watcher:
+        assert [data.widget_id for data in watcher.responses[0].snapshot.widgets] == [
+            widget.widget_id for widget in widgets
+        ]
+        await mesh.tick(sources[0])  # without effect: only `watermark` differs
+        await eventually(lambda: mesh.analytics.times_asked(sources[0]) == 2)
+        start = time.monotonic()
+        mesh.analytics.count[sources[1]] = 7
+        await mesh.tick(sources[1])
+        await eventually(lambda: len(watcher.responses) > 1)
+        assert watcher.times[1] - start < 1
+        assert [(data.widget_id, number(data)) for data in watcher.responses[1].changes] == [
+            (widgets[1].widget_id, 7)
+        ]
+        assert watcher.responses[1].cursor not in ("", watcher.responses[0].cursor)
+    assert mesh.analytics.times_asked(sources[0]) == 2
+
+
+async def test_computes_once_for_all_watchers_and_at_most_four_times_a_second(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    viewer = mesh.identity.member("viewer", ann.workspace_id)
+    dashboard, (source, _), (widget, _) = await counted(mesh, ann)
+    async with (
+        watching(mesh, ann, dashboard) as one,
+        watching(mesh, viewer, dashboard) as two,
+        watching(mesh, viewer, dashboard) as three,
+    ):
+        assert mesh.analytics.times_asked(source) == 1
+        assert len(mesh.feeds) == 1
+        start = time.monotonic()
+        while time.monotonic() - start < 1.5:
+            mesh.analytics.count[source] += 1
+            await mesh.tick(source)
+            await asyncio.sleep(0.02)
+        last = mesh.analytics.count[source]
+        for watcher in (one, two, three):
+            await eventually(lambda watcher=watcher: watcher.state[widget.widget_id] == last)
+            seconds = watcher.times[-1] - watcher.times[1]
+            assert len(watcher.changes) <= seconds / 0.25 + 2
+            assert len(watcher.changes) >= 4
+        asked = mesh.analytics.times_asked(source) - 1
+        assert asked <= (time.monotonic() - start) / 0.25 + 2
+    await eventually(lambda: len(mesh.feeds) == 0)
+
+
+async def test_fixed_ranges_cost_nothing_and_sliding_ones_move(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard = await mesh.dashboard(ann)
+    fixed, sliding = new_id(), new_id()
+    await mesh.widget(ann, dashboard, Query(source_ids=[fixed]))
+    moving = Query(source_ids=[sliding], time_range=TimeRange(last_seconds=60))
+    widget = await mesh.widget(ann, dashboard, moving)
+    async with watching(mesh, ann, dashboard) as watcher:
+        mesh.analytics.count[sliding] = 3  # no tick: time alone
+        await eventually(lambda: watcher.state[widget.widget_id] == 3, 5)
+        await eventually(lambda: mesh.analytics.times_asked(sliding) >= 3, 5)
+        assert mesh.analytics.times_asked(fixed) == 1
+
+
+async def test_follows_changes_of_widgets(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, widgets = await counted(mesh, ann)
+    async with watching(mesh, ann, dashboard) as watcher:
+        third = await mesh.widget(ann, dashboard)
+        await eventually(lambda: third.widget_id in watcher.state)
+        other = new_id()
+        mesh.analytics.count[other] = 5
+        await mesh.widgets.UpdateWidget(
+            widget_service_pb2.UpdateWidgetRequest(
+                widget=Widget(
+                    dashboard_id=dashboard.dashboard_id,
+                    widget_id=widgets[0].widget_id,
+                    query=Query(source_ids=[other]),
+                )
+            ),
+            metadata=ann.metadata,
+        )
+        await eventually(lambda: watcher.state[widgets[0].widget_id] == 5)
+        mesh.analytics.count[other] = 6
+        await mesh.tick(other)
+        await eventually(lambda: watcher.state[widgets[0].widget_id] == 6)
+        await mesh.widgets.DeleteWidget(
+            widget_service_pb2.DeleteWidgetRequest(
+                dashboard_id=dashboard.dashboard_id, widget_id=widgets[1].widget_id
+            ),
+            metadata=ann.metadata,
+        )
+        await eventually(lambda: widgets[1].widget_id not in watcher.state)
+        assert watcher.state.keys() == {widgets[0].widget_id, third.widget_id}
+        asked = mesh.analytics.times_asked(sources[0])
+        await mesh.tick(sources[0])  # nobody's any more
+        await asyncio.gather(*(mesh.tick(other) for _ in range(2)))
+        assert mesh.analytics.times_asked(sources[0]) == asked
+
+
+async def test_a_new_stream_has_what_was_just_written(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard):
+        for n in range(2, 6):
+            await mesh.widget(ann, dashboard)
+            async with watching(mesh, ann, dashboard) as watcher:
+                assert len(watcher.responses[0].snapshot.widgets) == n
+
+
+async def test_cursor_takes_the_stream_up_at_another_replica(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, widgets = await counted(mesh, ann, 3)
+    async with watching(mesh, ann, dashboard) as before:
+        assert before.state == dict.fromkeys([widget.widget_id for widget in widgets], 0)
+    mesh.analytics.count[sources[1]] = 9
+    await mesh.widgets.DeleteWidget(
+        widget_service_pb2.DeleteWidgetRequest(
+            dashboard_id=dashboard.dashboard_id, widget_id=widgets[2].widget_id
+        ),
+        metadata=ann.metadata,
+    )
+    async with mesh.another() as (channel, _, _):
+        stub = DashboardServiceStub(channel)
+        async with watching(mesh, ann, dashboard, before, stub) as later:
+            first = later.responses[0]
+            assert not first.HasField("snapshot")
+            assert [data.widget_id for data in first.changes] == [widgets[1].widget_id]
+            assert list(first.removed_widget_ids) == [widgets[2].widget_id]
+        async with watching(mesh, ann, dashboard, later, stub) as last:
+            first = last.responses[0]
+            assert (list(first.changes), list(first.removed_widget_ids)) == ([], [])
+            assert first.cursor == later.cursor
+            mesh.analytics.count[sources[0]] = 1
+            await mesh.tick(sources[0])
+            await eventually(lambda: last.state[widgets[0].widget_id] == 1)
+        async with watching(mesh, ann, dashboard) as fresh:
+            assert fresh.state == last.state == {widgets[0].widget_id: 1, widgets[1].widget_id: 9}
+
+
+async def test_refuses_foreign_cursors(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    other, _, _ = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, other) as watcher:
+        foreign = watcher.cursor
+    async with watching(mesh, ann, dashboard) as watcher:
+        own = watcher.cursor
+    flipped = own[:30] + ("A" if own[30] != "A" else "B") + own[31:]
+    for cursor in (foreign, flipped, own[:-4], own + "A", "nonsense", "ä", "A" * 64, "=" * 8):
+        call = mesh.dashboards.WatchDashboard(
+            pb.WatchDashboardRequest(dashboard_id=dashboard.dashboard_id, cursor=cursor),
+            metadata=ann.metadata,
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await anext(aiter(call))
+        assert reason_of(failure.value) == "CURSOR_INVALID"
+    await eventually(lambda: len(mesh.feeds) == 0)
+
+
+async def test_failures_are_the_widgets_own(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, widgets = await counted(mesh, ann)
+    mesh.analytics.failures[sources[0]] = errors.not_found("SOURCE_NOT_FOUND", "There is no such source.")
+    async with watching(mesh, ann, dashboard) as watcher:
+        first = watcher.responses[0].snapshot.widgets
+        assert errors.from_status(first[0].error).reason == "SOURCE_NOT_FOUND"
+        assert first[1].HasField("result")
+        del mesh.analytics.failures[sources[0]]
+        await mesh.tick(sources[0])
+        await eventually(lambda: watcher.state[widgets[0].widget_id] == 0)
+
+
+async def test_a_passing_failure_keeps_the_data_and_is_tried_again(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, (source,), (widget,) = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        mesh.analytics.failures[source] = errors.unavailable("Restarting.")
+        await mesh.tick(source)
+        await eventually(lambda: mesh.analytics.times_asked(source) == 2)
+        mesh.analytics.count[source] = 4
+        del mesh.analytics.failures[source]
+        await eventually(lambda: watcher.state[widget.widget_id] == 4, 5)
+        assert all(data.HasField("result") for response in watcher.changes for data in response.changes)
+        mesh.analytics.failures[source] = errors.unavailable("For long.")
+        await mesh.tick(source)
+        await eventually(lambda: watcher.state[widget.widget_id] == -1, 10)
+
+
+async def test_a_gap_of_the_bus_costs_nothing_but_a_question(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, (source,), (widget,) = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        mesh.analytics.count[source] = 4  # its tick is lost
+        mesh.feeds.mistrust()
+        await eventually(lambda: watcher.state[widget.widget_id] == 4)
+
+
+class TestShortLives:
+    @pytest.fixture
+    def span(self) -> Span:
+        return Span(heartbeat_seconds=0.2, watch_seconds=1.1)
+
+    async def test_heartbeats_then_renewal(self, mesh: Mesh) -> None:
+        ann = mesh.identity.member("editor")
+        dashboard, _, _ = await counted(mesh, ann, 1)
+        async with watching(mesh, ann, dashboard) as watcher:
+            await watcher.ended(End.RENEW, 5)
+        beats = [response for response in watcher.responses if response.HasField("heartbeat")]
+        assert len(beats) in (4, 5)
+        assert not any(beat.cursor for beat in beats)
+
+
+# Ends
+
+
+async def test_ends_when_the_grant_is_taken_back(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    dashboard, _, _ = await counted(mesh, admin, 1)
+    mesh.users.known.add(guest.user_id)
+
+    async def grant(subject: Subject, effect: Grant.Effect.ValueType) -> str:
+        response = await mesh.dashboards.CreateDashboardGrant(
+            pb.CreateDashboardGrantRequest(
+                dashboard_id=dashboard.dashboard_id, subject=subject, role="viewer", effect=effect
+            ),
+            metadata=admin.metadata,
+        )
+        grant_id: str = response.grant.grant_id
+        return grant_id
+
+    grant_id = await grant(Subject(user_id=guest.user_id), Grant.ALLOW)
+    await grant(Subject(workspace=True), Grant.DENY)
+    async with watching(mesh, admin, dashboard) as stays, watching(mesh, guest, dashboard) as goes:
+        await mesh.dashboards.DeleteDashboardGrant(
+            pb.DeleteDashboardGrantRequest(dashboard_id=dashboard.dashboard_id, grant_id=grant_id),
+            metadata=admin.metadata,
+        )
+        await goes.ended(End.ACCESS_LOST, 2)
+        assert not stays.reading.done()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        async with watching(mesh, guest, dashboard, goes):
+            pass
+    assert reason_of(failure.value) == "DASHBOARD_NOT_FOUND"
+
+
+async def test_ends_when_the_grant_expires(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    dashboard, _, _ = await counted(mesh, admin, 1)
+    mesh.users.known.add(guest.user_id)
+    for subject, effect, seconds in (
+        (Subject(workspace=True), Grant.DENY, 3600.0),
+        (Subject(user_id=guest.user_id), Grant.ALLOW, 1.5),
+    ):
+        request = pb.CreateDashboardGrantRequest(
+            dashboard_id=dashboard.dashboard_id, subject=subject, role="viewer", effect=effect
+        )
+        request.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=seconds))
+        await mesh.dashboards.CreateDashboardGrant(request, metadata=admin.metadata)
+    async with watching(mesh, guest, dashboard) as watcher:
+        await watcher.ended(End.ACCESS_LOST, 1.5 + 2)
+
+
+async def test_ends_when_the_dashboard_is_deleted(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    dashboard, _, _ = await counted(mesh, admin, 1)
+    async with watching(mesh, admin, dashboard) as watcher:
+        await mesh.dashboards.DeleteDashboard(
+            pb.DeleteDashboardRequest(dashboard_id=dashboard.dashboard_id), metadata=admin.metadata
+        )
+        await watcher.ended(End.ACCESS_LOST, 2)
+    assert not any(response.removed_widget_ids for response in watcher.responses)
+
+
+async def test_ends_when_the_member_leaves(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        del mesh.identity.rights[ann.user_id, ann.workspace_id]
+        await watcher.ended(End.ACCESS_LOST, 2)
+
+
+async def test_ends_when_the_session_is_revoked(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        ann.sign_out()
+        await watcher.ended(End.SESSION_REVOKED, 2)
+
+
+async def test_ends_when_the_token_expires(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    ann.token = mesh.identity.token(
+        sub=ann.user_id, wid=ann.workspace_id, sid=ann.session_id, exp=int(time.time()) + 2
+    )
+    async with watching(mesh, ann, dashboard) as watcher:
+        await watcher.ended(End.TOKEN_EXPIRED, 4)
+
+
+async def test_ends_when_the_process_drains(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        stopping = asyncio.create_task(mesh.server.stop())
+        await watcher.ended(End.DRAINING, 3)
+        await stopping
+
+
+async def test_fails_closed_when_rights_cannot_be_told(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, _ = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        start = time.monotonic()
+        mesh.identity.away = True
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            async with asyncio.timeout(5):
+                await watcher.reading
+        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert 1.0 < time.monotonic() - start < 4
