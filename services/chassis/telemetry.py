@@ -21,7 +21,7 @@ if int(os.environ.get("MESHBOARD_WORKERS") or 1) > 1:
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="meshboard-metrics-"))
 
 import structlog
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from sqlalchemy import Engine, event
@@ -114,9 +114,10 @@ def span(
 ) -> AbstractContextManager[None]:
     """A span around a piece of work: a child of `carrier`'s trace context when it has one, else of the current span.
 
-    `links` are the carriers of other traces that the work belongs to. CLIENT and PRODUCER spans exist within a trace
-    only: what a process asks of others by itself, again and again, is none. An exception is noted by its reason or
-    type, because its text may quote what people sent.
+    `links` are the carriers of other traces that the work belongs to; when `carrier`'s is not recorded, the first one
+    that is takes its place. CLIENT and PRODUCER spans exist within a trace only: what a process asks of others by
+    itself, again and again, is none. An exception is noted by its reason or type, because its text may quote what people
+    sent.
     """
     return _span(name, kind, carrier, links, attributes) if _tracing else _NO_SPAN
 
@@ -129,16 +130,17 @@ def _span(
     links: Iterable[Mapping[str, str]],
     attributes: Mapping[str, str | int | float],
 ) -> Iterator[None]:
-    context = _propagator.extract(carrier) if carrier is not None else None
-    if kind in {"CLIENT", "PRODUCER"} and not _in_trace(context):
+    parents = [_extract(other) for other in (carrier or {}, *links)]
+    parent = next((p for p in parents if _span_context(p).trace_flags.sampled), parents[0])
+    if kind in {"CLIENT", "PRODUCER"} and not _span_context(parent).is_valid:
         yield
         return
     with trace.get_tracer("meshboard").start_as_current_span(
         name,
-        context,
+        parent,
         trace.SpanKind[kind],
         attributes,
-        [trace.Link(other) for link in links if (other := _span_context(_propagator.extract(link))).is_valid],
+        [trace.Link(_span_context(p)) for p in parents if p is not parent and _span_context(p).is_valid],
         record_exception=False,
         set_status_on_exception=False,
     ) as current:
@@ -165,12 +167,12 @@ def _fail(current: trace.Span, why: str) -> None:
     current.set_status(trace.StatusCode.ERROR)
 
 
-def _span_context(context: Context | None) -> trace.SpanContext:
-    return trace.get_current_span(context).get_span_context()
+def _extract(carrier: Mapping[str, str]) -> Context:
+    return _propagator.extract(carrier, context.get_current())
 
 
-def _in_trace(context: Context | None) -> bool:
-    return _span_context(context).is_valid
+def _span_context(of: Context | None = None) -> trace.SpanContext:
+    return trace.get_current_span(of).get_span_context()
 
 
 def trace_statements(engine: Engine) -> None:
@@ -180,10 +182,10 @@ def trace_statements(engine: Engine) -> None:
     tracer = trace.get_tracer("meshboard")
     database = engine.url.database or ""
 
-    def before(_c: object, _cursor: object, statement: str, _p: object, context: Any, _many: bool) -> None:
-        if context is not None and _in_trace(None):
+    def before(_c: object, _cursor: object, statement: str, _p: object, execution: Any, _many: bool) -> None:
+        if execution is not None and _span_context().is_valid:
             operation = statement.split(None, 1)[0].upper()
-            context.meshboard_span = tracer.start_span(
+            execution.meshboard_span = tracer.start_span(
                 f"{operation} {database}",
                 kind=trace.SpanKind.CLIENT,
                 attributes={
@@ -193,8 +195,8 @@ def trace_statements(engine: Engine) -> None:
                 },
             )
 
-    def after(_c: object, _cursor: object, _s: str, _p: object, context: Any, _many: bool) -> None:
-        if current := getattr(context, "meshboard_span", None):
+    def after(_c: object, _cursor: object, _s: str, _p: object, execution: Any, _many: bool) -> None:
+        if current := getattr(execution, "meshboard_span", None):
             current.end()
 
     def failed(failure: ExceptionContext) -> None:
@@ -219,8 +221,8 @@ def current_trace_id() -> str:
     """The trace's id as 32 hex digits; empty when there is none."""
     if not _tracing:
         return ""
-    context = trace.get_current_span().get_span_context()
-    return f"{context.trace_id:032x}" if context.is_valid else ""
+    current = _span_context()
+    return f"{current.trace_id:032x}" if current.is_valid else ""
 
 
 def tracing() -> bool:
