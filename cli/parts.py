@@ -291,12 +291,13 @@ def nats(data_dir: Path, config_file: Path, port: int, token: str) -> Part:
 
     async def prepare() -> None:
         private_directory(data_dir)
-        # NATS reads JSON as its own format. sync_interval: an acknowledged message is on the disk.
+        # NATS reads JSON as its own format. sync_interval: an acknowledged message is on the disk. max_file_store:
+        # the default is a share of the free disk, and a stream that may grow beyond it is refused altogether.
         config = {
             "listen": f"127.0.0.1:{port}",
             "max_payload": 8 * 1024 * 1024,
             "authorization": {"token": token},
-            "jetstream": {"store_dir": str(data_dir), "sync_interval": "always"},
+            "jetstream": {"store_dir": str(data_dir), "sync_interval": "always", "max_file_store": 2**40},
         }
         write_private(config_file, json.dumps(config, indent=2))
 
