@@ -198,7 +198,9 @@ def down(data: Path) -> None:
     say(f"Stopped in {time.monotonic() - began:.1f} s. The data stays in {data}")
 
 
-@main.command(epilog='Example: curl -H "Authorization: Bearer $(./dev token)" http://127.0.0.1:8080/v1/users/me')
+@main.command(
+    epilog='Example: curl -H "Authorization: Bearer $(./dev token)" http://127.0.0.1:8080/v1/users/me'
+)
 @data_option
 def token(data: Path) -> None:
     """Sign the demo account in and print an access token, valid for ten minutes."""
@@ -352,6 +354,35 @@ def doctor(port: int, data: Path) -> None:
     )
     if not healthy:
         raise SystemExit(1)
+
+
+@main.command(epilog="Example: ./dev bench --quick reads ingest")
+@click.argument("names", nargs=-1, type=click.Choice(["reads", "ingest", "visible", "startup"]))
+@click.option(
+    "--quick", is_flag=True, help="One short round of each: to see that it works, not how fast it is."
+)
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, exists=True, path_type=Path, resolve_path=True),
+    help="Measure the mesh that runs on this folder (started with --no-limits) instead of one of its own.",
+)
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
+)
+def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str) -> None:
+    """Measure a mesh: rates, delays, start-up and memory; all of them, or those in NAMES.
+
+    Everything runs on this machine, the load too, in about seven minutes. The figures are also written to
+    bench/results.
+    """
+    suite = importlib.import_module("bench.suite")
+    figures = importlib.import_module("bench.figures")
+    try:
+        measured, file = suite.run(names or suite.NAMES, quick=quick, data_dir=data, say=say)
+    except (suite.mesh.MeshFailedError, suite.load.LoadFailedError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(file.read_text() if output == "json" else figures.table(measured))
+    say(f"Written to {file}")
 
 
 def read_state(data: Path) -> dict[str, Any] | None:

