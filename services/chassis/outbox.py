@@ -129,13 +129,16 @@ class Relay:
 
     async def _publish_pending(self, connection: asyncpg.Connection) -> bool:
         """Says whether everything that was committed before the call is published."""
-        while rows := await connection.fetch(
-            # By the mark and not by `id > last`: ids are taken before the commit, so that a smaller one may
-            # become visible after a larger one was published.
-            "SELECT id, subject, payload, headers FROM outbox"
-            " WHERE publish_time IS NULL ORDER BY id LIMIT $1",
-            _BATCH,
-        ):
+        while True:
+            rows = await connection.fetch(
+                # By the mark and not by `id > last`: ids are taken before the commit, so that a smaller one may
+                # become visible after a larger one was published.
+                "SELECT id, subject, payload, headers FROM outbox"
+                " WHERE publish_time IS NULL ORDER BY id LIMIT $1",
+                _BATCH,
+            )
+            if not rows:
+                return True
             outcomes = await self._bus.publish_many(
                 [
                     Outgoing(
@@ -157,7 +160,8 @@ class Relay:
                     "publish_failed", service=self._service, count=len(failures), error=str(failures[0])
                 )
                 return False
-        return True
+            if len(rows) < _BATCH:
+                return True
 
     async def _measure(self, connection: asyncpg.Connection) -> None:
         if time.monotonic() < self._next_measure:

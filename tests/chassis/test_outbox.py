@@ -118,6 +118,26 @@ async def test_is_woken_by_the_commit(database_url: str, db: Sessions, bus: Bus)
     assert sorted(delays)[2] < 0.1
 
 
+async def test_its_heart_beats_while_others_write_without_pause(
+    database_url: str, db: Sessions, bus: Bus
+) -> None:
+    async def write_on() -> None:
+        while True:
+            await write(db, 1)
+
+    async with relaying(database_url, bus, service := uuid4().hex):
+        pulse = await bus.pulse(f"beat.{service}")
+        await eventually(pulse.fresh)
+        writers = [asyncio.create_task(write_on()) for _ in range(4)]
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            assert pulse.fresh(1.0)
+        for writer in writers:
+            writer.cancel()
+        await asyncio.gather(*writers, return_exceptions=True)
+        await eventually(lambda: settled(db))
+
+
 async def test_two_relays_publish_once(database_url: str, db: Sessions, bus: Bus) -> None:
     async with relaying(database_url, bus), relaying(database_url, bus):
         ids: list[str] = []
