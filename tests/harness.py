@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -199,6 +200,15 @@ def reason_of(failure: grpc.aio.AioRpcError) -> str:
     info = error_details_pb2.ErrorInfo.FromString(details[0].value)
     assert info.domain == errors.DOMAIN
     return str(info.reason)
+
+
+async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
+    """The code and the reason with which a call fails; fails when it does not."""
+    try:
+        answer = await call
+    except grpc.aio.AioRpcError as failure:
+        return failure.code(), reason_of(failure)
+    raise AssertionError(f"not refused: {answer}")
 
 
 def status_of(failure: grpc.aio.AioRpcError) -> status_pb2.Status:

@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
+import jwt
 import pytest
-from meshboard.auth.v1.auth_service_pb2 import SignUpRequest, SignUpResponse
+from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse, SignUpRequest, SignUpResponse
 from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
@@ -47,10 +49,30 @@ class Services:
             SignUpRequest(email=email or new_email(), password=password, display_name="Ada")
         )
 
+    async def sign_in(self, email: str, password: str = PASSWORD) -> SignInResponse:
+        """Another session of somebody."""
+        return await self.auth.SignIn(SignInRequest(email=email, password=password))
+
+    async def sign_up_when_user_svc_is_back(self, email: str) -> SignUpResponse:
+        """Repeats a sign-up until auth_svc has noticed that user_svc is there again."""
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    return await self.sign_up(email)
+                except grpc.aio.AioRpcError as failure:
+                    if failure.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+
 
 def new_email() -> str:
     """An address that nobody has used."""
     return f"{new_id()}@example.org"
+
+
+def claims_of(access_token: str) -> dict[str, Any]:
+    """What an access token says, unverified."""
+    claims: dict[str, Any] = jwt.decode(access_token, options={"verify_signature": False})
+    return claims
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -75,6 +97,11 @@ async def running(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def running_auth(settings: AuthSettings) -> AbstractAsyncContextManager[None]:
+    """Runs auth_svc."""
+    return running(serve_auth, settings)
 
 
 async def make_both(parts: Parts, keys: Path, **more: Any) -> tuple[AuthSettings, Settings]:
@@ -133,7 +160,7 @@ async def services(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> As
     auth, user = await make_both(parts, keys)
     async with (
         running(serve_user, user),
-        running(serve_auth, auth),
+        running_auth(auth),
         connected(auth, user, keys) as both,
     ):
         yield both

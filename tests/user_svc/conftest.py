@@ -1,11 +1,9 @@
 """user_svc's servicers on a real server with all stages; tokens come from the test's own identity."""
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import grpc
-import grpc.aio
 import pytest
 from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import (
@@ -34,7 +32,7 @@ from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
-from tests.harness import ISSUER, Identity, make_settings, new_id, reason_of, service_metadata, serving
+from tests.harness import ISSUER, Identity, make_settings, new_id, service_metadata, serving
 from tests.parts import Parts
 
 Metadata = tuple[tuple[str, str], ...]
@@ -141,10 +139,3 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
 @pytest.fixture
 async def owner(svc: UserSvc) -> Person:
     return await svc.person()
-
-
-async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
-    """The code and the reason with which a call fails."""
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await call
-    return failure.value.code(), reason_of(failure.value)

@@ -4,8 +4,8 @@ import grpc.aio
 from grpc import StatusCode
 from meshboard.user.v1.workspace_service_pb2 import AddMemberRequest, GetWorkspaceRequest
 
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 def adding(owner: Person, user_id: str, role: str = "viewer") -> AddMemberRequest:

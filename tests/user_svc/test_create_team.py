@@ -2,8 +2,8 @@ from grpc import StatusCode
 from meshboard.user.v1.team_service_pb2 import CreateTeamRequest, ListTeamsRequest
 from meshboard.user.v1.workspace_pb2 import Team
 
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def create(svc: UserSvc, person: Person, title: str, **more: str) -> Team:

@@ -4,8 +4,8 @@ from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
 from sqlalchemy import select
 
 from services.chassis.db import OutboxRow
-from tests.harness import new_id
-from tests.user_svc.conftest import UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import UserSvc
 
 
 def a_request(**changes: str) -> CreateUserRequest:

@@ -7,7 +7,8 @@ from meshboard.user.v1.workspace_service_pb2 import (
     ListMembersRequest,
 )
 
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def test_makes_the_caller_its_owner(svc: UserSvc, owner: Person):

@@ -3,8 +3,8 @@ import asyncio
 from grpc import StatusCode
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def test_returns_the_caller(svc: UserSvc, owner: Person):

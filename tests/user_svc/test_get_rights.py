@@ -12,8 +12,8 @@ from meshboard.user.v1.workspace_pb2 import Rights
 from meshboard.user.v1.workspace_service_pb2 import RemoveMemberRequest, UpdateMemberRequest
 
 from services.chassis.rights import ROLES
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def rights_of(svc: UserSvc, person: Person) -> Rights:

@@ -2,8 +2,8 @@ from grpc import StatusCode
 from meshboard.user.v1.internal_user_service_pb2 import GetSignInRequest
 from meshboard.user.v1.workspace_service_pb2 import CreateWorkspaceRequest
 
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def test_gives_the_wanted_workspace_or_the_first(svc: UserSvc, owner: Person):

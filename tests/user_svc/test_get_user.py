@@ -1,8 +1,8 @@
 from grpc import StatusCode
 from meshboard.user.v1.user_service_pb2 import GetUserRequest
 
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def test_shows_oneself_and_co_members(svc: UserSvc, owner: Person):

@@ -1,7 +1,8 @@
 from grpc import StatusCode
 from meshboard.user.v1.workspace_service_pb2 import CreateWorkspaceRequest, ListWorkspacesRequest
 
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def pages(svc: UserSvc, person: Person, page_size: int) -> list[list[str]]:

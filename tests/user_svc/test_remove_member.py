@@ -7,8 +7,8 @@ from meshboard.user.v1.workspace_service_pb2 import (
     RemoveMemberRequest,
 )
 
-from tests.harness import new_id
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 def removing(person: Person) -> RemoveMemberRequest:

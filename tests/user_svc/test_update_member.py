@@ -8,8 +8,8 @@ from meshboard.user.v1.workspace_service_pb2 import (
     UpdateMemberRequest,
 )
 
-from tests.harness import new_id, reason_of
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import new_id, reason_of, refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 def giving(person: Person, role: str) -> UpdateMemberRequest:

@@ -7,7 +7,8 @@ from grpc import StatusCode
 from meshboard.user.v1.user_pb2 import User
 from meshboard.user.v1.user_service_pb2 import GetMeRequest, UpdateUserRequest
 
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def test_changes_the_name_and_shows_it_at_once(svc: UserSvc, owner: Person):

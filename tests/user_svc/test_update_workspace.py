@@ -3,7 +3,8 @@ from grpc import StatusCode
 from meshboard.user.v1.workspace_pb2 import Workspace
 from meshboard.user.v1.workspace_service_pb2 import GetWorkspaceRequest, UpdateWorkspaceRequest
 
-from tests.user_svc.conftest import Person, UserSvc, refused
+from tests.harness import refused
+from tests.user_svc.conftest import Person, UserSvc
 
 
 async def test_changes_the_title(svc: UserSvc, owner: Person):

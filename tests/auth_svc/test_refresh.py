@@ -1,0 +1,120 @@
+import asyncio
+
+import grpc
+import pytest
+from meshboard.auth.v1.auth_service_pb2 import RefreshRequest, RefreshResponse
+from meshboard.auth.v1.events_pb2 import SessionRevoked
+from meshboard.user.v1.user_service_pb2 import GetMeRequest
+from sqlalchemy import select
+
+from services.chassis.db import OutboxRow
+from tests.auth_svc.conftest import Services, bearer
+from tests.chassis.conditions import eventually
+from tests.harness import refused
+
+SUPERSEDED = (grpc.StatusCode.ABORTED, "REFRESH_TOKEN_SUPERSEDED")
+REUSED = (grpc.StatusCode.UNAUTHENTICATED, "REFRESH_TOKEN_REUSED")
+INVALID = (grpc.StatusCode.UNAUTHENTICATED, "REFRESH_TOKEN_INVALID")
+
+
+async def refresh(services: Services, token: str, key: str = "") -> RefreshResponse:
+    return await services.auth.Refresh(RefreshRequest(refresh_token=token, refresh_key=key))
+
+
+async def test_gives_new_tokens_that_work(services: Services):
+    signed_up = await services.sign_up()
+    token = signed_up.refresh_token
+    for _ in range(4):
+        answer = await refresh(services, token)
+        assert answer.refresh_token != token
+        assert answer.expires_in_seconds == 600
+        me = await services.users.GetMe(GetMeRequest(), metadata=bearer(answer.access_token))
+        assert me.user == signed_up.user
+        token = answer.refresh_token
+
+
+async def test_repeats_the_successor_for_who_has_the_key(services: Services):
+    signed_up = await services.sign_up()
+    first = await refresh(services, signed_up.refresh_token)
+    again = await refresh(services, signed_up.refresh_token, signed_up.refresh_key)
+    assert again.refresh_token == first.refresh_token
+    await refresh(services, first.refresh_token)
+
+
+async def test_without_the_key_it_fails_and_changes_nothing(services: Services):
+    signed_up, other = await services.sign_up(), await services.sign_up()
+    first = await refresh(services, signed_up.refresh_token)
+    for key in ("", "mbk_wrong", other.refresh_key):
+        assert await refused(refresh(services, signed_up.refresh_token, key)) == SUPERSEDED
+    await refresh(services, first.refresh_token)
+
+
+async def test_an_old_token_ends_the_session_everywhere(services: Services):
+    signed_up = await services.sign_up()
+    second = await refresh(services, signed_up.refresh_token)
+    third = await refresh(services, second.refresh_token)
+    # Once the successor was used, the key helps no more.
+    outcome = await refused(refresh(services, signed_up.refresh_token, signed_up.refresh_key))
+    assert outcome == REUSED
+    for token in (third.refresh_token, second.refresh_token, signed_up.refresh_token):
+        assert await refused(refresh(services, token, signed_up.refresh_key)) == INVALID
+
+    async def ended() -> bool:
+        try:
+            await services.users.GetMe(GetMeRequest(), metadata=bearer(third.access_token))
+        except grpc.aio.AioRpcError as failure:
+            return failure.code() is grpc.StatusCode.UNAUTHENTICATED
+        return False
+
+    await eventually(ended, seconds=2)
+    async with services.sessions() as session:
+        rows = await session.scalars(
+            select(OutboxRow).where(OutboxRow.subject == SessionRevoked.DESCRIPTOR.full_name)
+        )
+        events = [SessionRevoked.FromString(row.payload) for row in rows]
+    (event,) = [event for event in events if event.user_id == signed_up.user.user_id]
+    assert event.reason == SessionRevoked.REFRESH_TOKEN_REUSED
+
+
+async def test_the_other_sessions_of_the_person_live_on(services: Services):
+    signed_up = await services.sign_up()
+    other = await services.sign_in(signed_up.user.email)
+    second = await refresh(services, signed_up.refresh_token)
+    await refresh(services, second.refresh_token)
+    assert await refused(refresh(services, signed_up.refresh_token)) == REUSED
+    await refresh(services, other.refresh_token)
+
+
+async def test_many_at_once_with_the_key_get_one_successor(services: Services):
+    signed_up = await services.sign_up()
+    answers = await asyncio.gather(
+        *(refresh(services, signed_up.refresh_token, signed_up.refresh_key) for _ in range(50))
+    )
+    successors = {answer.refresh_token for answer in answers}
+    assert len(successors) == 1
+    await refresh(services, successors.pop())
+
+
+async def test_many_at_once_without_the_key_get_one_successor_too(services: Services):
+    signed_up = await services.sign_up()
+    outcomes = await asyncio.gather(
+        *(refresh(services, signed_up.refresh_token) for _ in range(20)), return_exceptions=True
+    )
+    (answer,) = [outcome for outcome in outcomes if isinstance(outcome, RefreshResponse)]
+    await refresh(services, answer.refresh_token)
+
+
+@pytest.mark.parametrize("change", ["cut", "flip", "foreign", "prefix", "empty", "access"])
+async def test_rejects_what_was_never_given(services: Services, change: str):
+    signed_up = await services.sign_up()
+    token = signed_up.refresh_token
+    changed = {
+        "cut": token[:-1],
+        "flip": token[:10] + ("A" if token[10] != "A" else "B") + token[11:],
+        "foreign": "mbr_" + "A" * 70,
+        "prefix": token.removeprefix("mbr_"),
+        "empty": "mbr_",
+        "access": signed_up.access_token[:512],
+    }[change]
+    assert await refused(refresh(services, changed)) == INVALID
+    await refresh(services, token)

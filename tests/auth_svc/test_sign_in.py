@@ -1,0 +1,103 @@
+import asyncio
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2
+from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse
+from meshboard.user.v1.user_service_pb2 import GetMeRequest
+
+from services.auth_svc.models import Account
+from tests.auth_svc.conftest import PASSWORD, Services, bearer, new_email
+from tests.chassis.conditions import eventually
+from tests.harness import reason_of, refused, status_of
+
+WRONG = (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_WRONG")
+DELAYED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "SIGN_IN_DELAYED")
+
+
+async def sign_in(
+    services: Services, email: str, password: str = PASSWORD, address: str = "192.0.2.1"
+) -> SignInResponse:
+    return await services.auth.SignIn(
+        SignInRequest(email=email, password=password), metadata=(("x-envoy-external-address", address),)
+    )
+
+
+async def test_gives_the_person_the_workspace_and_tokens(services: Services):
+    email = new_email()
+    signed_up = await services.sign_up(email)
+    signed_in = await sign_in(services, email.upper())
+    assert (signed_in.user, signed_in.workspace) == (signed_up.user, signed_up.workspace)
+    assert signed_in.refresh_token != signed_up.refresh_token
+    me = await services.users.GetMe(GetMeRequest(), metadata=bearer(signed_in.access_token))
+    assert me.user == signed_up.user
+
+
+async def test_answers_alike_for_unknown_addresses_and_wrong_passwords(services: Services):
+    email = new_email()
+    await services.sign_up(email)
+    statuses = []
+    for wrong in (sign_in(services, email, "not the password"), sign_in(services, new_email())):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await wrong
+        assert (failure.value.code(), reason_of(failure.value)) == WRONG
+        statuses.append(status_of(failure.value))
+    assert statuses[0] == statuses[1]
+
+
+async def test_delays_repeated_failures_for_that_account_and_address_alone(services: Services):
+    email, other = new_email(), new_email()
+    await services.sign_up(email)
+    await services.sign_up(other)
+    for _ in range(6):
+        assert await refused(sign_in(services, email, "not the password")) == WRONG
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await sign_in(services, email)
+    assert (failure.value.code(), reason_of(failure.value)) == DELAYED
+    details = status_of(failure.value).details
+    (retry,) = [detail for detail in details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
+    delay = error_details_pb2.RetryInfo.FromString(retry.value).retry_delay.ToMilliseconds()
+    assert 0 < delay <= 1000
+    await sign_in(services, email, address="192.0.2.2")
+    await sign_in(services, other)
+
+    async def let_in() -> bool:
+        outcomes = await asyncio.gather(sign_in(services, email), return_exceptions=True)
+        return isinstance(outcomes[0], SignInResponse)
+
+    await eventually(let_in, seconds=10)
+    # A success forgives: the next failure is free again.
+    for _ in range(2):
+        assert await refused(sign_in(services, email, "not the password")) == WRONG
+
+
+async def test_delays_unknown_addresses_alike(services: Services):
+    email = new_email()
+    for _ in range(6):
+        assert await refused(sign_in(services, email)) == WRONG
+    outcome = await refused(sign_in(services, email))
+    assert outcome == DELAYED
+
+
+async def test_one_ipv6_network_is_one_address(services: Services):
+    email = new_email()
+    for n in range(6):
+        assert await refused(sign_in(services, email, address=f"2001:db8::{n}")) == WRONG
+    outcome = await refused(sign_in(services, email, address="2001:db8::ffff"))
+    assert outcome == DELAYED
+    assert await refused(sign_in(services, email, address="2001:db8:0:1::1")) == WRONG
+
+
+async def test_successes_are_never_delayed(services: Services):
+    email = new_email()
+    await services.sign_up(email)
+    await asyncio.gather(*(sign_in(services, email) for _ in range(12)))
+
+
+async def test_comes_back_to_the_workspace_of_the_last_time(services: Services):
+    email = new_email()
+    signed_up = await services.sign_up(email)
+    async with services.sessions() as session:
+        account = await session.get_one(Account, signed_up.user.user_id)
+    assert account.last_workspace_id == signed_up.workspace.workspace_id
