@@ -224,6 +224,9 @@ def _error_of(failure: BaseException) -> errors.Error | None:
             return errors.unavailable("The database does not answer.")
         case sqlalchemy_errors.DBAPIError() if failure.connection_invalidated:
             return errors.unavailable("The database does not answer.")
+        case sqlalchemy_errors.DBAPIError() if getattr(failure.orig, "sqlstate", "") == "22021":
+            # The one character that protobuf's strings can hold and Postgres' cannot.
+            return errors.invalid_fields([("", "a text holds the character U+0000")])
         case ConnectionError():
             return errors.unavailable("Something that the service needs does not answer.")
         case _:

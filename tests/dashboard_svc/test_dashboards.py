@@ -53,6 +53,13 @@ async def test_repeat_of_a_create_returns_the_first(mesh: Mesh) -> None:
         assert len(grants.all()) == 1
 
 
+async def test_refuses_text_that_cannot_be_stored(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await mesh.dashboard(ann, "a\0b")
+    assert reason_of(failure.value) == "VALIDATION_FAILED"
+
+
 async def test_viewer_may_not_create(mesh: Mesh) -> None:
     viewer = mesh.identity.member("viewer")
     with pytest.raises(grpc.aio.AioRpcError) as failure:
