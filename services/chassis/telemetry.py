@@ -10,15 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-
-# prometheus-client decides at import whether several processes share the counters.
-if int(os.environ.get("MESHBOARD_WORKERS") or 1) > 1:
-    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="meshboard-metrics-"))
 
 import structlog
 from opentelemetry import context, trace
