@@ -16,7 +16,7 @@ from meshboard.analytics.v1.source_pb2 import Source
 from uuid_utils.compat import uuid7
 
 from services.chassis import telemetry
-from services.chassis.bus import Bus, BusError, Delivery, PullConsumer
+from services.chassis.bus import Bus, Delivery, PullConsumer
 
 STREAM = "EVENTS"
 # Below NATS' max_payload of 8 MiB.
@@ -77,7 +77,7 @@ class EventLog:
                 # In the trace of the first request, linked to the others: the task began in an earlier one.
                 with telemetry.span("append events", carrier=group.traces[0], links=group.traces[1:]):
                     await self._publish(source, group.events)
-            except BusError as error:
+            except Exception as error:  # it is for those who wait
                 group.done.set_exception(error)
                 group.done.exception()  # it may be that nobody waits any more
             else:

@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import grpc.aio
-from google.protobuf import json_format
-from google.protobuf.struct_pb2 import Struct
+from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest, IngestResponse, RefusedEvent
 from meshboard.analytics.v1.ingest_service_pb2_grpc import IngestServiceServicer
@@ -110,6 +109,23 @@ def _refusal_of_properties(properties: Struct) -> tuple[str, str] | None:
             if not math.isfinite(value.number_value):
                 return "PROPERTIES_INVALID", f"properties.{name}: must be finite"
         elif kind in {"list_value", "struct_value"}:
-            inner = json_format.MessageToDict(value)
-            value.string_value = json.dumps(inner, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+            value.string_value = json.dumps(
+                _plain(value), ensure_ascii=False, separators=(",", ":"), sort_keys=True
+            )
     return None
+
+
+def _plain(value: Value) -> Any:
+    """The value as json.dumps takes it; a whole number has no point."""
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return {name: _plain(inner) for name, inner in value.struct_value.fields.items()}
+        case "list_value":
+            return [_plain(inner) for inner in value.list_value.values]
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case None | "null_value":
+            return None
+        case kind:
+            return getattr(value, kind)

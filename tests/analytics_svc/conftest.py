@@ -1,18 +1,63 @@
-"""The event store as its own process, as in the mesh, and clients of it."""
+"""The event store as its own process, as in the mesh, and analytics_svc's servicers and pipeline in front of it."""
 
 import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import pytest
+from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
+from meshboard.analytics.v1.ingest_service_pb2_grpc import (
+    IngestServiceStub,
+    add_IngestServiceServicer_to_server,
+)
+from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
+    InternalQueryServiceStub,
+    add_InternalQueryServiceServicer_to_server,
+)
+from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
+from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceStub, add_QueryServiceServicer_to_server
+from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
+from meshboard.analytics.v1.source_service_pb2 import CreateSourceRequest
+from meshboard.analytics.v1.source_service_pb2_grpc import (
+    SourceServiceStub,
+    add_SourceServiceServicer_to_server,
+)
+from meshboard.user.v1.internal_user_service_pb2 import CheckSubjectsRequest, CheckSubjectsResponse
+from meshboard.user.v1.internal_user_service_pb2_grpc import (
+    InternalUserServiceServicer,
+    add_InternalUserServiceServicer_to_server,
+)
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.ingest import IngestServicer
+from services.analytics_svc.models import Source
+from services.analytics_svc.pipeline import Pipeline
+from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.settings import AnalyticsSettings
+from services.analytics_svc.sources import RESOURCE, SourceServicer
 from services.analytics_svc.tables import create_tables
-from tests.parts import free_port
+from services.analytics_svc.write_keys import HEADER, WriteKeys
+from services.chassis import auth
+from services.chassis import db as chassis_db
+from services.chassis.access import Resource
+from services.chassis.bus import Bus
+from services.chassis.cache import Cache, CachedMessages
+from services.chassis.clients import Peer
+from services.chassis.paging import Pages
+from tests.harness import Identity, Member, make_settings, new_id, serving
+from tests.parts import Parts, free_port
 
 
 class StoreProcess:
@@ -89,3 +134,150 @@ async def store(store_process: StoreProcess) -> AsyncIterator[EventStore]:
     await create_tables(client)
     yield client
     await client.close()
+
+
+class StandInUsers(InternalUserServiceServicer):
+    """Stands in for user_svc: knows who belongs to a workspace."""
+
+    def __init__(self) -> None:
+        self.subjects: set[tuple[str, str]] = set()
+
+    async def CheckSubjects(self, request: CheckSubjectsRequest, context: object) -> CheckSubjectsResponse:
+        def known(ids: Iterable[str]) -> list[str]:
+            return [one for one in ids if (request.workspace_id, one) in self.subjects]
+
+        return CheckSubjectsResponse(user_ids=known(request.user_ids), team_ids=known(request.team_ids))
+
+
+@dataclass
+class Analytics:
+    """A running analytics_svc with its pipeline, and what stands around it."""
+
+    identity: Identity
+    users: StandInUsers
+    db: async_sessionmaker[AsyncSession]
+    bus: Bus
+    store: EventStore
+    channel: grpc.aio.Channel
+    sources: SourceServiceStub
+    ingest: IngestServiceStub
+    queries: QueryServiceStub
+    internal: InternalQueryServiceStub
+
+    async def source(self, member: Member) -> tuple[SourceMessage, str]:
+        """A new source of the member, and its write key."""
+        made = await self.sources.CreateSource(CreateSourceRequest(title="Shop"), metadata=member.metadata)
+        return made.source, made.write_key
+
+    async def send(self, write_key: str, events: list[dict[str, Any]]) -> IngestResponse:
+        """Sends events, written as JSON has them; what is left out is made up."""
+        request = IngestRequest()
+        ParseDict({"events": [{"event": "view", "distinctId": "ada", **event} for event in events]}, request)
+        response: IngestResponse = await self.ingest.Ingest(request, metadata=((HEADER, write_key),))
+        return response
+
+    async def ask(self, member: Member, source: SourceMessage, **query: Any) -> dict[str, Any]:
+        """The result of a query, written as JSON has it."""
+        message = ParseDict({"sourceIds": [source.source_id], **query}, Query())
+        answer = await self.queries.RunQuery(RunQueryRequest(query=message), metadata=member.metadata)
+        return MessageToDict(answer.result, always_print_fields_with_no_presence=True)
+
+    async def count(self, member: Member, source: SourceMessage) -> int:
+        """How many events of the source are in the store."""
+        return int((await self.ask(member, source))["rows"][0][0])
+
+    async def until_count(self, member: Member, source: SourceMessage, count: int) -> None:
+        """Returns when so many events are visible; fails when there are more, or not so many within 20 s."""
+        async with asyncio.timeout(20):
+            while (seen := await self.count(member, source)) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert seen == count
+
+
+@asynccontextmanager
+async def running_pipeline(
+    database_url: str, nats_url: str, store_url: str, *, deduplicate: bool = True
+) -> AsyncIterator[None]:
+    """A pipeline with connections of its own; it must not end by itself."""
+    db = chassis_db.connect(database_url)
+    store = EventStore(store_url)
+    bus = await Bus.connect(nats_url, "pipeline")
+    pipeline = Pipeline(db, bus, store, lambda: datetime.now(UTC), deduplicate=deduplicate)
+    running = asyncio.create_task(pipeline.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await bus.close()
+        await store.close()
+        await chassis_db.engine(db).dispose()
+
+
+@pytest.fixture(scope="session")
+async def database_url(parts: Parts) -> str:
+    url = await parts.fresh_database("analytics")
+    await chassis_db.migrate(url, "services.analytics_svc")
+    return url
+
+
+@pytest.fixture(scope="session")
+async def analytics(
+    parts: Parts, identity: Identity, database_url: str, store_process: StoreProcess, store: EventStore
+) -> AsyncIterator[Analytics]:
+    settings = make_settings(
+        AnalyticsSettings, parts, identity.keys, database_url, event_store_url=store_process.url
+    )
+    db = chassis_db.connect(database_url)
+    bus = await Bus.connect(parts.nats_url, "test")
+    await ensure_log(bus)
+    cache = await Cache.connect(parts.redis_url, bus, "analytics")
+    users = StandInUsers()
+    user_server = grpc.aio.server()
+    add_InternalUserServiceServicer_to_server(users, user_server)
+    port = user_server.add_insecure_port("127.0.0.1:0")
+    await user_server.start()
+    user_peer = Peer("user", f"127.0.0.1:{port}", auth.ServiceTokens("analytics", identity.keys))
+
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    write_keys = WriteKeys(db, CachedMessages(cache, "write_keys", SourceMessage))
+    pages = Pages(settings.derived_key("page tokens"))
+    sources = SourceServicer(db, write_keys, user_peer, pages, now=now, new_id=new_id)
+    ingest = IngestServicer(EventLog(bus, now), now)
+    queries = Queries(db, store, now)
+    registrations = [
+        lambda server: add_SourceServiceServicer_to_server(sources, server),
+        lambda server: add_IngestServiceServicer_to_server(ingest, server),
+        lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+        lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+    ]
+    access = identity.access(
+        "analytics",
+        db=db,
+        resources=[Resource(RESOURCE, Source.workspace_id, Source.source_id)],
+        credentials={"write_key": write_keys.check},
+    )
+    async with (
+        serving(settings, registrations, access) as (channel, _),
+        running_pipeline(database_url, parts.nats_url, store_process.url),
+    ):
+        yield Analytics(
+            identity=identity,
+            users=users,
+            db=db,
+            bus=bus,
+            store=store,
+            channel=channel,
+            sources=SourceServiceStub(channel),
+            ingest=IngestServiceStub(channel),
+            queries=QueryServiceStub(channel),
+            internal=InternalQueryServiceStub(channel),
+        )
+    await user_peer.close()
+    await user_server.stop(None)
+    await cache.close()
+    await bus.close()
+    await chassis_db.engine(db).dispose()
