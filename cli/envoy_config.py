@@ -106,6 +106,9 @@ def _trace(config: dict[str, Any], connection_manager: dict[str, Any], otlp: str
     address = urlsplit(otlp if "://" in otlp else f"//{otlp}")
     connection_manager["tracing"] = {
         "spawn_upstream_span": True,
+        # Named by the route; of the URL no path and no query, which may have tokens and what people look for.
+        "operation": "%ROUTE_NAME%",
+        "max_path_tag_length": 0,
         "provider": {
             "name": "envoy.tracers.opentelemetry",
             "typed_config": {
