@@ -46,8 +46,8 @@ class Part:
         after: names of the parts that must be ready before this one starts, and that stop after it.
         prepare: runs before the first start, to make files.
         prime: runs once the part is ready for the first time, and before it counts as such.
-        stop_seconds: how long it may take to stop before it is killed. The gateway, a service and a server, which
-            stop one after the other, stay below 10 s together.
+        stop_seconds: when it is killed, counted from the moment that the whole mesh begins to stop. What stops last
+            may take what the others have left.
         cwd: the working directory; the supervisor's own when absent.
         account: the system account to run as, for a server that refuses root.
     """
@@ -61,7 +61,7 @@ class Part:
     prepare: Callable[[], Awaitable[None]] | None = None
     prime: Callable[[], Awaitable[None]] | None = None
     stop_signal: signal.Signals = signal.SIGTERM
-    stop_seconds: float = 2.0
+    stop_seconds: float = 9.5
     cwd: Path | None = None
     account: str = ""
 

@@ -140,14 +140,14 @@ class Supervisor:
         async with asyncio.timeout(self._ready_seconds), self._news:
             await self._news.wait_for(lambda: child.restarts >= restarts and self._ready[name].is_set())
 
-    async def stop(self, name: str) -> None:
-        """Stops one part and leaves it stopped until `start`."""
+    async def stop(self, name: str, *, began: float | None = None) -> None:
+        """Stops one part and leaves it stopped until `start`. `began` is when the whole mesh began to stop."""
         keeper = self._keepers.pop(name, None)
         if keeper is not None:
             keeper.cancel()
             with suppress(asyncio.CancelledError):
                 await keeper
-        await self._end(self.children[name])
+        await self._end(self.children[name], began)
         self._ready[name].clear()
         self._gone[name].set()
         self._note()
@@ -158,11 +158,12 @@ class Supervisor:
 
     async def stop_all(self) -> None:
         """Stops each part once those that need it have stopped; kills what takes too long."""
+        began = time.monotonic()
 
         async def stop(name: str) -> None:
             needing = [child.part.name for child in self.children.values() if name in child.part.after]
             await asyncio.gather(*(self._gone[other].wait() for other in needing))
-            await self.stop(name)
+            await self.stop(name, began=began)
 
         await asyncio.gather(*(stop(name) for name in reversed(self.children)))
         self.state_file.unlink(missing_ok=True)
@@ -274,7 +275,7 @@ class Supervisor:
 
     # --- stopping -----------------------------------------------------------------------------------------
 
-    async def _end(self, child: Child) -> None:
+    async def _end(self, child: Child, began: float | None = None) -> None:
         process = child.process
         if process is None:
             return
@@ -282,12 +283,11 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 process.send_signal(child.part.stop_signal)
             try:
-                async with asyncio.timeout(child.part.stop_seconds):
+                spent = 0.0 if began is None else time.monotonic() - began
+                async with asyncio.timeout(max(0.5, child.part.stop_seconds - spent)):
                     await process.wait()
             except TimeoutError:
-                self._say(
-                    f"✗ {child.part.name} did not stop in {child.part.stop_seconds:.0f} s and was killed"
-                )
+                self._say(f"✗ {child.part.name} did not stop in time and was killed")
         kill_group(process.pid)
         await process.wait()
 
