@@ -62,12 +62,13 @@ class SigningKeys:
         self._lifetime = timedelta(seconds=settings.signing_key_seconds)
         self._token_lifetime = timedelta(seconds=settings.access_token_seconds + LEEWAY_SECONDS)
         self._now = now
-        self._keys: list[SigningKey] = []
+        self._keys: list[SigningKey] = []  # by activate_time
 
     def current(self) -> SigningKey:
         """The key that signs now."""
         now = self._now()
-        return max((key for key in self._keys if key.activate_time <= now), key=lambda key: key.activate_time)
+        # None is active yet when another replica, whose clock is ahead, has just made the first one.
+        return next((key for key in reversed(self._keys) if key.activate_time <= now), self._keys[0])
 
     async def public_keys(self) -> Keys:
         """The public keys by id, for this process itself."""
