@@ -178,6 +178,7 @@ class CachedMessages(Generic[T]):
         self._max_entries = max_entries
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
         self._flights: dict[str, _Flight[T]] = {}
+        self._invalidations: set[asyncio.Task[None]] = set()
         self._process_reads = _reads.labels(name, "process")
         self._redis_reads = _reads.labels(name, "redis")
         self._loader_reads = _reads.labels(name, "loader")
@@ -220,6 +221,13 @@ class CachedMessages(Generic[T]):
         cut off from the bus, in 2 s. Only where Redis does not take the new version may another process find
         the old value there, until Redis answers again or `ttl_seconds` have passed.
         """
+        # Once begun it is done to the end, also when the call that it belongs to is cancelled.
+        task = asyncio.create_task(self._invalidate(key))
+        self._invalidations.add(task)
+        task.add_done_callback(self._invalidations.discard)
+        await asyncio.shield(task)
+
+    async def _invalidate(self, key: str) -> None:
         await self._cache.replace_version(self._version_key(key))
         self.forget(key)
         await self._cache.tell(self.name, key)

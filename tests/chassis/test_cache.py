@@ -343,6 +343,25 @@ async def test_a_change_that_redis_does_not_take_reaches_it_later(
     await redis.aclose()
 
 
+async def test_a_change_is_seen_although_its_call_was_cancelled(
+    parts: Parts, users: Users, other: Users, database: Database
+) -> None:
+    database.titles["k"] = "old"
+    assert [await database.through(each, "k") for each in (users, other)] == ["old", "old"]
+    redis = Redis.from_url(parts.redis_url)
+    await redis.client_pause(100, all=False)
+    database.titles["k"] = "new"
+    call = asyncio.create_task(users.invalidate("k"))
+    await asyncio.sleep(0.03)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await eventually(lambda: other.peek("k") is None, seconds=1)
+    assert [await database.through(each, "k") for each in (users, other)] == ["new", "new"]
+    assert not users._cache.is_behind(users._version_key("k"))
+    await redis.aclose()
+
+
 async def test_a_gap_of_the_bus_empties_memory(parts: Parts, users: Users, database: Database) -> None:
     database.titles["k"] = "Ada"
     await database.through(users, "k")
