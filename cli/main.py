@@ -124,7 +124,8 @@ async def run(stack: Stack, *, demo: bool) -> None:
         stack.write_gateway()
         await stack.provision_replaced()
         async with Supervisor(stack.parts(), stack.data_dir, say=say, about=about(stack)):
-            say(f"All ready in {time.monotonic() - began:.1f} s. Ctrl-C stops it.")
+            hint = " Ctrl-C stops it." if sys.stderr.isatty() else ""
+            say(f"All ready in {time.monotonic() - began:.1f} s.{hint}")
             click.echo(stack.gateway_url)
             if demo:
                 await run_demo(stack)
@@ -165,6 +166,7 @@ def start_detached(stack: Stack) -> None:
     if process.returncode is not None:
         raise SystemExit(process.returncode or 1)
     process.returncode = 0  # it goes on without us
+    say(f"Stop it with: down --data {stack.data_dir}")
     click.echo(stack.gateway_url)
 
 
