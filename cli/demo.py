@@ -193,6 +193,7 @@ async def _make(gateway: Gateway, file: Path) -> dict[str, str]:
     _say(f"✓ {accepted:,} lines accepted in {time.monotonic() - start:.1f} s, {len(refused)} refused")
     for why in refused:
         _say(f"  {why}")
+    await _until_visible(gateway, source["source"]["sourceId"], accepted)
     dashboard = (await gateway.call("POST", "/v1/dashboards", {"title": "Web traffic"}))["dashboard"]
     for widget in widgets(source["source"]["sourceId"]):
         await gateway.call("POST", f"/v1/dashboards/{dashboard['dashboardId']}/widgets", widget)
@@ -207,6 +208,18 @@ async def _make(gateway: Gateway, file: Path) -> dict[str, str]:
     file.touch(mode=0o600)
     file.write_text(json.dumps(made, indent=2) + "\n")
     return made
+
+
+async def _until_visible(gateway: Gateway, source_id: str, count: int) -> None:
+    """Waits until a query counts what was accepted, so that the dashboard's first numbers are whole."""
+    deadline = time.monotonic() + RETRY_SECONDS
+    query = {"query": {"sourceIds": [source_id]}}
+    while (rows := (await gateway.call("POST", "/v1/queries:run", query))["result"]["rows"]) != [[count]]:
+        if time.monotonic() > deadline:
+            raise DemoFailedError(
+                f"{count} events were accepted, but a query shows {rows}: see `./dev logs pipeline`"
+            )
+        await asyncio.sleep(0.1)
 
 
 def _block(gateway_url: str, data_dir: Path, made: dict[str, str]) -> str:

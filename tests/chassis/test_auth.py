@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from services.chassis import auth, errors
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import ISSUER, Identity, new_id
 
 

@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from services.chassis.bus import Bus, BusError, Delivery, Outgoing, PullConsumer, Received
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.parts import Parts
 
 

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from services.chassis import cache as chassis_cache
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.parts import Parts
 
 Users = CachedMessages[User]

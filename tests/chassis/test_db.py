@@ -10,7 +10,7 @@ from uuid_utils.compat import uuid7
 
 from services.chassis import db as chassis_db
 from services.chassis.db import ChassisBase, GrantRow
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.parts import Parts
 
 Sessions = async_sessionmaker[AsyncSession]

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from services.chassis import inbox, outbox
 from services.chassis.bus import DEAD_LETTERS, Bus
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.parts import Parts
 
 Sessions = async_sessionmaker[AsyncSession]

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.chassis import outbox
 from services.chassis.bus import DOMAIN, Bus, Delivery
 from services.chassis.db import OutboxRow
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.parts import Parts
 
 Sessions = async_sessionmaker[AsyncSession]

@@ -31,7 +31,7 @@ from services.chassis.clients import Peer
 from services.chassis.db import GrantRow, Id
 from services.chassis.server import Server
 from services.chassis.settings import Settings
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import (
     Identity,
     Member,
