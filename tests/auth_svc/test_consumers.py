@@ -16,7 +16,7 @@ from services.auth_svc.consumers import on_member_removed, on_user_updated
 from services.auth_svc.models import Account
 from services.user_svc import models as user_models
 from tests.auth_svc.conftest import Services, bearer
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import new_id
 
 

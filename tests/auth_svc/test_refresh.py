@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from services.chassis.db import OutboxRow
 from tests.auth_svc.conftest import Services, bearer
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import refused
 
 SUPERSEDED = (grpc.StatusCode.ABORTED, "REFRESH_TOKEN_SUPERSEDED")

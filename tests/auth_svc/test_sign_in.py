@@ -9,7 +9,7 @@ from meshboard.user.v1.user_service_pb2 import GetMeRequest
 
 from services.auth_svc.models import Account
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, new_email
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import reason_of, refused, status_of
 
 WRONG = (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_WRONG")

@@ -5,7 +5,7 @@ from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionRequest, Lis
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 
 from tests.auth_svc.conftest import Services, bearer, claims_of
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import new_id, refused, service_metadata
 
 

@@ -18,7 +18,7 @@ from sqlalchemy import delete, select, update
 from services.chassis import inbox, rights
 from services.chassis.db import GrantRow
 from services.dashboard_svc.consumers import on_member_removed
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, reason_of
 

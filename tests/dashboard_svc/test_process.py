@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from services.chassis import db as chassis_db
 from services.dashboard_svc.models import Base
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.parts import Parts, free_port
 
 

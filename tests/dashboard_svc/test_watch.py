@@ -19,7 +19,7 @@ from meshboard.user.v1.grant_pb2 import Grant, Subject
 
 from services.chassis import errors
 from services.dashboard_svc.streams import Span
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, reason_of
 

@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.mesh.people import Person
 from tests.parts import Mesh, running_mesh
 

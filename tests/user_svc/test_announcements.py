@@ -19,7 +19,7 @@ from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.user_svc.consumers import on_account_discarded, on_signed_in
 from services.user_svc.models import User, Workspace
-from tests.chassis.conditions import eventually
+from tests.conditions import eventually
 from tests.harness import new_id
 from tests.user_svc.conftest import Person, UserSvc
 
