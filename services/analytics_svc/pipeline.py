@@ -34,7 +34,7 @@ from services.analytics_svc.tables import create_tables, insert_events
 from services.analytics_svc.user_agents import parse_user_agent
 from services.chassis import db, telemetry
 from services.chassis.bus import Bus, BusError
-from services.chassis.server import private_http, until_stopped
+from services.chassis.process import private_http, until_stopped
 
 log = structlog.get_logger(__name__)
 

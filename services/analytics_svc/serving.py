@@ -29,7 +29,8 @@ from services.chassis.clients import Peer
 from services.chassis.interceptor import warm_up
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
-from services.chassis.server import Server, until_stopped
+from services.chassis.process import until_stopped
+from services.chassis.server import Server
 
 
 def now() -> datetime:

@@ -26,7 +26,7 @@ from prometheus_client import Histogram
 
 from services.analytics_svc.settings import AnalyticsSettings
 from services.chassis import telemetry
-from services.chassis.server import private_http, until_stopped
+from services.chassis.process import private_http, until_stopped
 
 log = structlog.get_logger(__name__)
 

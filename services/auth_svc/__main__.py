@@ -26,7 +26,8 @@ from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
-from services.chassis.server import Server, main, until_stopped
+from services.chassis.process import until_stopped
+from services.chassis.server import Server, main
 
 
 def now() -> datetime:

@@ -1,4 +1,4 @@
-"""The life of a service process: workers, gRPC server, private HTTP, graceful end.
+"""The life of a gRPC service: workers, server, reflection, graceful end.
 
 With several workers the process forks before any gRPC object exists, and SO_REUSEPORT spreads connections over them.
 """
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from services.chassis import access, telemetry
 from services.chassis.clients import MAX_MESSAGE_BYTES
 from services.chassis.interceptor import Interceptor
+from services.chassis.process import Check, private_http
 from services.chassis.settings import S, Settings, load
 
 log = structlog.get_logger(__name__)
@@ -45,7 +46,6 @@ _OPTIONS = (
 )
 
 Register = Callable[[Any], None]
-Check = Callable[[], Awaitable[bool]]
 
 
 class _Names:
@@ -128,34 +128,6 @@ class Server:
         return all([await check() for check in self._ready])
 
 
-async def private_http(listen: str, ready: Check) -> web.AppRunner:
-    """Serves /livez, /readyz and /metrics; `cleanup()` of the result ends it."""
-
-    async def livez(_request: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def readyz(_request: web.Request) -> web.Response:
-        try:
-            async with asyncio.timeout(2):
-                good = await ready()
-        except TimeoutError:
-            good = False
-        return web.Response(text="ok\n" if good else "not ready\n", status=200 if good else 503)
-
-    async def metrics(_request: web.Request) -> web.Response:
-        return web.Response(body=telemetry.metrics(), content_type="text/plain", charset="utf-8")
-
-    app = web.Application()
-    app.router.add_get("/livez", livez)
-    app.router.add_get("/readyz", readyz)
-    app.router.add_get("/metrics", metrics)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    host, _, port = listen.rpartition(":")
-    await web.TCPSite(runner, host, int(port), reuse_port=True).start()
-    return runner
-
-
 def _add_reflection(server: grpc.aio.Server) -> None:
     """Reflection of the whole descriptor set, so that one address tells of every service."""
     files = descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTOR_FILE.read_bytes())
@@ -170,26 +142,6 @@ def _add_reflection(server: grpc.aio.Server) -> None:
         pool.Add(file)
     names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server, pool)
-
-
-async def until_stopped(*work: Coroutine[Any, Any, None]) -> None:
-    """Runs background work until SIGTERM or SIGINT; ends the process when a piece of work fails."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    tasks = [asyncio.create_task(piece) for piece in work]
-    waiting: asyncio.Task[Any] = asyncio.create_task(stopped.wait())
-    try:
-        await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-                raise RuntimeError("background work ended by itself")
-    finally:
-        for task in [waiting, *tasks]:
-            task.cancel()
-        await asyncio.gather(waiting, *tasks, return_exceptions=True)
 
 
 def main(service: str, kind: type[S], serve: Callable[[S], Coroutine[Any, Any, None]]) -> None:

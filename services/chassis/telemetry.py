@@ -19,11 +19,11 @@ import structlog
 from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import ExceptionContext
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
+    from sqlalchemy import Engine
+    from sqlalchemy.engine import ExceptionContext
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 CALLS = Counter("meshboard_rpc_calls_total", "Calls by method and gRPC code.", ["method", "code"])
@@ -174,6 +174,8 @@ def trace_statements(engine: Engine) -> None:
     """Makes a span of each statement of an engine, with its text and without its values, while traces are on."""
     if not _tracing:
         return
+    from sqlalchemy import event  # noqa: PLC0415 - 25 MB that the event store can do without
+
     tracer = trace.get_tracer("meshboard")
     database = engine.url.database or ""
 

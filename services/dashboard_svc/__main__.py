@@ -14,7 +14,8 @@ from services.chassis.clients import Peer
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
-from services.chassis.server import Server, main, until_stopped
+from services.chassis.process import until_stopped
+from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_member_removed

@@ -18,7 +18,8 @@ from services.chassis.clients import Peer
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
-from services.chassis.server import Server, main, until_stopped
+from services.chassis.process import until_stopped
+from services.chassis.server import Server, main
 from services.chassis.settings import Settings
 from services.user_svc.consumers import on_account_discarded, on_signed_in
 from services.user_svc.internal_users import InternalUserServicer
