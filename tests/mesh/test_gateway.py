@@ -67,6 +67,8 @@ async def test_an_event_reaches_a_watcher_within_a_second(ann: Person):
     await ann.send(write_key, {"event": "third", "distinctId": "c"})
     async with ann.watch(dashboard_id, cursor) as watch:
         change = await watch.next()
+        if not change["changes"]:  # the event is still on its way, and the client up to date
+            change = await watch.next()
         assert "snapshot" not in change
         assert change["changes"][0]["result"]["rows"] == [[3]]
 
