@@ -1,0 +1,63 @@
+"""Whatever is killed while events are being sent: each acknowledged event is counted exactly once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.faults.traffic import Traffic
+from tests.mesh.people import Person
+from tests.parts import Mesh, running_mesh
+
+pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(300)]
+
+VICTIMS = ("analytics_svc", "pipeline", "store", "nats", "postgres", "valkey")
+
+
+async def kill(mesh: Mesh, *victims: str) -> None:
+    """Kills parts at once, and waits until each runs again."""
+    restarts = {name: mesh.supervisor.children[name].restarts for name in victims}
+    for name in victims:
+        mesh.supervisor.kill(name)
+    for name in victims:
+        await mesh.supervisor.until_ready(name, restarts=restarts[name] + 1)
+
+
+async def test_each_event_counts_once_whatever_is_killed(fragile: Mesh, ann: Person):
+    async with Traffic(ann, *await ann.new_source()) as traffic:
+        for victim in VICTIMS:
+            await traffic.flow()
+            await kill(fragile, victim)
+        await traffic.flow()
+        await kill(fragile, *VICTIMS)
+        await traffic.flow()
+    assert traffic.retries, "nobody noticed the kills"
+    await traffic.check()
+
+
+async def test_the_check_notices_when_duplicates_are_let_through(tmp_path: Path, http: aiohttp.ClientSession):
+    settings = {"MESHBOARD_UNSAFE_NO_DEDUPLICATION": "1"}
+    async with running_mesh(tmp_path, limits=False, settings=settings) as mesh:
+        ann = await Person(http, mesh.gateway_url).sign_up()
+        async with Traffic(ann, *await ann.new_source()) as traffic:
+            await traffic.flow()
+            await kill(mesh, "pipeline")
+            await traffic.flow()
+        with pytest.raises(AssertionError, match="some more than once"):
+            await traffic.check()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(3))
+async def test_each_event_counts_once_through_many_kills(fragile: Mesh, ann: Person, seed: int):
+    chance = random.Random(seed)
+    async with Traffic(ann, *await ann.new_source()) as traffic:
+        for _ in range(12):
+            await traffic.flow(chance.randrange(20, 2000), seconds=180)
+            await kill(fragile, *chance.sample(VICTIMS, chance.randint(1, len(VICTIMS))))
+        await traffic.flow(seconds=180)
+    await traffic.check()
