@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,8 @@ class Stack:
             )
 
         if not replaced["MESHBOARD_CLICKHOUSE_URL"]:
-            result.append(service("store", "analytics", "store_private", "--role", "store", after=()))
+            store = service("store", "analytics", "store_private", "--role", "store", after=())
+            result.append(replace(store, stop_seconds=Part.stop_seconds))  # it stops with the servers
         servers = tuple(part.name for part in result)
         small = tuple(name for name in servers if name != "store")
         result += [

