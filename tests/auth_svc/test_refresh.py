@@ -1,14 +1,16 @@
 import asyncio
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
 from meshboard.auth.v1.auth_service_pb2 import RefreshRequest, RefreshResponse
 from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
+from services.auth_svc.models import Session
 from services.chassis.db import OutboxRow
-from tests.auth_svc.conftest import Services, bearer
+from tests.auth_svc.conftest import Services, bearer, claims_of
 from tests.conditions import eventually
 from tests.harness import refused
 
@@ -118,3 +120,23 @@ async def test_rejects_what_was_never_given(services: Services, change: str):
     }[change]
     assert await refused(refresh(services, changed)) == INVALID
     await refresh(services, token)
+
+
+async def test_a_session_lives_as_long_as_it_is_refreshed(services: Services):
+    signed_up = await services.sign_up()
+    session_id = claims_of(signed_up.access_token)["sid"]
+
+    async def expire(time: datetime) -> None:
+        async with services.sessions.begin() as session:
+            await session.execute(
+                update(Session).where(Session.session_id == session_id).values(expire_time=time)
+            )
+
+    await expire(datetime.now(UTC) + timedelta(minutes=1))
+    second = await refresh(services, signed_up.refresh_token)
+    async with services.sessions() as session:
+        row = await session.get_one(Session, session_id)
+    assert row.expire_time > datetime.now(UTC) + timedelta(days=29)
+
+    await expire(datetime.now(UTC))
+    assert await refused(refresh(services, second.refresh_token)) == INVALID

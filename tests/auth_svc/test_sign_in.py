@@ -1,13 +1,19 @@
 import asyncio
+from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
+from argon2 import PasswordHasher
 from google.rpc import error_details_pb2
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
+from redis.asyncio import Redis
+from sqlalchemy import update
 
 from services.auth_svc.models import Account
+from services.auth_svc.sign_in_delays import SignInDelays
+from services.chassis import errors
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, new_email
 from tests.conditions import eventually
 from tests.harness import reason_of, refused, status_of
@@ -101,3 +107,29 @@ async def test_comes_back_to_the_workspace_of_the_last_time(services: Services):
     async with services.sessions() as session:
         account = await session.get_one(Account, signed_up.user.user_id)
     assert account.last_workspace_id == signed_up.workspace.workspace_id
+
+
+async def test_hashes_anew_what_was_hashed_with_other_parameters(services: Services):
+    signed_up = await services.sign_up()
+    user_id = signed_up.user.user_id
+    weaker = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1).hash(PASSWORD)
+    async with services.sessions.begin() as session:
+        await session.execute(update(Account).where(Account.user_id == user_id).values(password_hash=weaker))
+    await sign_in(services, signed_up.user.email)
+    async with services.sessions() as session:
+        account = await session.get_one(Account, user_id)
+    assert account.password_hash.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    await sign_in(services, signed_up.user.email)
+
+
+async def test_is_refused_while_failures_cannot_be_counted(services: Services, tmp_path: Path):
+    away = Redis.from_url(f"unix://{tmp_path}/nobody.sock")
+    delays = SignInDelays(away, services.auth_settings)
+    for call in (delays.check("a", "b"), delays.failed("a", "b")):
+        with pytest.raises(errors.Error) as failure:
+            await call
+        assert (failure.value.code, failure.value.reason) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "DEPENDENCY_UNAVAILABLE",
+        )
+    await away.aclose()
