@@ -18,7 +18,7 @@ from services.auth_svc.settings import AuthSettings
 from services.chassis import errors
 
 # Set by the gateway, which removes it from what comes in.
-_ADDRESS_HEADER = "x-envoy-external-address"
+_ADDRESS_HEADER = "x-meshboard-address"
 _REMEMBER_SECONDS = 3600
 
 

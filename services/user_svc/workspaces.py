@@ -169,9 +169,7 @@ class WorkspaceServicer(WorkspaceServiceServicer):
                 .order_by(Member.create_time, Member.user_id)
                 .limit(page.limit)
             )
-        members, next_page_token = page.close(
-            rows.all(), lambda row: (row[0].create_time, row[0].user_id)
-        )
+        members, next_page_token = page.close(rows.all(), lambda row: (row[0].create_time, row[0].user_id))
         return ListMembersResponse(
             members=[member_to_pb(member, user) for member, user in members],
             next_page_token=next_page_token,

@@ -26,7 +26,7 @@ async def sign_in(
     services: Services, email: str, password: str = PASSWORD, address: str = "192.0.2.1"
 ) -> SignInResponse:
     return await services.auth.SignIn(
-        SignInRequest(email=email, password=password), metadata=(("x-envoy-external-address", address),)
+        SignInRequest(email=email, password=password), metadata=(("x-meshboard-address", address),)
     )
 
 
