@@ -1,7 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help gen gen-check lint types contracts envoy check test fmt
 BIN := .venv/bin
-ENVOY = $(shell $(BIN)/python -c "from cli.parts import binary; print(binary('envoy'))")
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
