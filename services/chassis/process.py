@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,7 +17,8 @@ from services.chassis import telemetry
 
 Check = Callable[[], Awaitable[bool]]
 
-_MADV_PAGEOUT = 21
+_MADV_DONTNEED = 4
+_LIBRARY = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) .*\.so[.0-9]*$")
 
 
 async def private_http(listen: str, ready: Check) -> web.AppRunner:
@@ -69,15 +71,21 @@ async def until_stopped(*work: Coroutine[Any, Any, None]) -> None:
 
 
 def give_back_memory() -> None:
-    """Gives the kernel back the pages of shared libraries that only loading them needed: call it after the start.
+    """Unmaps the pages of shared libraries that only loading them needed: call it after the start.
 
-    They stay in the page cache, and come back from there when they are used (madvise(2), MADV_PAGEOUT; Linux only).
+    They stay in the page cache, and come back from there when they are used (madvise(2), MADV_DONTNEED; Linux only).
+    Only mappings that cannot be written and hold nothing but pages of the file are touched.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, *_, path = line.split()
-        if ".so" in path:
-            begin, end = (int(address, 16) for address in addresses.split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+    mapping: tuple[int, int] | None = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := _LIBRARY.match(line):
+            mapping = (int(found[1], 16), int(found[2], 16)) if "w" not in found[3] else None
+        elif line.startswith("Anonymous:") and line.split()[1] != "0":
+            mapping = None
+        elif line.startswith("VmFlags:") and mapping is not None:
+            begin, end = mapping
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+            mapping = None
