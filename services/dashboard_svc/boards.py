@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1.widget_service_pb2 import ListWidgetsResponse
-from sqlalchemy import Select, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors
 from services.chassis.cache import Cache, CachedMessages
 from services.dashboard_svc.convert import dashboard_to_pb, widget_to_pb
 from services.dashboard_svc.models import Dashboard, Widget
-
-
-@dataclass(frozen=True, slots=True)
-class Board:
-    """The widgets of a dashboard in the order of the layout, as of this version of the dashboard or later."""
-
-    version: int
-    widgets: list[dashboard_pb2.Widget]
 
 
 def absent() -> errors.Error:
@@ -78,25 +69,17 @@ class Boards:
         await self._dashboards.invalidate(key)
         await self._widgets.invalidate(key)
 
-    # Not from the cache: a feed that hears of a change may be faster than the cache.
-
-    async def version(self, workspace_id: str, dashboard_id: str) -> int:
-        """The version of a dashboard now. Raises NOT_FOUND."""
+    async def load(self, workspace_id: str, dashboard_id: str) -> list[dashboard_pb2.Widget] | None:
+        """The widgets as they are now, for who may hear of a change before the cache; None: no such dashboard."""
         async with self._db() as session:
-            version = await session.scalar(_version(workspace_id, dashboard_id))
-        if version is None:
-            raise absent()
-        return version
-
-    async def load(self, workspace_id: str, dashboard_id: str) -> Board | None:
-        """A dashboard with its widgets as they are now; None when there is none."""
-        async with self._db() as session:
-            # The version first: whatever is committed in between is in the widgets, and a newer version follows.
-            version = await session.scalar(_version(workspace_id, dashboard_id))
-            if version is None:
+            if await session.get(Dashboard, (workspace_id, dashboard_id)) is None:
                 return None
-            rows = await session.scalars(_widgets(workspace_id, dashboard_id))
-            return Board(version, [widget_to_pb(row) for row in rows])
+            rows = await session.scalars(
+                select(Widget)
+                .where(Widget.workspace_id == workspace_id, Widget.dashboard_id == dashboard_id)
+                .order_by(Widget.y, Widget.x, Widget.widget_id)
+            )
+            return [widget_to_pb(row) for row in rows]
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:
@@ -104,19 +87,5 @@ class Boards:
         return dashboard_to_pb(row) if row else None
 
     async def _load_widgets(self, workspace_id: str, dashboard_id: str) -> ListWidgetsResponse | None:
-        board = await self.load(workspace_id, dashboard_id)
-        return ListWidgetsResponse(widgets=board.widgets) if board else None
-
-
-def _version(workspace_id: str, dashboard_id: str) -> Select[int]:
-    return select(Dashboard.version).where(
-        Dashboard.workspace_id == workspace_id, Dashboard.dashboard_id == dashboard_id
-    )
-
-
-def _widgets(workspace_id: str, dashboard_id: str) -> Select[Widget]:
-    return (
-        select(Widget)
-        .where(Widget.workspace_id == workspace_id, Widget.dashboard_id == dashboard_id)
-        .order_by(Widget.y, Widget.x, Widget.widget_id)
-    )
+        widgets = await self.load(workspace_id, dashboard_id)
+        return None if widgets is None else ListWidgetsResponse(widgets=widgets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -39,6 +40,7 @@ from services.dashboard_svc.streams import Span, stream
 Context = Any
 DASHBOARD = "dashboard"
 MUTABLE = ("title", "description")
+CATCH_UP_SECONDS = 5.0
 
 
 class DashboardServicer(DashboardServiceServicer):
@@ -205,7 +207,8 @@ class DashboardServicer(DashboardServiceServicer):
         dashboard_id = request.dashboard_id.lower()
         with self.feeds.watch(workspace_id, dashboard_id) as feed:
             has = feed.read_cursor(request.cursor) if request.cursor else None
-            feed.want(await self.boards.version(workspace_id, dashboard_id))
+            async with asyncio.timeout(CATCH_UP_SECONDS):
+                await feed.catch_up()
             async for response in stream(feed, has, self.span, auth.recheck, self.draining):
                 yield response
 

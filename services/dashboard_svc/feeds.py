@@ -25,7 +25,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.chassis.bus import Bus, Received
 from services.dashboard_svc import cursors
 from services.dashboard_svc.answers import QUERIES_AT_ONCE, Answers, is_transient, key_of, of_widget
-from services.dashboard_svc.boards import Board
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +40,7 @@ _NEWS_KEPT = 64
 _watchers = Gauge("meshboard_watchers", "Open streams of live dashboards.", multiprocess_mode="livesum")
 _feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_mode="livesum")
 
-Load = Callable[[str, str], Awaitable[Board | None]]
+Load = Callable[[str, str], Awaitable[list[Widget] | None]]
 News = tuple[WatchDashboardResponse, cursors.Digests]
 
 _EVENTS = {
@@ -124,8 +123,9 @@ class Feed:
         self._feeds = feeds
         self._room = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._outdated = asyncio.Event()
-        self._version = 0
-        self._wanted_version = 0
+        self._begun = 0  # loads of the widgets, by number
+        self._loaded = 0
+        self._caught_up = asyncio.Event()  # set, and replaced, after each load
         self._lines: dict[bytes, _Line] = {}
         self._tiles: dict[str, _Line] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
@@ -133,28 +133,30 @@ class Feed:
         self._failure: BaseException | None = None
         self._start(b"", self._follow())
 
-    def want(self, version: int) -> None:
-        """Makes the feed ready only with the widgets of this version of the dashboard or a later one."""
-        self._wanted_version = max(version, self._wanted_version)
-        if self._version < version:
-            self._outdated.set()
+    async def catch_up(self) -> None:
+        """Returns when the feed has the widgets that were committed before the call; many callers share one load."""
+        load = self._begun + 1
+        self._outdated.set()
+        while self._loaded < load:
+            self._check()
+            await self._caught_up.wait()
 
     @property
     def ready(self) -> bool:
-        """Whether there is data, or an error, for each widget. Raises what has ended the feed."""
+        """Whether there is data, or an error, for each widget."""
+        self._check()
+        return all(line.answer is not None for line in self._tiles.values())
+
+    def _check(self) -> None:
         if self._failure:
             raise RuntimeError("the feed has failed") from self._failure
-        return 0 < self._wanted_version <= self._version and all(
-            line.answer is not None for line in self._tiles.values()
-        )
 
     def news(self, has: cursors.Digests | None) -> News | None:
         """What leads a client that has this data (None: nothing) to the present state, and what it has then.
 
         None when nothing is new. The message is shared by all watchers in the same state: not to be changed.
         """
-        if self._failure:
-            raise RuntimeError("the feed has failed") from self._failure
+        self._check()
         key = None if has is None else tuple(has.items())
         if key not in self._news:
             if len(self._news) >= _NEWS_KEPT:
@@ -221,20 +223,23 @@ class Feed:
     async def _follow(self) -> None:
         while True:
             self._outdated.clear()
+            self._begun += 1
             try:
-                board = await self._load(self.workspace_id, self.dashboard_id)
+                widgets = await self._load(self.workspace_id, self.dashboard_id)
             except (OSError, TimeoutError, SQLAlchemyError) as error:
                 log.warning("feed_waits_for_postgres", error=repr(error))
                 await asyncio.sleep(0.5)
                 continue
-            if board is None:
+            if widgets is None:
                 self.doubt()
             else:
-                self._adopt(board)
+                self._adopt(widgets)
+            self._loaded = self._begun
+            self._caught_up = _replace(self._caught_up)
             await self._outdated.wait()
 
-    def _adopt(self, board: Board) -> None:
-        queries = {key_of(widget.query): widget.query for widget in board.widgets}
+    def _adopt(self, widgets: list[Widget]) -> None:
+        queries = {key_of(widget.query): widget.query for widget in widgets}
         for key in self._lines.keys() - queries.keys():
             self._feeds.unfollow_sources(self._lines.pop(key))
             self._stop(key)
@@ -243,9 +248,10 @@ class Feed:
                 line = self._lines[key] = _Line(query)
                 self._feeds.follow_sources(line)
                 self._start(key, line.follow(self._ask, self._announce))
-        self._tiles = {widget.widget_id: self._lines[key_of(widget.query)] for widget in board.widgets}
-        self._version = board.version
-        self._announce()
+        before = self._tiles
+        self._tiles = {widget.widget_id: self._lines[key_of(widget.query)] for widget in widgets}
+        if list(self._tiles.items()) != list(before.items()):
+            self._announce()
 
     async def _ask(self, query: Query) -> WidgetData:
         async with self._room:
@@ -253,8 +259,7 @@ class Feed:
 
     def _announce(self) -> None:
         self._news.clear()
-        self.changed.set()
-        self.changed = asyncio.Event()
+        self.changed = _replace(self.changed)
 
     def _start(self, key: bytes, work: Coroutine[Any, Any, None]) -> None:
         # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
@@ -271,6 +276,7 @@ class Feed:
             self._failure = failure
             self._feeds.forget(self)
             self._announce()
+            self._caught_up = _replace(self._caught_up)
 
 
 class Feeds:
@@ -311,6 +317,11 @@ class Feeds:
 
     def __len__(self) -> int:
         return len(self._feeds)
+
+    @property
+    def followed_sources(self) -> set[str]:
+        """The sources whose ticks matter to someone."""
+        return set(self._sources)
 
     # Called by feeds
 
@@ -363,6 +374,12 @@ class Feeds:
         """Notes that ticks and events may have been missed."""
         for feed in self._feeds.values():
             feed.mistrust()
+
+
+def _replace(event: asyncio.Event) -> asyncio.Event:
+    """Wakes all who wait; who waits next, waits for the next time."""
+    event.set()
+    return asyncio.Event()
 
 
 def _dashboard_of(event: Any) -> str:

@@ -43,7 +43,7 @@ async def stream(
 ) -> AsyncIterator[WatchDashboardResponse]:
     """What a client is sent that has this data (None: nothing). Ends after a message with `end`.
 
-    `recheck` raises when the client may no longer watch. Raises its error when for BLIND_SECONDS it could not tell.
+    `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when for BLIND_SECONDS it could not tell.
     """
     check = _Check(recheck)
     start = time.monotonic()
@@ -114,7 +114,7 @@ class _Check:
 
     def _tolerate(self, error: Exception) -> None:
         if time.monotonic() - self._good >= BLIND_SECONDS:
-            raise error
+            raise errors.unavailable("It cannot be told whether you may still watch.") from error
         log.info("recheck_failed", error=repr(error))
         self.next = time.monotonic() + CHECK_SECONDS / 4
 

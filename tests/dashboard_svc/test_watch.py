@@ -147,6 +147,18 @@ async def test_computes_once_for_all_watchers_and_at_most_four_times_a_second(me
     await eventually(lambda: len(mesh.feeds) == 0)
 
 
+async def test_many_widgets_share_the_four_messages_a_second(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, _ = await counted(mesh, ann, 6)
+    async with watching(mesh, ann, dashboard) as watcher:
+        for n in range(60):
+            mesh.analytics.count[sources[n % 6]] += 1
+            await mesh.tick(sources[n % 6])
+            await asyncio.sleep(0.02)
+        await eventually(lambda: set(watcher.state.values()) == {10.0})
+        assert len(watcher.changes) <= (watcher.times[-1] - watcher.times[0]) / 0.25 + 1
+
+
 async def test_fixed_ranges_cost_nothing_and_sliding_ones_move(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     dashboard = await mesh.dashboard(ann)
@@ -195,6 +207,8 @@ async def test_follows_changes_of_widgets(mesh: Mesh) -> None:
         await mesh.tick(sources[0])  # nobody's any more
         await asyncio.gather(*(mesh.tick(other) for _ in range(2)))
         assert mesh.analytics.times_asked(sources[0]) == asked
+    await eventually(lambda: len(mesh.feeds) == 0)
+    assert mesh.feeds.followed_sources == set()
 
 
 async def test_a_new_stream_has_what_was_just_written(mesh: Mesh) -> None:
