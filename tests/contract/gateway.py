@@ -21,6 +21,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from jwt.algorithms import ECAlgorithm
 from meshboard.options.v1 import access_pb2
+from yarl import URL
 
 from cli import envoy_config, parts
 from cli.supervisor import Supervisor
@@ -208,8 +209,9 @@ class Gateway:
         return self.services.arrivals[-1]
 
     async def call(self, method: str, path: str, **options: Any) -> Reply:
-        """Sends one HTTP request; `options` are aiohttp's."""
-        async with self.client.request(method, f"{self.url}{path}", **options) as response:
+        """Sends one HTTP request with the path as it is written; `options` are aiohttp's."""
+        url = URL(f"{self.url}{path}", encoded=True)
+        async with self.client.request(method, url, **options) as response:
             return Reply(response.status, response.headers, await response.read())
 
     def channel(self) -> grpc.aio.Channel:
@@ -217,7 +219,9 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(folder: Path, identity: Identity, *, otlp: str = "") -> AsyncIterator[Gateway]:
+async def running(
+    folder: Path, identity: Identity, *, otlp: str = "", limits: bool = False
+) -> AsyncIterator[Gateway]:
     """Runs the gateway on free ports until it knows the keys, with its files in `folder`."""
     port = free_ports(7)
     config = folder / "envoy.yaml"
@@ -227,6 +231,7 @@ async def running(folder: Path, identity: Identity, *, otlp: str = "") -> AsyncI
         base_port=port,
         public_url=f"http://127.0.0.1:{port}",
         otlp=otlp,
+        limits=limits,
     )
     listens = tuple(("127.0.0.1", port + distance) for distance in range(3))
     envoy = parts.envoy(config, listens, port + 1, after=())
