@@ -57,7 +57,9 @@ def generate(out: Path) -> None:
 def _run(program: str, *arguments: str) -> None:
     """Runs a program of the virtual environment; its own words reach the terminal when it fails."""
     bin_dir = Path(sys.executable).parent
-    subprocess.run([str(bin_dir / program), *arguments], cwd=ROOT, check=True, env={"PATH": f"{bin_dir}:/usr/bin:/bin"})
+    subprocess.run(
+        [str(bin_dir / program), *arguments], cwd=ROOT, check=True, env={"PATH": f"{bin_dir}:/usr/bin:/bin"}
+    )
 
 
 def _differences(old: Path, new: Path) -> list[str]:
@@ -80,11 +82,15 @@ def check() -> int:
 def breaking() -> int:
     """Compares the contracts with those of the branch `main`; 0 when no caller breaks, or there is no `main` yet."""
     for ref in ("origin/main", "main"):
-        found = subprocess.run(["git", "rev-parse", "--verify", "--quiet", f"{ref}:buf.yaml"], cwd=ROOT, check=False)
+        found = subprocess.run(
+            ["git", "rev-parse", "--verify", "--quiet", f"{ref}:buf.yaml"], cwd=ROOT, check=False
+        )
         if found.returncode == 0:
             bin_dir = Path(sys.executable).parent
             against = f".git#ref={ref}"
-            return subprocess.run([bin_dir / "buf", "breaking", "--against", against], cwd=ROOT, check=False).returncode
+            return subprocess.run(
+                [bin_dir / "buf", "breaking", "--against", against], cwd=ROOT, check=False
+            ).returncode
     print("no earlier contracts to compare with", file=sys.stderr)
     return 0
 
