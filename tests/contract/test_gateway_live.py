@@ -6,7 +6,7 @@ import asyncio
 import gzip
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -62,7 +62,7 @@ async def native(
     async with gateway.channel() as channel:
         call: Any = channel.unary_unary(path)
         try:
-            await call(b"", metadata=tuple(metadata.items()), timeout=timeout)
+            await call(b"", metadata=tuple((metadata or {}).items()), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             return error.code(), error.details() or ""
     return grpc.StatusCode.OK, ""
@@ -169,7 +169,7 @@ async def test_internal_rpcs_are_refused_in_any_form(gateway: Gateway, path: str
     token = gateway.bearer()
     reply = await gateway.call("POST", path, json={}, headers=token)
     assert_refused(reply, 404, grpc.StatusCode.NOT_FOUND, "ROUTE_UNKNOWN")
-    code, message = await native(gateway, path, authorization=token["Authorization"])
+    code, message = await native(gateway, path, {"authorization": token["Authorization"]})
     assert (code, message) == (grpc.StatusCode.UNIMPLEMENTED, "No such method.")
     web = {**token, "Content-Type": "application/grpc-web+proto"}
     for spelling in (path, f"/{path}", f"/x/..{path}", path.replace("Internal", "%49nternal")):
@@ -248,7 +248,7 @@ async def test_headers_of_the_mesh_do_not_come_from_outside(gateway: Gateway) ->
         assert arrived["x-meshboard-address"] == "127.0.0.1"
         assert {key for key in arrived if key.startswith("x-meshboard-")} == {"x-meshboard-address"}
     # It would make a gRPC call look like one that came as JSON.
-    code, message = await native(gateway, GET_ME, **{"x-envoy-original-path": "/v1/users/me"})
+    code, message = await native(gateway, GET_ME, {"x-envoy-original-path": "/v1/users/me"})
     assert (code, message) == (grpc.StatusCode.UNAUTHENTICATED, "Jwt is missing")
 
 
@@ -363,7 +363,7 @@ async def test_other_calls_without_a_token_have_a_limit_per_address(limited: Gat
 
 async def test_native_grpc_passes(gateway: Gateway) -> None:
     token = gateway.bearer()["Authorization"]
-    assert await native(gateway, GET_ME, authorization=token) == (grpc.StatusCode.OK, "")
+    assert await native(gateway, GET_ME, {"authorization": token}) == (grpc.StatusCode.OK, "")
     assert gateway.last.path == GET_ME
     assert await native(gateway, "/grpc.health.v1.Health/Check") == (grpc.StatusCode.OK, "")
     assert (await native(gateway, "/nope.Service/Nope"))[0] == grpc.StatusCode.UNIMPLEMENTED
@@ -434,7 +434,7 @@ async def test_calls_have_a_deadline(gateway: Gateway) -> None:
     await gateway.call("GET", "/v1/users/me", headers=gateway.bearer())
     assert gateway.last.seconds_left is not None
     assert gateway.last.seconds_left < 16
-    await native(gateway, GET_ME, timeout=3, authorization=gateway.bearer()["Authorization"])
+    await native(gateway, GET_ME, {"authorization": gateway.bearer()["Authorization"]}, timeout=3)
     assert gateway.last.seconds_left < 4
 
 
@@ -469,7 +469,7 @@ async def test_a_service_that_is_away_is_unavailable_and_comes_back(gateway: Gat
     try:
         reply = await gateway.call("GET", "/v1/users/me", headers=headers)
         assert_refused(reply, 503, grpc.StatusCode.UNAVAILABLE, "DEPENDENCY_UNAVAILABLE")
-        code, message = await native(gateway, GET_ME, authorization=headers["Authorization"])
+        code, message = await native(gateway, GET_ME, {"authorization": headers["Authorization"]})
         assert (code, "{" in message) == (grpc.StatusCode.UNAVAILABLE, False)
         assert (await gateway.call("GET", "/v1/dashboards", headers=headers)).status == 200
     finally:
