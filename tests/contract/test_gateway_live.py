@@ -56,7 +56,7 @@ def assert_refused(reply: Reply, status: int, code: grpc.StatusCode, reason: str
 
 
 async def native(
-    gateway: Gateway, path: str, *, timeout: float = 20, **metadata: str
+    gateway: Gateway, path: str, metadata: Mapping[str, str] | None = None, *, timeout: float = 20
 ) -> tuple[grpc.StatusCode, str]:
     """Calls an RPC by gRPC with an empty request; returns its code and message."""
     async with gateway.channel() as channel:
