@@ -77,6 +77,7 @@ def measure(
     alone: list[float] = []
     largest = max(events_by_size)
     count = events_by_size[largest]
+    send(mesh, account, "grpc", 10 * largest, largest)  # connections, caches and statements come into being
     for number in range(rounds):
         ids = (secrets.token_hex(4), *account.create_source()[:1] * 2)
         inserted = direct.insert(partial(events.logged_batches, count, largest, *ids))

@@ -91,6 +91,7 @@ def h2load(load: Load, requests: int) -> Sent:
     else:
         options.append("--h1")
         headers.append(("content-type", "application/json"))
+    # The token is visible to whoever lists processes: it is one of an account made for the bench, and soon expires.
     options += [word for name, value in headers for word in ("-H", f"{name}: {value}")]
     with tempfile.NamedTemporaryFile() as file:
         if load.protocol == "grpc":

@@ -23,6 +23,7 @@ from cli.envoy_config import REPOSITORY
 from cli.main import free_port
 
 NAMES = ("reads", "ingest", "visible", "startup")
+BUSY = 0.25  # load of other work, for each core, from which on rates mean little
 RESULTS = REPOSITORY / "bench" / "results"
 _PACKAGES = (
     "grpcio",
@@ -45,6 +46,10 @@ def run(names: Sequence[str], *, quick: bool, data_dir: Path | None, say: Say) -
     """
     figures: list[Figure] = []
     machine = machine_facts()
+    if machine["load_average"] > BUSY * machine["cores"]:
+        say(
+            f"The machine is busy (load {machine['load_average']:.1f}): what is measured will be slower than it is."
+        )
     with ExitStack() as stack:
         if data_dir is None:
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshboard-bench-")))
