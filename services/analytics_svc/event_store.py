@@ -17,7 +17,7 @@ Value = str | int | float | bool | Sequence[str] | Sequence[float]
 
 # ClickHouse's numbers of errors (src/Common/ErrorCodes.cpp), where the kind of error makes a difference to us.
 _TOO_EXPENSIVE = frozenset({158, 159, 160, 241, 307, 396, 394})
-_DATA_REFUSED = frozenset({6, 25, 26, 27, 32, 33, 38, 41, 53, 69, 70, 72, 117, 131, 349, 376, 407, 444})
+_DATA_REFUSED = frozenset({6, 25, 26, 27, 32, 33, 38, 41, 53, 69, 70, 72, 117, 131, 349, 376, 407, 444, 469})
 
 
 class EventStoreError(Exception):

@@ -56,6 +56,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
+from tests.conditions import eventually
 from tests.harness import Identity, Member, make_settings, new_id, serving
 from tests.parts import Parts, free_port
 
@@ -188,10 +189,12 @@ class Analytics:
 
     async def until_count(self, member: Member, source: SourceMessage, count: int) -> None:
         """Returns when so many events are visible; fails when there are more, or not so many within 20 s."""
-        async with asyncio.timeout(20):
-            while (seen := await self.count(member, source)) < count:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-        assert seen == count
+
+        async def visible() -> bool:
+            return await self.count(member, source) >= count
+
+        await eventually(visible)
+        assert await self.count(member, source) == count
 
 
 @asynccontextmanager

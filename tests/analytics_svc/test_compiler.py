@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
@@ -48,7 +49,7 @@ def batch_of(workspace_id: str, source_id: str, rows: Iterable[Row], sequence: i
             else:
                 setattr(event, name, value)
         event.time.FromMilliseconds(row.time)
-        event.properties.update(row.properties)
+        event.properties.update(dict(row.properties))
     return batch.SerializeToString()
 
 
@@ -65,7 +66,8 @@ def random_rows(source_id: str, count: int, seed: int) -> list[Row]:
                 ["pro", "free", "", "404", "it's", "a\\b", "trüe", "line\nbreak"]
             )
         if dice.random() < 0.5:
-            properties["mixed"] = dice.choice(["404", 404.0, True, "true", 2.5])
+            mixed: list[str | float | bool] = ["404", 404.0, True, "true", 2.5]
+            properties["mixed"] = dice.choice(mixed)
         built_ins = {
             "event": dice.choice(["view", "click", "buy"]),
             "distinct_id": f"u{dice.randrange(6)}",
@@ -250,11 +252,7 @@ REFUSED = {
     "fill_gaps": Query(fill_gaps=True),
     "filters[0].values": Query(filters=[Filter(property="url")]),
     "filters[0].property": Query(
-        filters=[
-            Filter(
-                property="url", operator=Filter.LESS, values=[json_format.ParseDict(1, Filter().values.add())]
-            )
-        ]
+        filters=[Filter(property="url", operator=Filter.LESS, values=[Value(number_value=1)])]
     ),
     "breakdowns": Query(breakdowns=[Breakdown(property="url"), Breakdown(property="url")]),
 }

@@ -17,6 +17,7 @@ from services.analytics_svc.event_store import (
     UnavailableError,
 )
 from tests.analytics_svc.conftest import StoreProcess, running_store
+from tests.conditions import eventually
 
 ENDLESS = "SELECT count() FROM numbers(1000000000000)"
 AWKWARD = st.text(alphabet=st.sampled_from("\\'\"\t\n\r\0[],{}é\U0001f389a"))
@@ -65,9 +66,10 @@ async def test_ends_the_query_of_a_client_that_goes_away(store: EventStore) -> N
 
 
 async def _until(store: EventStore, count: int) -> None:
-    async with asyncio.timeout(10):
-        while await _under_way(store) != count:  # noqa: ASYNC110 - only the store can tell
-            await asyncio.sleep(0.05)
+    async def reached() -> bool:
+        return await _under_way(store) == count
+
+    await eventually(reached)
 
 
 async def _under_way(store: EventStore) -> int:

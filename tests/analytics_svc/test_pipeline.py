@@ -1,0 +1,295 @@
+"""The pipeline through crashes: every event that is in the log is counted exactly once."""
+
+import asyncio
+import os
+import random
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
+from meshboard.analytics.v1.events_pb2 import Tick
+from meshboard.analytics.v1.source_pb2 import Source
+from sqlalchemy import select
+
+from services.analytics_svc.event_log import STREAM, EventLog, ensure_log
+from services.analytics_svc.event_store import EventStore, UnavailableError
+from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
+from services.analytics_svc.tables import create_tables, insert_events
+from services.chassis import db as chassis_db
+from services.chassis.bus import Bus, Received
+from tests.analytics_svc.conftest import StoreProcess, running_pipeline, running_store
+from tests.conditions import eventually
+from tests.harness import Identity, new_id
+from tests.parts import Parts, free_port
+
+
+@dataclass
+class Log:
+    """A log, and a store and a database of its own that a pipeline fills from it."""
+
+    parts: Parts
+    bus: Bus
+    event_log: EventLog
+    process: StoreProcess
+    store: EventStore
+    database_url: str
+    source: Source
+
+    async def append(self, insert_ids: list[str], event: str = "view") -> None:
+        """Appends events to the log, as ingest does."""
+        batch = LoggedBatch()
+        for insert_id in insert_ids:
+            made = batch.events.add(event=event, distinct_id="ada", insert_id=insert_id)
+            made.time.GetCurrentTime()
+        await self.event_log.append(self.source, batch.SerializeToString())
+
+    async def counts(self) -> tuple[int, int]:
+        """How many rows the source has, and how many different insert_ids; (0, 0) while the store is away."""
+        try:
+            answer = await self.store.query(
+                "SELECT count(), uniqExact(insert_id) FROM events WHERE source_id = {source:UUID}",
+                {"source": self.source.source_id},
+            )
+        except UnavailableError:
+            return 0, 0
+        rows, different = answer.rows[0]
+        return rows, different
+
+    async def until_at_least(self, count: int) -> None:
+        """Returns when so many different events are in the store."""
+
+        async def there() -> bool:
+            return (await self.counts())[1] >= count
+
+        await eventually(there, seconds=60)
+
+    async def until(self, count: int) -> None:
+        """Returns when so many different events are in the store; fails when one is there twice."""
+        await self.until_at_least(count)
+        assert await self.counts() == (count, count)
+
+
+@asynccontextmanager
+async def fresh_log(parts: Parts) -> AsyncIterator[Log]:
+    database_url = await parts.fresh_database("analytics")
+    await chassis_db.migrate(database_url, "services.analytics_svc")
+    bus = await Bus.connect(parts.nats_url, "test")
+    await ensure_log(bus)
+    async with running_store() as process:
+        store = EventStore(process.url)
+        await create_tables(store)
+        event_log = EventLog(bus, lambda: datetime.now(UTC))
+        source = Source(workspace_id=new_id(), source_id=new_id())
+        yield Log(parts, bus, event_log, process, store, database_url, source)
+        await store.close()
+    await bus.close()
+
+
+@pytest.fixture
+async def log(parts: Parts) -> AsyncIterator[Log]:
+    async with fresh_log(parts) as made:
+        yield made
+
+
+async def test_tells_who_has_new_events(log: Log) -> None:
+    ticks: list[Tick] = []
+
+    def note(message: Received) -> None:
+        ticks.append(Tick.FromString(message.payload))
+
+    subscription = await log.bus.listen(f"tick.{log.source.source_id}", note)
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.append(["a", "b"])
+        await log.until(2)
+        await eventually(lambda: len(ticks) > 0)
+    _, last = await log.bus.sequences(STREAM)
+    assert [(t.workspace_id, t.watermark) for t in ticks] == [(log.source.workspace_id, last)]
+    db = chassis_db.connect(log.database_url)
+    async with db() as session:
+        key = (log.source.workspace_id, log.source.source_id)
+        assert (await session.get_one(Watermark, key)).watermark == last
+    await chassis_db.engine(db).dispose()
+    await subscription.unsubscribe()
+
+
+async def test_begins_again_with_the_range_that_was_being_inserted(log: Log) -> None:
+    """The crash in the middle: inserted, and the place not yet moved."""
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.append(["a", "b", "c"])
+        await log.until(3)
+        db = chassis_db.connect(log.database_url)
+
+        async def moved() -> bool:
+            return await _position(db) == (await log.bus.sequences(STREAM))[1]
+
+        await eventually(moved)
+    async with db.begin() as session:
+        row = (await session.scalars(select(LogPosition))).one()
+        row.last_sequence -= 1
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.append(["d"])
+        await log.until(4)
+        await eventually(moved)
+    await chassis_db.engine(db).dispose()
+
+
+async def _position(db: Any) -> int:
+    async with db() as session:
+        return int(await session.scalar(select(LogPosition.last_sequence)))
+
+
+async def test_a_token_stands_for_all_of_an_insert(store: EventStore) -> None:
+    """What remains when an insert happens after all, though it was given up for lost."""
+    source_id = new_id()
+    batches = []
+    for sequence in (1, 2):
+        batch = LoggedBatch(workspace_id=new_id(), source_id=source_id, sequence=sequence)
+        batch.events.extend(
+            LoggedEvent(event=f"e{n}", distinct_id="ada", insert_id=str(n)) for n in range(2_000)
+        )
+        batches.append(batch.SerializeToString())
+    for _ in range(2):
+        await insert_events(store, batches, token=source_id)
+    count = "SELECT count() FROM events WHERE source_id = {source:UUID}"
+    assert (await store.query(count, {"source": source_id})).rows == [[4_000]]
+
+
+async def test_keeps_what_the_store_refuses_and_goes_on(log: Log) -> None:
+    await log.store.execute("ALTER TABLE events ADD CONSTRAINT no_poison CHECK event != 'poison'")
+    await log.append([f"before {n}" for n in range(40)])
+    await log.append(["bad 1"], event="poison")
+    await log.bus.publish(f"events.x.{log.source.source_id}", b"\xff no protobuf")
+    stranger = LoggedBatch(workspace_id="no id", source_id="none", events=[LoggedEvent(event="view")])
+    await log.bus.publish(f"events.x.{log.source.source_id}", stranger.SerializeToString())
+    await log.append([f"after {n}" for n in range(40)])
+    await log.append(["bad 2"], event="poison")
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.until(80)
+        db = chassis_db.connect(log.database_url)
+
+        async def all_failed() -> bool:
+            return len(await _failed(db)) == 4
+
+        await eventually(all_failed)
+        failed = await _failed(db)
+        await chassis_db.engine(db).dispose()
+    kept = [LoggedBatch.FromString(row.batch) for row in failed if row.source_id == log.source.source_id]
+    assert sorted(event.insert_id for batch in kept for event in batch.events) == ["bad 1", "bad 2"]
+    assert all("no_poison" in row.error for row in failed if row.source_id)
+
+
+async def _failed(db: Any) -> list[FailedEvent]:
+    async with db() as session:
+        return list(await session.scalars(select(FailedEvent)))
+
+
+async def test_goes_on_with_a_log_that_was_replaced(log: Log) -> None:
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.append(["a"])
+        await log.until(1)
+        await log.bus._jetstream.delete_stream(STREAM)
+        await ensure_log(log.bus)
+        await log.append(["a", "b"])
+        await log.until(2)
+
+
+Harm = Callable[[Log, "PipelineProcess"], Awaitable[None]]
+
+
+class PipelineProcess:
+    """`python -m services.analytics_svc --role pipeline`."""
+
+    def __init__(self, log: Log, identity: Identity, **settings: str) -> None:
+        keys = identity.keys
+        self._settings = {
+            "MESHBOARD_POSTGRES_URL": log.database_url,
+            "MESHBOARD_REDIS_URL": log.parts.redis_url,
+            "MESHBOARD_NATS_URL": log.parts.nats_url,
+            "MESHBOARD_EVENT_STORE_URL": log.process.url,
+            "MESHBOARD_LISTEN": "unused",
+            "MESHBOARD_PRIVATE_LISTEN": f"127.0.0.1:{free_port()}",
+            "MESHBOARD_KEYS_DIR": str(keys),
+            "MESHBOARD_MASTER_KEY_FILE": str(keys / "master.key"),
+            **settings,
+        }
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        arguments = ("-m", "services.analytics_svc", "--role", "pipeline")
+        environment = {**os.environ, **self._settings}
+        self._process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment)
+
+    async def kill(self) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+
+async def kill_the_pipeline(log: Log, pipeline: PipelineProcess) -> None:
+    await pipeline.kill()
+    await pipeline.start()
+
+
+async def kill_the_store(log: Log, pipeline: PipelineProcess) -> None:
+    await log.process.kill()
+    await log.process.start()
+
+
+async def run_through(log: Log, identity: Identity, harms: Sequence[Harm], **settings: str) -> int:
+    """Sends events, some of them twice, while harm is done. Gives how many different ones were sent."""
+    pipeline = PipelineProcess(log, identity, **settings)
+    await pipeline.start()
+    sent = 0
+    dice = random.Random(len(harms))
+    done = asyncio.Event()
+
+    async def send() -> None:
+        nonlocal sent
+        while not done.is_set():
+            insert_ids = [f"event {sent + n}" for n in range(200)]
+            await log.append(insert_ids)
+            if dice.random() < 0.3:
+                await log.append(insert_ids)  # a client that missed the answer
+            sent += len(insert_ids)
+            await asyncio.sleep(0.01)
+
+    sending = asyncio.create_task(send())
+    try:
+        for harm in harms:
+            before = (await log.counts())[1]
+            await log.until_at_least(before + 400)
+            await asyncio.sleep(dice.random() * 0.1)  # harm at any moment of the pipeline's round
+            await harm(log, pipeline)
+        done.set()
+        await sending
+        await log.until_at_least(sent)
+    finally:
+        sending.cancel()
+        await pipeline.kill()
+    return sent
+
+
+async def test_counts_once_through_kill_9_of_pipeline_and_store(log: Log, identity: Identity) -> None:
+    sent = await run_through(log, identity, [kill_the_pipeline, kill_the_store, kill_the_pipeline])
+    assert await log.counts() == (sent, sent)
+
+
+async def test_would_notice_without_the_check(log: Log, identity: Identity) -> None:
+    sent = await run_through(log, identity, [kill_the_pipeline], MESHBOARD_UNSAFE_NO_DEDUPLICATION="1")
+    rows, different = await log.counts()
+    assert different == sent
+    assert rows > sent
+
+
+@pytest.mark.long
+async def test_counts_once_through_many_kills(log: Log, identity: Identity) -> None:
+    dice = random.Random(7)
+    harms = [dice.choice([kill_the_pipeline, kill_the_store]) for _ in range(30)]
+    sent = await run_through(log, identity, harms)
+    assert await log.counts() == (sent, sent)

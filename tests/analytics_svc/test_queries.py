@@ -1,0 +1,141 @@
+"""QueryService and InternalQueryService on the real store."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import ParseDict
+from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
+from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
+
+from tests.analytics_svc.conftest import Analytics
+from tests.analytics_svc.test_sources import refusal
+from tests.harness import new_id, service_metadata
+
+
+async def test_answers_in_the_shape_that_clients_rely_on(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, key = await analytics.source(member)
+    await analytics.send(
+        key,
+        [
+            {"time": "2015-05-19T19:30:00Z", "properties": {"latency": 10}},
+            {"time": "2015-05-19T19:59:59.999Z", "properties": {"latency": 20}},
+            {"time": "2015-05-19T20:00:00Z"},
+        ],
+    )
+    await analytics.until_count(member, source, 3)
+    result = await analytics.ask(
+        member,
+        source,
+        timeRange={"startTime": "2015-05-19T19:00:00Z", "endTime": "2015-05-19T22:00:00Z"},
+        granularity="HOUR",
+        timeZone="Europe/Berlin",
+        measures=[{"aggregation": "COUNT"}, {"aggregation": "P50", "property": "properties.latency"}],
+        fillGaps=True,
+    )
+    assert int(result.pop("watermark")) > 0
+    assert result == {
+        "columns": [
+            {"name": "time", "type": "TIME"},
+            {"name": "count", "type": "NUMBER"},
+            {"name": "p50_properties.latency", "type": "NUMBER"},
+        ],
+        "rows": [
+            ["2015-05-19T19:00:00Z", 2.0, 15.0],
+            ["2015-05-19T20:00:00Z", 1.0, None],
+            ["2015-05-19T21:00:00Z", 0.0, None],
+        ],
+        "cached": False,
+        "truncated": False,
+    }
+
+
+async def test_computes_once_until_new_events_arrive(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, key = await analytics.source(member)
+    await analytics.send(key, [{}])
+    await analytics.until_count(member, source, 1)
+    question = {"breakdowns": [{"property": "event"}]}
+    answers = await asyncio.gather(*[analytics.ask(member, source, **question) for _ in range(20)])
+    assert all(answer["rows"] == [["view", 1.0]] for answer in answers)
+    assert (await analytics.ask(member, source, **question))["cached"]
+    await analytics.send(key, [{}])
+    await analytics.until_count(member, source, 2)
+    assert (await analytics.ask(member, source, **question))["rows"] == [["view", 2.0]]
+
+
+async def test_tells_of_cut_rows(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, key = await analytics.source(member)
+    await analytics.send(key, [{"distinctId": name} for name in "aabbcccdd"])
+    await analytics.until_count(member, source, 9)
+    by_name = {"breakdowns": [{"property": "distinct_id"}]}
+    cut = await analytics.ask(member, source, **by_name, limit=2)
+    assert (cut["rows"], cut["truncated"]) == ([["c", 3.0], ["a", 2.0]], True)
+    whole = await analytics.ask(member, source, **by_name, limit=4)
+    assert (len(whole["rows"]), whole["truncated"]) == (4, False)
+
+
+async def test_the_last_seconds_hold_what_was_just_sent(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, key = await analytics.source(member)
+    await analytics.send(key, [{}, {"time": "2020-01-01T00:00:00Z"}])
+    await analytics.until_count(member, source, 2)
+    recent = await analytics.ask(member, source, timeRange={"lastSeconds": 3600})
+    assert recent["rows"] == [[1.0]]
+
+
+async def test_validates_without_running(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, _ = await analytics.source(member)
+
+    async def validate(**query: Any) -> list[str]:
+        message = ParseDict({"sourceIds": [source.source_id], **query}, Query())
+        answer = await analytics.queries.ValidateQuery(
+            ValidateQueryRequest(query=message), metadata=member.metadata
+        )
+        return [column.name for column in answer.columns]
+
+    assert await validate(granularity="DAY", breakdowns=[{"property": "path"}]) == ["time", "path", "count"]
+    wrong = validate(breakdowns=[{"property": "pth"}])
+    assert await refusal(wrong) == (grpc.StatusCode.INVALID_ARGUMENT, "PROPERTY_UNKNOWN")
+
+
+async def test_dashboards_ask_by_their_own_right(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, key = await analytics.source(member)
+    await analytics.send(key, [{}])
+    await analytics.until_count(member, source, 1)
+    metadata = service_metadata(analytics.identity.keys, "dashboard", "analytics")
+
+    async def ask(workspace_id: str, metadata: Any = metadata) -> Any:
+        request = RunWidgetQueryRequest(workspace_id=workspace_id, query=Query(source_ids=[source.source_id]))
+        return await analytics.internal.RunWidgetQuery(request, metadata=metadata)
+
+    assert [list(row) for row in (await ask(member.workspace_id)).result.rows] == [[1.0]]
+    assert await refusal(ask(new_id())) == (grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND")
+    for others in (member.metadata, service_metadata(analytics.identity.keys, "user", "analytics")):
+        assert await refusal(ask(member.workspace_id, others)) == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "CALLER_NOT_ALLOWED",
+        )
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"limit": 50_001},
+        {"measures": [{}] * 21},
+        {"timeRange": {"lastSeconds": 5, "endTime": "2020-01-01T00:00:00Z"}},
+    ],
+)
+async def test_the_contract_bounds_a_query(analytics: Analytics, query: dict[str, Any]) -> None:
+    member = analytics.identity.member("editor")
+    source, _ = await analytics.source(member)
+    assert await refusal(analytics.ask(member, source, **query)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "VALIDATION_FAILED",
+    )
