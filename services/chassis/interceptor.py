@@ -164,7 +164,7 @@ class _Stages:
         auth.set_caller(await access.authorize(self._rule, request, metadata, caller))
 
     async def _fail(self, failure: BaseException, context: Context, start: float) -> NoReturn:
-        error = _error_of(failure)
+        error = error_of(failure)
         if error is None:  # the caller went away
             self._done("CANCELLED", start)
             raise failure
@@ -207,7 +207,7 @@ def _metadata(context: Context) -> dict[str, str]:
     return pairs
 
 
-def _error_of(failure: BaseException) -> errors.Error | None:
+def error_of(failure: BaseException) -> errors.Error | None:
     """What the caller is told; None when it has gone away."""
     match failure:
         case errors.Error():
@@ -222,15 +222,23 @@ def _error_of(failure: BaseException) -> errors.Error | None:
             | sqlalchemy_errors.TimeoutError()
         ):
             return errors.unavailable("The database does not answer.")
-        case sqlalchemy_errors.DBAPIError() if failure.connection_invalidated:
+        case sqlalchemy_errors.DBAPIError() if failure.connection_invalidated or _passes(failure):
             return errors.unavailable("The database does not answer.")
-        case sqlalchemy_errors.DBAPIError() if getattr(failure.orig, "sqlstate", "") == "22021":
-            # The one character that protobuf's strings can hold and Postgres' cannot.
-            return errors.invalid_fields([("", "a text holds the character U+0000")])
-        case ConnectionError():
+        case (
+            ConnectionError() | FileNotFoundError()
+        ):  # no one listens on the port, or there is no such unix socket
             return errors.unavailable("Something that the service needs does not answer.")
         case _:
             return errors.internal()
+
+
+def _passes(failure: sqlalchemy_errors.DBAPIError) -> bool:
+    """Whether Postgres is starting, stopping, full or in another's way, and not at odds with the statement.
+
+    By the class of the SQLSTATE (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+    """
+    state = getattr(failure.orig, "sqlstate", None) or ""
+    return state[:2] in {"08", "40", "53", "57"} or state == "55P03"
 
 
 def validate(request: message.Message) -> None:
