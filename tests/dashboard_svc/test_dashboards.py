@@ -94,6 +94,8 @@ async def test_updates_what_the_mask_names(mesh: Mesh) -> None:
         changed: Dashboard = response.dashboard
         return changed
 
+    read = pb.GetDashboardRequest(dashboard_id=dashboard.dashboard_id)
+    await mesh.dashboards.GetDashboard(read, metadata=ann.metadata)
     one = await update("description")
     assert (one.title, one.description) == ("Traffic", "Told")
     assert one.etag != dashboard.etag

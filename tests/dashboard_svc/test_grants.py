@@ -97,6 +97,18 @@ async def test_grants_decide_who_sees_and_who_changes(mesh: Mesh) -> None:
     assert reason_of(failure.value) == "GRANT_NOT_FOUND"
 
 
+async def test_grant_of_another_dashboard_is_absent(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    dashboard, other = await mesh.dashboard(admin), await mesh.dashboard(admin)
+    made = await grant(mesh, admin, dashboard, Subject(workspace=True))
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await mesh.dashboards.DeleteDashboardGrant(
+            pb.DeleteDashboardGrantRequest(dashboard_id=other.dashboard_id, grant_id=made.grant_id),
+            metadata=admin.metadata,
+        )
+    assert reason_of(failure.value) == "GRANT_NOT_FOUND"
+
+
 async def test_editor_may_not_grant_on_anothers_dashboard(mesh: Mesh) -> None:
     admin = mesh.identity.member("admin")
     editor = mesh.identity.member("editor", admin.workspace_id)
