@@ -66,6 +66,8 @@ def attached(data_dir: Path) -> Mesh:
     state = read_state(data_dir)
     if state is None or not state["ready"]:
         raise MeshFailedError(f"No mesh is ready on {data_dir}.")
+    if state["limits"]:
+        raise MeshFailedError(f"The mesh on {data_dir} limits rates. Start it with --no-limits to measure it.")
     parts = state["parts"]
     return Mesh(
         stack_of(data_dir, state),
