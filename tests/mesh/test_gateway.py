@@ -135,7 +135,7 @@ async def test_a_widget_needs_the_right_to_its_sources(ann: Person, bob: Person)
         ("/v1/dashboards", {"title": 5}, "title"),
         ("/v1/dashboards", '{"title": ', ""),
         ("/v1/queries:run", {"query": {"sourceIds": ["x"]}}, "query.source_ids[0]"),
-        ("/v1/queries:run", {"query": {"sourceIds": [new_id()], "limit": "many"}}, "limit"),
+        ("/v1/queries:run", {"query": {"sourceIds": [], "limit": "many"}}, "limit"),
     ],
 )
 async def test_a_malformed_body_names_the_field(ann: Person, path: str, body: object, field: str):
