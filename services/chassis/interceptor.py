@@ -18,9 +18,8 @@ import grpc.aio
 import protovalidate
 import structlog
 from google.protobuf import message
-from sqlalchemy import exc as sqlalchemy_errors
 
-from services.chassis import auth, deadline, errors, outbox, telemetry
+from services.chassis import auth, db, deadline, errors, outbox, telemetry
 from services.chassis.access import Access, Metadata, Rule
 
 log = structlog.get_logger("access")
@@ -216,29 +215,12 @@ def error_of(failure: BaseException) -> errors.Error | None:
             return None
         case TimeoutError():
             return errors.deadline_exceeded()
-        case (
-            sqlalchemy_errors.InterfaceError()
-            | sqlalchemy_errors.OperationalError()
-            | sqlalchemy_errors.TimeoutError()
-        ):
+        case _ if db.is_away(failure):
             return errors.unavailable("The database does not answer.")
-        case sqlalchemy_errors.DBAPIError() if failure.connection_invalidated or _passes(failure):
-            return errors.unavailable("The database does not answer.")
-        case (
-            ConnectionError() | FileNotFoundError()
-        ):  # no one listens on the port, or there is no such unix socket
+        case ConnectionError():
             return errors.unavailable("Something that the service needs does not answer.")
         case _:
             return errors.internal()
-
-
-def _passes(failure: sqlalchemy_errors.DBAPIError) -> bool:
-    """Whether Postgres is starting, stopping, full or in another's way, and not at odds with the statement.
-
-    By the class of the SQLSTATE (https://www.postgresql.org/docs/current/errcodes-appendix.html).
-    """
-    state = getattr(failure.orig, "sqlstate", None) or ""
-    return state[:2] in {"08", "40", "53", "57"} or state == "55P03"
 
 
 def validate(request: message.Message) -> None:

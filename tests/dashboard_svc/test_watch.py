@@ -18,6 +18,7 @@ from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceSt
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 
 from services.chassis import errors
+from services.dashboard_svc import streams
 from services.dashboard_svc.streams import Span
 from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
@@ -356,6 +357,24 @@ async def test_ends_when_the_grant_is_taken_back(mesh: Mesh) -> None:
         async with watching(mesh, guest, dashboard, goes):
             pass
     assert reason_of(failure.value) == "DASHBOARD_NOT_FOUND"
+
+
+async def test_ends_at_once_when_it_hears_of_a_change(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "CHECK_SECONDS", 60.0)
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    dashboard, _, _ = await counted(mesh, admin, 1)
+    async with watching(mesh, guest, dashboard) as watcher:
+        await mesh.dashboards.CreateDashboardGrant(
+            pb.CreateDashboardGrantRequest(
+                dashboard_id=dashboard.dashboard_id,
+                subject=Subject(workspace=True),
+                role="viewer",
+                effect=Grant.DENY,
+            ),
+            metadata=admin.metadata,
+        )
+        await watcher.ended(End.ACCESS_LOST, 2)
 
 
 async def test_ends_when_the_grant_expires(mesh: Mesh) -> None:
