@@ -7,6 +7,7 @@ each service calls from a new migration.
 
 import asyncio
 import importlib.util
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -272,22 +273,55 @@ async def ready(db: async_sessionmaker[AsyncSession], timeout: float = 2) -> boo
     return True
 
 
+def is_away(failure: BaseException) -> bool:
+    """Whether a failure says that Postgres cannot be reached, starts, stops, is full or is busy: a retry may help."""
+    match failure:
+        case ConnectionError() | FileNotFoundError():  # nobody listens, or there is no such unix socket
+            return True
+        case exc.InterfaceError() | exc.OperationalError() | exc.TimeoutError():
+            return True
+        case exc.DBAPIError():
+            # Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html. An InternalError without a
+            # state is asyncpg's, of a connection that broke in the middle of an answer.
+            state = getattr(failure.orig, "sqlstate", None) or ""
+            broken = isinstance(failure, exc.InternalError) and not state
+            passes = state[:2] in {"08", "40", "53", "57"} or state == "55P03"
+            return failure.connection_invalidated or broken or passes
+    return False
+
+
 async def migrate(url: str, package: str, *, timeout: float = 120) -> None:
     """Brings the database to the newest revision in `migrations/versions` of `package` ("services.user_svc").
 
     Any number of replicas may call it at once: one migrates, the others wait for it, up to `timeout` seconds
-    (TimeoutError). A database that is ahead of this code is left alone, because during a roll-out the old
-    code starts after the new one has migrated.
+    (TimeoutError); a Postgres that is away is tried again for as long. A database that is ahead of this code is
+    left alone, because during a roll-out the old code starts after the new one has migrated.
     """
     scripts = ScriptDirectory(str(_folder(package) / "migrations"))
     migrations = create_async_engine(
         _driver_url(url), poolclass=NullPool, hide_parameters=True, connect_args=_connect_args(url, 0)
     )
     try:
-        async with migrations.connect() as connection, _migration_lock(connection, timeout):
-            await connection.run_sync(_upgrade, scripts)
+        deadline = time.monotonic() + timeout
+        while not await _migrate(migrations, scripts, timeout):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Postgres did not answer for {timeout:.0f} s")
+            await asyncio.sleep(0.5)
     finally:
         await migrations.dispose()
+
+
+async def _migrate(engine: AsyncEngine, scripts: ScriptDirectory, timeout: float) -> bool:
+    """Says whether Postgres was there to be migrated."""
+    try:
+        async with engine.connect() as connection, _migration_lock(connection, timeout):
+            await connection.run_sync(_upgrade, scripts)
+    except (OSError, exc.SQLAlchemyError) as error:
+        if not is_away(error):
+            raise
+        log.warning("migration_waits_for_postgres", error=str(error))
+        return False
+    return True
 
 
 def _upgrade(connection: Connection, scripts: ScriptDirectory) -> None:

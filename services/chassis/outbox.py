@@ -36,6 +36,14 @@ MAX_EVENT_BYTES = 1 << 20
 
 # "outb" in ASCII: the advisory lock of the one relay of a database.
 _RELAY_LOCK = 0x6F757462
+# The last one is what asyncpg says of a connection that broke in the middle of an answer.
+_INTERRUPTIONS = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 _BATCH = 256
 _MEASURE_SECONDS = 5
 _SWEEP_SECONDS = 600
@@ -98,7 +106,7 @@ class Relay:
         while True:
             try:
                 await self._connect_and_relay()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except _INTERRUPTIONS as error:
                 log.warning("relay_interrupted", service=self._service, error=repr(error))
                 await asyncio.sleep(0.5)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import asyncpg
 import grpc
 import pytest
-from sqlalchemy import text
+from sqlalchemy import exc, text
 
 from services.chassis import db, errors
 from services.chassis.interceptor import error_of
@@ -50,3 +51,22 @@ async def test_a_wrong_statement_is_a_fault(parts: Parts, statement: str):
     error = await error_at(await parts.fresh_database("user"), statement + " FROM nowhere")
     assert error is not None
     assert error.code is grpc.StatusCode.INTERNAL
+
+
+async def test_migrations_wait_for_postgres(parts: Parts):
+    url = await parts.fresh_database("user")
+    admin = await asyncpg.connect(parts.admin_url)
+    name = url.partition("@/")[2].partition("?")[0]
+    try:
+        await admin.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0')
+        with pytest.raises(TimeoutError):
+            await db.migrate(url, "tests.chassis.example_svc", timeout=0)
+        migrating = asyncio.create_task(db.migrate(url, "tests.chassis.example_svc"))
+        await asyncio.wait([migrating], timeout=0.1)
+        assert not migrating.done()
+        await admin.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT 100')
+    finally:
+        await admin.close()
+    await migrating
+    with pytest.raises(exc.SQLAlchemyError):
+        await db.migrate(url.replace(":", ":wrong", 2).replace(":wrong", ":", 1), "tests.chassis.example_svc")
