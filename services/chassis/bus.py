@@ -20,6 +20,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, DiscardPolicy, StorageType, StreamConfig
+from prometheus_client import Gauge
 
 from services.chassis import telemetry
 
@@ -29,8 +30,22 @@ DOMAIN = "DOMAIN"
 DEAD_LETTERS = "DEAD_LETTERS"
 BEAT_SECONDS = 0.5
 
+_pending = Gauge(
+    "meshboard_consumer_pending",
+    "Stored messages that a consumer has not been brought yet.",
+    ["stream", "service", "subject"],
+    multiprocess_mode="mostrecent",
+)
+_unacknowledged = Gauge(
+    "meshboard_consumer_unacknowledged",
+    "Messages that a consumer was brought and has not acknowledged.",
+    ["stream", "service", "subject"],
+    multiprocess_mode="mostrecent",
+)
+
 _DAY = 86_400.0
 _PULL_SECONDS = 30.0
+_MEASURE_SECONDS = 5.0
 _IDLE_HEARTBEAT_SECONDS = 1.0
 
 Headers = Mapping[str, str]
@@ -62,8 +77,9 @@ class Received:
 class Bus:
     """One connection, which comes back by itself for ever, also to a server that has lost its streams."""
 
-    def __init__(self, client: Client, replicas: int) -> None:
+    def __init__(self, client: Client, name: str, replicas: int) -> None:
         self._client = client
+        self._name = name
         self._replicas = replicas
         self._jetstream = client.jetstream(timeout=5)
         self._streams: dict[str, StreamConfig] = {}
@@ -73,6 +89,8 @@ class Bus:
         self._acks: dict[str, asyncio.Future[int]] = {}
         self._gap_callbacks: list[Callable[[], None]] = []
         self._restoring: asyncio.Task[None] | None = None
+        self._consumers: set[PullConsumer] = set()
+        self._measuring: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, url: str, name: str, *, replicas: int = 1, timeout: float = 30) -> "Bus":
@@ -82,7 +100,7 @@ class Bus:
         server's monitoring shows.
         """
         client = Client()
-        bus = cls(client, replicas)
+        bus = cls(client, name, replicas)
         try:
             async with asyncio.timeout(timeout):
                 await client.connect(
@@ -119,8 +137,9 @@ class Bus:
 
     async def close(self) -> None:
         """Sends what is buffered, lets callbacks finish, and disconnects."""
-        if self._restoring is not None:
-            self._restoring.cancel()
+        for task in (self._restoring, self._measuring):
+            if task is not None:
+                task.cancel()
         try:
             await self._client.drain()
         except nats.errors.Error:
@@ -274,7 +293,30 @@ class Bus:
         )
         consumer = PullConsumer(self, self._client, stream, config)
         await consumer.start()
+        self._consumers.add(consumer)
+        if self._measuring is None:
+            self._measuring = asyncio.create_task(self._measure())
         return consumer
+
+    def forget_consumer(self, consumer: "PullConsumer") -> None:
+        """Called by a consumer that is closed."""
+        self._consumers.discard(consumer)
+
+    async def _measure(self) -> None:
+        while True:
+            for consumer in list(self._consumers):
+                await self._measure_consumer(consumer.stream, consumer.config)
+            await asyncio.sleep(_MEASURE_SECONDS)
+
+    async def _measure_consumer(self, stream: str, config: ConsumerConfig) -> None:
+        try:
+            info = await self._jetstream.consumer_info(stream, config.name or "")
+        except nats.errors.Error as error:
+            log.debug("consumer_not_measured", consumer=config.name, error=str(error))
+            return
+        labels = (stream, self._name, config.filter_subject or "")
+        _pending.labels(*labels).set(info.num_pending or 0)
+        _unacknowledged.labels(*labels).set(info.num_ack_pending or 0)
 
     async def ensure_consumer(self, stream: str, config: ConsumerConfig) -> None:
         """Makes a consumer, or changes it to `config`. Raises BusError."""
@@ -437,8 +479,8 @@ class PullConsumer:
     def __init__(self, bus: Bus, client: Client, stream: str, config: ConsumerConfig) -> None:
         self._bus = bus
         self._client = client
-        self._stream = stream
-        self._config = config
+        self.stream = stream
+        self.config = config
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{config.name}"
         self._inbox = client.new_inbox()
         self._subscription: Subscription | None = None
@@ -451,7 +493,7 @@ class PullConsumer:
 
     async def start(self) -> None:
         """Makes the consumer on the server. Raises BusError."""
-        await self._bus.ensure_consumer(self._stream, self._config)
+        await self._bus.ensure_consumer(self.stream, self.config)
         self._subscription = await self._client.subscribe(f"{self._inbox}.*", cb=self._receive)
         self._bus.on_gap(self._forget_request)
 
@@ -474,6 +516,7 @@ class PullConsumer:
 
     async def close(self) -> None:
         """Stops, and gives back what was brought but not fetched."""
+        self._bus.forget_consumer(self)
         if self._subscription is not None and self._bus.connected:
             await self._subscription.unsubscribe()
         while self._deliveries:
@@ -483,9 +526,9 @@ class PullConsumer:
         await self._bus.until_connected()
         if self._missing:
             try:
-                await self._bus.ensure_consumer(self._stream, self._config)
+                await self._bus.ensure_consumer(self.stream, self.config)
             except BusError as error:
-                log.warning("consumer_not_ready", consumer=self._config.name, error=str(error))
+                log.warning("consumer_not_ready", consumer=self.config.name, error=str(error))
                 await asyncio.sleep(0.2)
                 return
             self._missing = False
@@ -502,7 +545,7 @@ class PullConsumer:
                 self._next, json.dumps(request).encode(), reply=f"{self._inbox}.{self._request}"
             )
         except nats.errors.Error as error:
-            log.warning("pull_failed", consumer=self._config.name, error=str(error))
+            log.warning("pull_failed", consumer=self.config.name, error=str(error))
             self._expected = 0
             await asyncio.sleep(0.2)
 
