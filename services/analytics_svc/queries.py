@@ -31,7 +31,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 QUERY_SECONDS = 10.0
 # Cells that are remembered in one process: about 100 bytes each.
-CACHED_CELLS = 500_000
+CACHED_CELLS = 200_000
 _LIMITS = {"max_memory_usage": 1_000_000_000, "max_threads": 2, "readonly": 2}
 
 _answers = Counter("meshboard_query_answers_total", "Answers by where they came from.", ["from"])

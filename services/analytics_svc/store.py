@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 READERS = 4
 MAX_BODY_BYTES = 256 << 20
+# Statements under way get this long when the process is told to stop.
+STOP_SECONDS = 3.0
 MAX_URL_BYTES = 1 << 20  # as in ClickHouse: bound parameters are part of it
 
 _seconds = Histogram("meshboard_store_seconds", "Seconds of statements, waiting included.", ["kind"])
@@ -72,9 +74,11 @@ class Engine:
         self._readers = asyncio.Semaphore(READERS)
         self._writer = asyncio.Semaphore(1)
 
-    def close(self) -> None:
-        """Waits for the statements under way and closes the directory."""
-        self._threads.shutdown()
+    async def close(self) -> None:
+        """Ends the queries under way, waits for the inserts, and closes the directory."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, self._kill, "/* ")
+        await asyncio.to_thread(self._threads.shutdown)
         self._keeper.close()
 
     async def ready(self) -> bool:
@@ -97,7 +101,8 @@ class Engine:
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            if request.reads:
+            # Again and again: the statement may not have begun yet when it is looked for.
+            while request.reads and not (await asyncio.wait([running], timeout=0.1))[0]:
                 await loop.run_in_executor(self._threads, self._kill, mark)
             await asyncio.wait([running])
             running.exception()
@@ -177,7 +182,11 @@ async def serve(settings: AnalyticsSettings) -> None:
     engine = Engine(directory)
     os.chdir(directory)  # where the engine writes the schemas that come with inserts
     runner = web.AppRunner(
-        application(engine), handler_cancellation=True, access_log=None, max_line_size=MAX_URL_BYTES
+        application(engine),
+        handler_cancellation=True,
+        access_log=None,
+        max_line_size=MAX_URL_BYTES,
+        shutdown_timeout=STOP_SECONDS,
     )
     await runner.setup()
     await web.UnixSite(runner, urlsplit(settings.event_store_url).path).start()
@@ -186,7 +195,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     await until_stopped()
     await private.cleanup()
     await runner.cleanup()
-    engine.close()
+    await engine.close()
 
 
 def _failure(text: str) -> web.Response:

@@ -1,8 +1,10 @@
 """The tables of the event store, and how batches of the event log become rows of them."""
 
+import asyncio
+import time
 from collections.abc import Iterable, Mapping
 
-from services.analytics_svc.event_store import EventStore, Value
+from services.analytics_svc.event_store import EventStore, UnavailableError, Value
 
 # Partitions follow the time of receipt: a batch falls into one (two, once a month), however old its events are, and
 # the look-up of duplicates reads the newest only. The key serves queries: one source, a stretch of days, an event.
@@ -116,9 +118,20 @@ _INSERT_SETTINGS: Mapping[str, Value] = {
 }
 
 
-async def create_tables(store: EventStore) -> None:
-    """Creates what is missing. Any number of processes may call it at once."""
-    await store.execute(_EVENTS)
+async def create_tables(store: EventStore, *, timeout: float = 60) -> None:
+    """Creates what is missing; waits up to `timeout` seconds for the store. Several processes may call it at once.
+
+    Raises UnavailableError or EventStoreError.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            await store.execute(_EVENTS)
+            return
+        except UnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.2)
 
 
 async def insert_events(store: EventStore, batches: Iterable[bytes], token: str) -> None:

@@ -129,3 +129,18 @@ async def test_keeps_its_rows_through_kill_9_and_ends_cleanly() -> None:
                     assert answer.status == 200
         await store.close()
         assert await process.stop() == 0
+
+
+async def test_ends_within_seconds_while_a_query_runs() -> None:
+    async with running_store() as process:
+        store = EventStore(process.url)
+        running = asyncio.create_task(store.query(ENDLESS, timeout=100))
+
+        async def begun() -> bool:
+            return await _under_way(store) == 1
+
+        await eventually(begun)
+        assert await process.stop() == 0
+        with pytest.raises((UnavailableError, EventStoreError)):
+            await running
+        await store.close()
