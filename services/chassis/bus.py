@@ -187,6 +187,20 @@ class Bus:
             raise BusError(f"stream {stream}: {error}") from error
         return max(state.first_seq, 1), state.last_seq
 
+    async def size(self, stream: str) -> int:
+        """Gives the bytes that a stream holds. Raises BusError."""
+        try:
+            return (await self._jetstream.stream_info(stream)).state.bytes
+        except nats.errors.Error as error:
+            raise BusError(f"stream {stream}: {error}") from error
+
+    async def trim(self, stream: str, sequence: int) -> None:
+        """Removes what a stream holds before `sequence`. Raises BusError."""
+        try:
+            await self._jetstream.purge_stream(stream, seq=sequence)
+        except nats.errors.Error as error:
+            raise BusError(f"stream {stream}: {error}") from error
+
     async def _ensure(self, config: StreamConfig) -> None:
         try:
             await self._jetstream.add_stream(config)
