@@ -21,18 +21,27 @@ from services.chassis.bus import Bus, Delivery, PullConsumer
 STREAM = "EVENTS"
 # Below NATS' max_payload of 8 MiB.
 MAX_PUBLISH_BYTES = 6 << 20
-MAX_LOG_BYTES = 64 << 30
 MAX_LOG_SECONDS = 30 * 86_400.0
 PUBLISH_SECONDS = 10.0
 _FETCH_AT_ONCE = 64
 _CHECK_SECONDS = 2.0
 
 
-async def ensure_log(bus: Bus) -> None:
+async def ensure_log(bus: Bus, max_bytes: int) -> None:
     """Makes the stream. It forgets by age, and when it is full it refuses new events. Raises BusError."""
     await bus.ensure_stream(
-        STREAM, ["events.>"], max_age_seconds=MAX_LOG_SECONDS, max_bytes=MAX_LOG_BYTES, discard_new=True
+        STREAM, ["events.>"], max_age_seconds=MAX_LOG_SECONDS, max_bytes=max_bytes, discard_new=True
     )
+
+
+async def make_room(bus: Bus, max_bytes: int, position: int) -> None:
+    """Removes the oldest quarter of what has been read up to `position` when four fifths of the log are full.
+
+    So the log is never full of what the store has, and never loses what it has not. Raises BusError.
+    """
+    if await bus.size(STREAM) > max_bytes * 4 // 5:
+        first, _ = await bus.sequences(STREAM)
+        await bus.trim(STREAM, first + (position - first + 4) // 4)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ one that comes too late ends.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
 from services.analytics_svc.duplicates import Duplicates
-from services.analytics_svc.event_log import STREAM, LogReader, LogReplacedError, ensure_log
+from services.analytics_svc.event_log import STREAM, LogReader, LogReplacedError, ensure_log, make_room
 from services.analytics_svc.event_store import DataRefusedError, EventStore, EventStoreError, UnavailableError
 from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
 from services.analytics_svc.settings import AnalyticsSettings
@@ -41,6 +42,8 @@ log = structlog.get_logger(__name__)
 MAX_BYTES = 8 << 20
 # How long the first message waits for company: it bounds the number of parts that the store has to merge.
 LINGER_SECONDS = 0.05
+# How often the size of the log is looked at.
+_LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 _events = Counter("meshboard_pipeline_events_total", "Events by what became of them.", ["outcome"])
@@ -71,14 +74,17 @@ class Pipeline:
         store: EventStore,
         now: Callable[[], datetime],
         *,
+        max_log_bytes: int,
         deduplicate: bool = True,
     ) -> None:
+        self.max_log_bytes = max_log_bytes
         self.db = db
         self.bus = bus
         self.store = store
         self.now = now
         self.duplicates = Duplicates(store) if deduplicate else None
         self._held: deque[_Message] = deque()
+        self._next_look = 0.0
         self._epoch = 0
         self._position = 0
 
@@ -194,6 +200,7 @@ class Pipeline:
         self._position = end
         _place.set(end)
         await self._tell(end, batches)
+        await self._make_room()
 
     async def _parse(self, messages: Sequence[_Message]) -> list[LoggedBatch]:
         batches = []
@@ -280,6 +287,15 @@ class Pipeline:
             tick = Tick(workspace_id=workspace_id, source_id=source_id, watermark=watermark)
             await self.bus.emit(f"tick.{source_id}", tick.SerializeToString())
 
+    async def _make_room(self) -> None:
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        try:
+            await make_room(self.bus, self.max_log_bytes, self._position)
+        except BusError as error:
+            log.warning("event_log_away", error=str(error))
+
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Repeats what fails because Postgres or the store is away, for as long as it takes."""
         failures = 0
@@ -324,9 +340,14 @@ async def serve(settings: AnalyticsSettings) -> None:
     store = EventStore(settings.event_store_url)
     await create_tables(store)
     bus = await Bus.connect(settings.nats_url, "pipeline")
-    await ensure_log(bus)
+    await ensure_log(bus, settings.event_log_bytes)
     pipeline = Pipeline(
-        sessions, bus, store, lambda: datetime.now(UTC), deduplicate=not settings.unsafe_no_deduplication
+        sessions,
+        bus,
+        store,
+        lambda: datetime.now(UTC),
+        max_log_bytes=settings.event_log_bytes,
+        deduplicate=not settings.unsafe_no_deduplication,
     )
 
     async def ready() -> bool:

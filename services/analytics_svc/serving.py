@@ -50,7 +50,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     store = EventStore(settings.event_store_url)
     await create_tables(store)
     bus = await Bus.connect(settings.nats_url, "analytics")
-    await ensure_log(bus)
+    await ensure_log(bus, settings.event_log_bytes)
     cache = await Cache.connect(settings.redis_url, bus, "analytics")
     tokens = auth.ServiceTokens("analytics", settings.keys_dir)
     auth_peer = Peer("auth", settings.auth_address, tokens)

@@ -10,5 +10,7 @@ class AnalyticsSettings(Settings):
 
     event_store_url: str
     store_dir: Path = Path(".data/store")
+    # What the event log may take of the disk; what is in it can be read into a new store.
+    event_log_bytes: int = 8 << 30
     # For the fault test's proof only: counts what is sent twice twice.
     unsafe_no_deduplication: bool = False

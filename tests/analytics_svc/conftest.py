@@ -60,6 +60,8 @@ from tests.conditions import eventually
 from tests.harness import Identity, Member, make_settings, new_id, serving
 from tests.parts import Parts, free_port
 
+LOG_BYTES = 1 << 30
+
 
 class StoreProcess:
     """`python -m services.analytics_svc --role store` over a directory of its own."""
@@ -205,7 +207,9 @@ async def running_pipeline(
     db = chassis_db.connect(database_url)
     store = EventStore(store_url)
     bus = await Bus.connect(nats_url, "pipeline")
-    pipeline = Pipeline(db, bus, store, lambda: datetime.now(UTC), deduplicate=deduplicate)
+    pipeline = Pipeline(
+        db, bus, store, lambda: datetime.now(UTC), max_log_bytes=LOG_BYTES, deduplicate=deduplicate
+    )
     running = asyncio.create_task(pipeline.run())
     try:
         yield
@@ -234,7 +238,7 @@ async def analytics(
     )
     db = chassis_db.connect(database_url)
     bus = await Bus.connect(parts.nats_url, "test")
-    await ensure_log(bus)
+    await ensure_log(bus, LOG_BYTES)
     cache = await Cache.connect(parts.redis_url, bus, "analytics")
     users = StandInUsers()
     user_server = grpc.aio.server()

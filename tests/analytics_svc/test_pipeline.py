@@ -16,13 +16,13 @@ from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.source_pb2 import Source
 from sqlalchemy import select
 
-from services.analytics_svc.event_log import STREAM, EventLog, ensure_log
+from services.analytics_svc.event_log import STREAM, EventLog, ensure_log, make_room
 from services.analytics_svc.event_store import EventStore, UnavailableError
 from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
 from services.analytics_svc.tables import create_tables, insert_events
 from services.chassis import db as chassis_db
 from services.chassis.bus import Bus, Received
-from tests.analytics_svc.conftest import StoreProcess, running_pipeline, running_store
+from tests.analytics_svc.conftest import LOG_BYTES, StoreProcess, running_pipeline, running_store
 from tests.conditions import eventually
 from tests.harness import Identity, new_id
 from tests.parts import Parts, free_port
@@ -79,7 +79,7 @@ async def fresh_log(parts: Parts) -> AsyncIterator[Log]:
     database_url = await parts.fresh_database("analytics")
     await chassis_db.migrate(database_url, "services.analytics_svc")
     bus = await Bus.connect(parts.nats_url, "test")
-    await ensure_log(bus)
+    await ensure_log(bus, LOG_BYTES)
     async with running_store() as process:
         store = EventStore(process.url)
         await create_tables(store)
@@ -193,9 +193,26 @@ async def test_goes_on_with_a_log_that_was_replaced(log: Log) -> None:
         await log.append(["a"])
         await log.until(1)
         await log.bus._jetstream.delete_stream(STREAM)
-        await ensure_log(log.bus)
+        await ensure_log(log.bus, LOG_BYTES)
         await log.append(["a", "b"])
         await log.until(2)
+
+
+async def test_makes_room_in_the_log_with_what_has_been_read(log: Log) -> None:
+    for number in range(8):
+        await log.append([f"{number}"])
+    first, last = await log.bus.sequences(STREAM)
+    size = await log.bus.size(STREAM)
+    await make_room(log.bus, size * 2, last)
+    assert await log.bus.sequences(STREAM) == (first, last)
+    await make_room(log.bus, size, last - 4)
+    trimmed, _ = await log.bus.sequences(STREAM)
+    assert first < trimmed <= last - 3
+    for _ in range(20):
+        await make_room(log.bus, 1, last - 4)
+    assert await log.bus.sequences(STREAM) == (last - 3, last)  # what has not been read stays
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.until(4)
 
 
 Harm = Callable[[Log, "PipelineProcess"], Awaitable[None]]
