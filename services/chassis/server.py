@@ -188,6 +188,7 @@ def _fork(workers: int) -> None:
         with suppress(InterruptedError):
             ended, status = os.wait()
             children.discard(ended)
+            telemetry.forget_worker(ended)
             if not stopping:
                 print(f"worker {ended} ended with status {status}: starting another", file=sys.stderr)
                 time.sleep(0.5)

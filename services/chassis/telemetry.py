@@ -227,6 +227,11 @@ def tracing() -> bool:
     return _tracing
 
 
+def forget_worker(pid: int) -> None:
+    """Takes what a worker that has ended had in use out of the metrics."""
+    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
 def metrics() -> bytes:
     """All metrics in Prometheus' text format; with several workers, those of all of them."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
