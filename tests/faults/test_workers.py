@@ -29,6 +29,12 @@ def workers(mesh: Mesh) -> list[psutil.Process]:
     return psutil.Process(mesh.supervisor.pid("user_svc")).children()
 
 
+def serve(worker: psutil.Process, mesh: Mesh) -> bool:
+    """Whether the worker listens on the private port, which it does last."""
+    private = mesh.stack.port_of("user_private")
+    return private in {c.laddr.port for c in worker.net_connections() if c.status == psutil.CONN_LISTEN}
+
+
 async def figure(http: aiohttp.ClientSession, mesh: Mesh, name: str) -> float:
     """The sum of a figure of user_svc, whichever worker tells it."""
     async with http.get(f"http://127.0.0.1:{mesh.stack.port_of('user_private')}/metrics") as answer:
@@ -44,6 +50,7 @@ async def test_a_killed_worker_is_replaced(crew: Mesh, http: aiohttp.ClientSessi
     victim.kill()
     await eventually(lambda: victim not in workers(crew) and len(workers(crew)) == WORKERS)
     assert other in workers(crew)
+    await eventually(lambda: all(serve(worker, crew) for worker in workers(crew)))
     assert crew.supervisor.children["user_svc"].restarts == 0
 
     async def whole_again() -> bool:
