@@ -188,8 +188,8 @@ class Pipeline:
 
     async def _insert_range(self, messages: Sequence[_Message], end: int) -> None:
         token = f"{STREAM} {self._epoch} {self._position + 1}-{end}" if self.duplicates else ""
-        headers = next((message.headers for message in messages if message.headers), {})
-        with _insert_seconds.time(), telemetry.span("pipeline", "CONSUMER", carrier=headers):
+        traces = [message.headers for message in messages]
+        with _insert_seconds.time(), telemetry.span("pipeline", "CONSUMER", links=traces):
             batches = await self._parse(messages)
             if (duplicates := self.duplicates) is not None:
                 _duplicate.inc(await self._persist(lambda: duplicates.drop(batches)))

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.event_store import EventStore, TooExpensiveError, UnavailableError
 from services.analytics_svc.models import Source, Watermark
-from services.chassis import auth, errors, telemetry
+from services.chassis import auth, errors
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -101,10 +101,9 @@ class Queries:
 
     async def _compute(self, compiled: Compiled, watermark: int) -> Result:
         try:
-            with telemetry.span("event store query", "CLIENT"):
-                found = await self.store.query(
-                    compiled.sql, compiled.params, settings=_LIMITS, timeout=QUERY_SECONDS
-                )
+            found = await self.store.query(
+                compiled.sql, compiled.params, settings=_LIMITS, timeout=QUERY_SECONDS
+            )
         except TooExpensiveError as error:
             raise errors.resource_exhausted(
                 "QUERY_TOO_EXPENSIVE", "The query needs more time or memory than a query may have: narrow it."

@@ -1,7 +1,5 @@
 """The composition root of the role `serve`: sources, ingest and queries."""
 
-from datetime import UTC, datetime
-
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
@@ -10,37 +8,29 @@ from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
-from uuid_utils.compat import uuid7
+from meshboard.user.v1.events_pb2 import MemberRemoved
 
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
-from services.analytics_svc.models import Source
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
-from services.analytics_svc.sources import RESOURCE, SourceServicer
+from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.write_keys import WriteKeys
 from services.chassis import auth, db, trust
-from services.chassis.access import Access, Resource
+from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
+from services.chassis.db import new_id
+from services.chassis.inbox import consume
 from services.chassis.interceptor import warm_up
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
 from services.chassis.server import Server
-
-
-def now() -> datetime:
-    """The time."""
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    """A new UUIDv7."""
-    return str(uuid7())
+from services.chassis.times import now
 
 
 async def serve(settings: AnalyticsSettings) -> None:
@@ -65,12 +55,13 @@ async def serve(settings: AnalyticsSettings) -> None:
         revocations,
         rights,
         db=sessions,
-        resources=[Resource(RESOURCE, Source.workspace_id, Source.source_id)],
+        resources=[SOURCE],
         credentials={"write_key": write_keys.check},
     )
 
     pages = Pages(settings.derived_key("page tokens"))
-    sources = SourceServicer(sessions, write_keys, user_peer, pages, now=now, new_id=new_id)
+    grants = grants_on_sources(sessions, user_peer, pages, now=now, new_id=new_id)
+    sources = SourceServicer(sessions, write_keys, grants, pages, now=now, new_id=new_id)
     ingest = IngestServicer(EventLog(bus, now), now)
     queries = Queries(sessions, store, now)
     server = Server(
@@ -87,7 +78,10 @@ async def serve(settings: AnalyticsSettings) -> None:
     warm_up(IngestRequest(), RunQueryRequest(), RunWidgetQueryRequest())
     try:
         await server.start()
-        await until_stopped(Relay(settings.postgres_url, bus, "analytics").run())
+        await until_stopped(
+            Relay(settings.postgres_url, bus, "analytics").run(),
+            consume(bus, sessions, "analytics", {MemberRemoved: grants.on_member_removed}),
+        )
     finally:
         await server.stop()
         await auth_peer.close()

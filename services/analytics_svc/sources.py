@@ -27,25 +27,23 @@ from meshboard.analytics.v1.source_service_pb2 import (
     UpdateSourceResponse,
 )
 from meshboard.analytics.v1.source_service_pb2_grpc import SourceServiceServicer
-from meshboard.user.v1 import grant_pb2
-from meshboard.user.v1.internal_user_service_pb2 import CheckSubjectsRequest
-from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from sqlalchemy import Text, cast, delete, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.analytics_svc.convert import grant_to_pb, source_to_pb, subject_of, time_of
+from services.analytics_svc.convert import source_to_pb
 from services.analytics_svc.models import Source
 from services.analytics_svc.write_keys import WriteKeys, new_write_key
 from services.chassis import auth, errors, outbox, rights
+from services.chassis.access import Resource
 from services.chassis.clients import Peer
-from services.chassis.db import GrantRow
+from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-RESOURCE = "source"
+SOURCE = Resource("source", Source.workspace_id, Source.source_id)
 
 
 class SourceServicer(SourceServiceServicer):
@@ -55,7 +53,7 @@ class SourceServicer(SourceServiceServicer):
         self,
         db: async_sessionmaker[AsyncSession],
         write_keys: WriteKeys,
-        user: Peer,
+        grants: Grants,
         pages: Pages,
         *,
         now: Callable[[], datetime],
@@ -63,7 +61,7 @@ class SourceServicer(SourceServiceServicer):
     ) -> None:
         self.db = db
         self.write_keys = write_keys
-        self.subjects = user.stub(InternalUserServiceStub)
+        self.grants = grants
         self.pages = pages
         self.now = now
         self.new_id = new_id
@@ -91,20 +89,7 @@ class SourceServicer(SourceServiceServicer):
             )
             if source is None:
                 return CreateSourceResponse(source=source_to_pb(await _repeated(session, request.request_id)))
-            session.add(
-                GrantRow(
-                    workspace_id=caller.workspace_id,
-                    grant_id=self.new_id(),
-                    resource_type=RESOURCE,
-                    resource_id=source.source_id,
-                    subject_type=rights.USER,
-                    subject_id=caller.user_id,
-                    role="owner",
-                    effect=rights.ALLOW,
-                    creator_id=caller.user_id,
-                    create_time=now,
-                )
-            )
+            self.grants.own(session, source.source_id)
             event = events_pb2.SourceCreated(source=source_to_pb(source))
             outbox.add(session, event, workspace_id=caller.workspace_id)
         return CreateSourceResponse(source=source_to_pb(source), write_key=key.secret)
@@ -125,7 +110,7 @@ class SourceServicer(SourceServiceServicer):
                 select(Source)
                 .where(
                     Source.workspace_id == caller.workspace_id,
-                    rights.visible(RESOURCE, Source.source_id, caller.rights, self.now()),
+                    rights.visible(SOURCE.type, Source.source_id, caller.rights, self.now()),
                     page.after(Source.source_id, descending=True),
                 )
                 .order_by(Source.source_id.desc())
@@ -185,13 +170,7 @@ class SourceServicer(SourceServiceServicer):
             )
             if key_hash is None:
                 raise _absent(request.source_id)
-            await session.execute(
-                delete(GrantRow).where(
-                    GrantRow.workspace_id == workspace_id,
-                    GrantRow.resource_type == RESOURCE,
-                    GrantRow.resource_id == request.source_id,
-                )
-            )
+            await self.grants.forget(session, request.source_id)
             event = events_pb2.SourceDeleted(workspace_id=workspace_id, source_id=request.source_id)
             outbox.add(session, event, workspace_id=workspace_id)
         await self.write_keys.forget(key_hash)
@@ -200,76 +179,18 @@ class SourceServicer(SourceServiceServicer):
     async def CreateSourceGrant(
         self, request: CreateSourceGrantRequest, context: Context
     ) -> CreateSourceGrantResponse:
-        caller = auth.caller()
-        if request.role not in rights.ROLES:
-            raise errors.invalid_argument(
-                "ROLE_UNKNOWN", f"There is no role {request.role}.", field="role", role=request.role
-            )
-        await self._require_subject(request.subject)
-        subject_type, subject_id = subject_of(request.subject)
-        expires = request.HasField("expire_time")
-        async with self.db.begin() as session:
-            grant = await session.scalar(
-                insert(GrantRow)
-                .values(
-                    workspace_id=caller.workspace_id,
-                    grant_id=self.new_id(),
-                    resource_type=RESOURCE,
-                    resource_id=request.source_id,
-                    subject_type=subject_type,
-                    subject_id=subject_id,
-                    role=request.role,
-                    effect=grant_pb2.Grant.Effect.Name(request.effect or grant_pb2.Grant.ALLOW),
-                    expire_time=time_of(request.expire_time, "expire_time") if expires else None,
-                    creator_id=caller.user_id,
-                    request_id=request.request_id or None,
-                    create_time=self.now(),
-                )
-                .on_conflict_do_nothing()
-                .returning(GrantRow)
-            )
-            if grant is None:
-                grant = await _repeated_grant(session, request)
-        return CreateSourceGrantResponse(grant=grant_to_pb(grant))
+        return CreateSourceGrantResponse(grant=await self.grants.create(request.source_id, request))
 
     async def ListSourceGrants(
         self, request: ListSourceGrantsRequest, context: Context
     ) -> ListSourceGrantsResponse:
-        workspace_id = auth.caller().workspace_id
-        page = self.pages.open(request, workspace_id)
-        async with self.db() as session:
-            rows = await session.scalars(
-                select(GrantRow)
-                .where(
-                    GrantRow.workspace_id == workspace_id,
-                    GrantRow.resource_type == RESOURCE,
-                    GrantRow.resource_id == request.source_id,
-                    page.after(GrantRow.grant_id),
-                )
-                .order_by(GrantRow.grant_id)
-                .limit(page.limit)
-            )
-        grants, next_page_token = page.close(rows.all(), lambda grant: (grant.grant_id,))
-        return ListSourceGrantsResponse(grants=map(grant_to_pb, grants), next_page_token=next_page_token)
+        grants, next_page_token = await self.grants.list(request.source_id, request)
+        return ListSourceGrantsResponse(grants=grants, next_page_token=next_page_token)
 
     async def DeleteSourceGrant(
         self, request: DeleteSourceGrantRequest, context: Context
     ) -> DeleteSourceGrantResponse:
-        async with self.db.begin() as session:
-            deleted = await session.scalar(
-                delete(GrantRow)
-                .where(
-                    GrantRow.workspace_id == auth.caller().workspace_id,
-                    GrantRow.resource_type == RESOURCE,
-                    GrantRow.resource_id == request.source_id,
-                    GrantRow.grant_id == request.grant_id,
-                )
-                .returning(GrantRow.grant_id)
-            )
-        if deleted is None:
-            raise errors.not_found(
-                "GRANT_NOT_FOUND", "The source has no such grant.", grant_id=request.grant_id
-            )
+        await self.grants.delete(request.source_id, request.grant_id)
         return DeleteSourceGrantResponse()
 
     async def _change(
@@ -284,24 +205,6 @@ class SourceServicer(SourceServiceServicer):
             .returning(Source)
         )
 
-    async def _require_subject(self, subject: grant_pb2.Subject) -> None:
-        """Raises INVALID_ARGUMENT unless the subject is of the caller's workspace, as user_svc says."""
-        kind = subject.WhichOneof("subject")
-        if kind not in {"user_id", "team_id"}:
-            return
-        subject_id = getattr(subject, kind)
-        request = CheckSubjectsRequest(workspace_id=auth.caller().workspace_id)
-        getattr(request, f"{kind}s").append(subject_id)
-        found = await self.subjects.CheckSubjects(request)
-        if not getattr(found, f"{kind}s"):
-            what = kind.removesuffix("_id")
-            raise errors.invalid_argument(
-                "SUBJECT_UNKNOWN",
-                f"The workspace has no such {what}.",
-                field=f"subject.{kind}",
-                subject_id=subject_id,
-            )
-
 
 async def _repeated(session: AsyncSession, request_id: str) -> Source:
     caller = auth.caller()
@@ -315,21 +218,29 @@ async def _repeated(session: AsyncSession, request_id: str) -> Source:
     return rows.one()
 
 
-async def _repeated_grant(session: AsyncSession, request: CreateSourceGrantRequest) -> GrantRow:
-    """The grant that an earlier call with this `request_id` made. Raises ALREADY_EXISTS when there was none."""
-    caller = auth.caller()
-    grant = await session.scalar(
-        select(GrantRow).where(
-            GrantRow.workspace_id == caller.workspace_id,
-            GrantRow.resource_type == RESOURCE,
-            GrantRow.resource_id == request.source_id,
-            GrantRow.creator_id == caller.user_id,
-            GrantRow.request_id == (request.request_id or None),
-        )
+def grants_on_sources(
+    db: async_sessionmaker[AsyncSession],
+    user: Peer,
+    pages: Pages,
+    *,
+    now: Callable[[], datetime],
+    new_id: Callable[[], str],
+) -> Grants:
+    """The grants on sources."""
+    return Grants(
+        db,
+        SOURCE,
+        user,
+        pages,
+        created=lambda row: events_pb2.SourceGrantCreated(
+            workspace_id=row.workspace_id, source_id=row.resource_id, grant=grant_to_pb(row)
+        ),
+        deleted=lambda row: events_pb2.SourceGrantDeleted(
+            workspace_id=row.workspace_id, source_id=row.resource_id, grant_id=row.grant_id
+        ),
+        now=now,
+        new_id=new_id,
     )
-    if grant is None:
-        raise errors.already_exists("GRANT_EXISTS", "The source has this grant already.")
-    return grant
 
 
 def _absent(source_id: str) -> errors.Error:

@@ -45,6 +45,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, QueuePool
+from uuid_utils.compat import uuid7
 
 from services.chassis import telemetry
 
@@ -69,6 +70,11 @@ Time = Annotated[datetime, mapped_column(DateTime(timezone=True))]
 
 # "mesh" in ASCII: the advisory lock of whoever migrates this database.
 _MIGRATION_LOCK = 0x6D657368
+
+
+def new_id() -> str:
+    """A new id: a UUIDv7, so that ids sort by the time of their making."""
+    return str(uuid7())
 
 
 class Executes(Protocol):

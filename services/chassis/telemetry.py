@@ -109,10 +109,10 @@ def span(
 ) -> AbstractContextManager[None]:
     """A span around a piece of work: a child of `carrier`'s trace context when it has one, else of the current span.
 
-    `links` are the carriers of other traces that the work belongs to; when `carrier`'s is not recorded, the first one
-    that is takes its place. CLIENT and PRODUCER spans exist within a trace only: what a process asks of others by
-    itself, again and again, is none. An exception is noted by its reason or type, because its text may quote what was
-    sent.
+    `links` are the carriers of other traces that the work belongs to; without a recorded trace of `carrier`, the first
+    of them that is recorded takes its place. CLIENT and PRODUCER spans exist within a trace only: what a process asks
+    of others by itself, again and again, is none. An exception is noted by its reason or type, because its text may
+    quote what was sent.
     """
     return _span(name, kind, carrier, links, attributes) if _tracing else _NO_SPAN
 

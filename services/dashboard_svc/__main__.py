@@ -7,7 +7,7 @@ from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServ
 from meshboard.user.v1.events_pb2 import MemberRemoved
 
 from services.chassis import auth, db, trust
-from services.chassis.access import Access, Resource
+from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
@@ -18,10 +18,8 @@ from services.chassis.process import until_stopped
 from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
-from services.dashboard_svc.consumers import on_member_removed
-from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer
+from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
-from services.dashboard_svc.models import Dashboard
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -44,7 +42,7 @@ async def serve(settings: Settings) -> None:
         await trust.follow_revocations(bus, *trust.sessions_of(auth_peer)),
         await trust.follow_rights(bus, trust.rights_of(user_peer)),
         db=sessions,
-        resources=[Resource(DASHBOARD, Dashboard.workspace_id, Dashboard.dashboard_id)],
+        resources=[DASHBOARD],
     )
 
     boards = Boards(sessions, cache)
@@ -52,11 +50,12 @@ async def serve(settings: Settings) -> None:
     answers = Answers(analytics_peer)
     feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
     await feeds.listen(bus)
+    grants = grants_on_dashboards(sessions, user_peer, pages)
     dashboards = DashboardServicer(
         db=sessions,
         boards=boards,
         pages=pages,
-        user=user_peer,
+        grants=grants,
         answers=answers,
         feeds=feeds,
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
@@ -83,7 +82,7 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
-            consume(bus, sessions, "dashboard", {MemberRemoved: on_member_removed}),
+            consume(bus, sessions, "dashboard", {MemberRemoved: grants.on_member_removed}),
         )
     finally:
         await server.stop()

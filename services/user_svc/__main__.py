@@ -1,42 +1,31 @@
 """user_svc: `python -m services.user_svc`."""
 
-from datetime import UTC, datetime
-
 from meshboard.auth.v1.events_pb2 import AccountDiscarded, SignedIn
 from meshboard.user.v1.internal_user_service_pb2_grpc import add_InternalUserServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from meshboard.user.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
 from meshboard.user.v1.workspace_service_pb2_grpc import add_WorkspaceServiceServicer_to_server
-from uuid_utils.compat import uuid7
 
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
+from services.chassis.db import new_id
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
 from services.chassis.server import Server, main
 from services.chassis.settings import Settings
+from services.chassis.times import now
 from services.user_svc.consumers import on_account_discarded, on_signed_in
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
-
-
-def now() -> datetime:
-    """The time."""
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    """A new UUIDv7."""
-    return str(uuid7())
 
 
 async def serve(settings: Settings) -> None:

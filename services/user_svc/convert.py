@@ -1,11 +1,9 @@
 """Rows as messages of the contract."""
 
-from datetime import datetime
-
-from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.user.v1 import user_pb2, workspace_pb2
 
 from services.chassis.rights import Rights
+from services.chassis.times import timestamp_of
 from services.user_svc.models import Member, Team, User, Workspace
 
 
@@ -15,8 +13,8 @@ def user_to_pb(row: User) -> user_pb2.User:
         user_id=row.user_id,
         display_name=row.display_name,
         email=row.email,
-        create_time=_timestamp(row.create_time),
-        update_time=_timestamp(row.update_time),
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
 
@@ -26,8 +24,8 @@ def workspace_to_pb(row: Workspace) -> workspace_pb2.Workspace:
     return workspace_pb2.Workspace(
         workspace_id=row.workspace_id,
         title=row.title,
-        create_time=_timestamp(row.create_time),
-        update_time=_timestamp(row.update_time),
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
 
@@ -38,7 +36,7 @@ def member_to_pb(row: Member, user: User) -> workspace_pb2.Member:
         workspace_id=row.workspace_id,
         user=user_to_pb(user),
         role=row.role,
-        create_time=_timestamp(row.create_time),
+        create_time=timestamp_of(row.create_time),
     )
 
 
@@ -49,8 +47,8 @@ def team_to_pb(row: Team) -> workspace_pb2.Team:
         workspace_id=row.workspace_id,
         title=row.title,
         parent_team_id=row.parent_team_id or "",
-        create_time=_timestamp(row.create_time),
-        update_time=_timestamp(row.update_time),
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
 
@@ -65,9 +63,3 @@ def rights_to_pb(rights: Rights) -> workspace_pb2.Rights:
         team_ids=sorted(rights.team_ids),
         version=rights.version,
     )
-
-
-def _timestamp(time: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(time)
-    return timestamp

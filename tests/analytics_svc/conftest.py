@@ -42,16 +42,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
-from services.analytics_svc.models import Source
 from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
-from services.analytics_svc.sources import RESOURCE, SourceServicer
+from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.write_keys import HEADER, WriteKeys
 from services.chassis import auth
 from services.chassis import db as chassis_db
-from services.chassis.access import Resource
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
@@ -252,7 +250,8 @@ async def analytics(
 
     write_keys = WriteKeys(db, CachedMessages(cache, "write_keys", SourceMessage))
     pages = Pages(settings.derived_key("page tokens"))
-    sources = SourceServicer(db, write_keys, user_peer, pages, now=now, new_id=new_id)
+    grants = grants_on_sources(db, user_peer, pages, now=now, new_id=new_id)
+    sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
     ingest = IngestServicer(EventLog(bus, now), now)
     queries = Queries(db, store, now)
     registrations = [
@@ -264,7 +263,7 @@ async def analytics(
     access = identity.access(
         "analytics",
         db=db,
-        resources=[Resource(RESOURCE, Source.workspace_id, Source.source_id)],
+        resources=[SOURCE],
         credentials={"write_key": write_keys.check},
     )
     async with (

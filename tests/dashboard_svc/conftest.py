@@ -29,7 +29,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors
 from services.chassis import db as chassis_db
-from services.chassis.access import Resource
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
@@ -39,9 +38,8 @@ from services.chassis.rights import Rights
 from services.chassis.server import Server
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
-from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer
+from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
-from services.dashboard_svc.models import Dashboard
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -152,7 +150,7 @@ async def mesh(
                 db=db,
                 boards=boards,
                 pages=pages,
-                user=peers[0],
+                grants=grants_on_dashboards(db, peers[0], pages),
                 answers=answers,
                 feeds=feeds,
                 span=span,
@@ -162,7 +160,7 @@ async def mesh(
             access = identity.access(
                 "dashboard",
                 db=db,
-                resources=[Resource(DASHBOARD, Dashboard.workspace_id, Dashboard.dashboard_id)],
+                resources=[DASHBOARD],
             )
             registrations = [
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),

@@ -15,9 +15,11 @@ from meshboard.user.v1.events_pb2 import MemberRemoved
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 from sqlalchemy import delete, select, update
 
-from services.chassis import inbox, rights
+from services.chassis import auth, inbox, rights
+from services.chassis.clients import Peer
 from services.chassis.db import GrantRow
-from services.dashboard_svc.consumers import on_member_removed
+from services.chassis.paging import Pages
+from services.dashboard_svc.dashboards import grants_on_dashboards
 from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, reason_of
@@ -205,8 +207,10 @@ async def test_a_removed_member_leaves_no_grants(mesh: Mesh) -> None:
     guest = mesh.identity.member("viewer", admin.workspace_id)
     dashboard = await mesh.dashboard(admin)
     await grant(mesh, admin, dashboard, Subject(user_id=guest.user_id), "editor")
+    user = Peer("user", "127.0.0.1:1", auth.ServiceTokens("dashboard", mesh.identity.keys))
+    grants = grants_on_dashboards(mesh.db, user, Pages(bytes(32)))
     working = asyncio.create_task(
-        inbox.consume(mesh.bus, mesh.db, "dashboard", {MemberRemoved: on_member_removed})
+        inbox.consume(mesh.bus, mesh.db, "dashboard", {MemberRemoved: grants.on_member_removed})
     )
     event = MemberRemoved(workspace_id=admin.workspace_id, user_id=guest.user_id)
     await mesh.bus.publish(
@@ -219,6 +223,7 @@ async def test_a_removed_member_leaves_no_grants(mesh: Mesh) -> None:
     await eventually(may_not_edit)
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)
+    await user.close()
     async with mesh.db() as session:
         left = await session.scalars(select(GrantRow).where(GrantRow.workspace_id == admin.workspace_id))
         assert [row.subject_id for row in left] == [admin.user_id]

@@ -48,14 +48,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
-    GRANT_NOT_FOUND: _ErrorReason.ValueType  # 13
-    """NOT_FOUND: the source has no such grant."""
-    GRANT_EXISTS: _ErrorReason.ValueType  # 14
-    """ALREADY_EXISTS: the source has this grant already."""
-    SUBJECT_UNKNOWN: _ErrorReason.ValueType  # 15
-    """INVALID_ARGUMENT: the user or team of the grant is not of the workspace."""
-    ROLE_UNKNOWN: _ErrorReason.ValueType  # 16
-    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -86,12 +78,4 @@ TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
-GRANT_NOT_FOUND: ErrorReason.ValueType  # 13
-"""NOT_FOUND: the source has no such grant."""
-GRANT_EXISTS: ErrorReason.ValueType  # 14
-"""ALREADY_EXISTS: the source has this grant already."""
-SUBJECT_UNKNOWN: ErrorReason.ValueType  # 15
-"""INVALID_ARGUMENT: the user or team of the grant is not of the workspace."""
-ROLE_UNKNOWN: ErrorReason.ValueType  # 16
-"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

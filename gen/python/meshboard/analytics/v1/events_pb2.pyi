@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from meshboard.analytics.v1 import source_pb2 as _source_pb2
+from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -116,6 +117,68 @@ class SourceDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SourceDeleted: _TypeAlias = SourceDeleted  # noqa: Y015
+
+@_typing.final
+class SourceGrantCreated(_message.Message):
+    """A role was given or withheld on a source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    source_id: _builtins.str
+    """The source."""
+    @_builtins.property
+    def grant(self) -> _grant_pb2.Grant:
+        """The grant."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        grant: _grant_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceGrantCreated: _TypeAlias = SourceGrantCreated  # noqa: Y015
+
+@_typing.final
+class SourceGrantDeleted(_message.Message):
+    """A grant on a source was taken back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    source_id: _builtins.str
+    """The source."""
+    grant_id: _builtins.str
+    """The grant."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        grant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_id", b"grant_id", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceGrantDeleted: _TypeAlias = SourceGrantDeleted  # noqa: Y015
 
 @_typing.final
 class Tick(_message.Message):

@@ -133,7 +133,7 @@ class SourceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateSourceGrant(self, request, context):
-        """Gives or withholds a role on a source.
+        """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
         Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
         """
@@ -149,7 +149,7 @@ class SourceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSourceGrant(self, request, context):
-        """Takes a grant on a source back.
+        """Takes a grant on a source back, and emits `SourceGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
         """

@@ -35,14 +35,14 @@ class SourceServiceStub:
     DeleteSource: _aio.UnaryUnaryMultiCallable[_source_service_pb2.DeleteSourceRequest, _source_service_pb2.DeleteSourceResponse]
     """Deletes a source, so that its write key and its events are out of reach, and emits `SourceDeleted`."""
     CreateSourceGrant: _aio.UnaryUnaryMultiCallable[_source_service_pb2.CreateSourceGrantRequest, _source_service_pb2.CreateSourceGrantResponse]
-    """Gives or withholds a role on a source.
+    """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
     Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
     """
     ListSourceGrants: _aio.UnaryUnaryMultiCallable[_source_service_pb2.ListSourceGrantsRequest, _source_service_pb2.ListSourceGrantsResponse]
     """Lists the grants on a source, the oldest first."""
     DeleteSourceGrant: _aio.UnaryUnaryMultiCallable[_source_service_pb2.DeleteSourceGrantRequest, _source_service_pb2.DeleteSourceGrantResponse]
-    """Takes a grant on a source back.
+    """Takes a grant on a source back, and emits `SourceGrantDeleted`.
 
     Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
     """
@@ -110,7 +110,7 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _source_service_pb2.CreateSourceGrantRequest,
         context: _aio.ServicerContext[_source_service_pb2.CreateSourceGrantRequest, _abc.Awaitable[_source_service_pb2.CreateSourceGrantResponse]],
     ) -> _abc.Awaitable[_source_service_pb2.CreateSourceGrantResponse]:
-        """Gives or withholds a role on a source.
+        """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
         Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
         """
@@ -129,7 +129,7 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _source_service_pb2.DeleteSourceGrantRequest,
         context: _aio.ServicerContext[_source_service_pb2.DeleteSourceGrantRequest, _abc.Awaitable[_source_service_pb2.DeleteSourceGrantResponse]],
     ) -> _abc.Awaitable[_source_service_pb2.DeleteSourceGrantResponse]:
-        """Takes a grant on a source back.
+        """Takes a grant on a source back, and emits `SourceGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
         """

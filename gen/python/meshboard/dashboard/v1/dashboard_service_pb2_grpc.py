@@ -148,7 +148,7 @@ class DashboardServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateDashboardGrant(self, request, context):
-        """Gives or withholds a role on a dashboard, and emits the change.
+        """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
 
         Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
         """
@@ -164,7 +164,7 @@ class DashboardServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDashboardGrant(self, request, context):
-        """Takes a grant on a dashboard back, and emits the change.
+        """Takes a grant on a dashboard back, and emits `DashboardGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
         """

@@ -41,14 +41,14 @@ class DashboardServiceStub:
     As JSON with `Accept: text/event-stream` it arrives as server-sent events.
     """
     CreateDashboardGrant: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.CreateDashboardGrantRequest, _dashboard_service_pb2.CreateDashboardGrantResponse]
-    """Gives or withholds a role on a dashboard, and emits the change.
+    """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
 
     Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
     """
     ListDashboardGrants: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.ListDashboardGrantsRequest, _dashboard_service_pb2.ListDashboardGrantsResponse]
     """Lists the grants on a dashboard, the oldest first."""
     DeleteDashboardGrant: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.DeleteDashboardGrantRequest, _dashboard_service_pb2.DeleteDashboardGrantResponse]
-    """Takes a grant on a dashboard back, and emits the change.
+    """Takes a grant on a dashboard back, and emits `DashboardGrantDeleted`.
 
     Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
     """
@@ -128,7 +128,7 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.CreateDashboardGrantRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.CreateDashboardGrantRequest, _abc.Awaitable[_dashboard_service_pb2.CreateDashboardGrantResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.CreateDashboardGrantResponse]:
-        """Gives or withholds a role on a dashboard, and emits the change.
+        """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
 
         Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
         """
@@ -147,7 +147,7 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.DeleteDashboardGrantRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.DeleteDashboardGrantRequest, _abc.Awaitable[_dashboard_service_pb2.DeleteDashboardGrantResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.DeleteDashboardGrantResponse]:
-        """Takes a grant on a dashboard back, and emits the change.
+        """Takes a grant on a dashboard back, and emits `DashboardGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
         """

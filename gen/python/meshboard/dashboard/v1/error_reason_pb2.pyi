@@ -28,14 +28,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the dashboard does not exist, or the caller may not see it."""
     WIDGET_NOT_FOUND: _ErrorReason.ValueType  # 2
     """NOT_FOUND: the dashboard has no such widget."""
-    GRANT_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """NOT_FOUND: the dashboard has no such grant."""
-    GRANT_EXISTS: _ErrorReason.ValueType  # 4
-    """ALREADY_EXISTS: the dashboard has this grant already."""
-    SUBJECT_UNKNOWN: _ErrorReason.ValueType  # 5
-    """INVALID_ARGUMENT: the user or team of the grant is not of the workspace."""
-    ROLE_UNKNOWN: _ErrorReason.ValueType  # 6
-    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
     TOO_MANY_WIDGETS: _ErrorReason.ValueType  # 7
     """FAILED_PRECONDITION: a dashboard has at most 100 widgets."""
     CURSOR_INVALID: _ErrorReason.ValueType  # 8
@@ -52,14 +44,6 @@ DASHBOARD_NOT_FOUND: ErrorReason.ValueType  # 1
 """NOT_FOUND: the dashboard does not exist, or the caller may not see it."""
 WIDGET_NOT_FOUND: ErrorReason.ValueType  # 2
 """NOT_FOUND: the dashboard has no such widget."""
-GRANT_NOT_FOUND: ErrorReason.ValueType  # 3
-"""NOT_FOUND: the dashboard has no such grant."""
-GRANT_EXISTS: ErrorReason.ValueType  # 4
-"""ALREADY_EXISTS: the dashboard has this grant already."""
-SUBJECT_UNKNOWN: ErrorReason.ValueType  # 5
-"""INVALID_ARGUMENT: the user or team of the grant is not of the workspace."""
-ROLE_UNKNOWN: ErrorReason.ValueType  # 6
-"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
 TOO_MANY_WIDGETS: ErrorReason.ValueType  # 7
 """FAILED_PRECONDITION: a dashboard has at most 100 widgets."""
 CURSOR_INVALID: ErrorReason.ValueType  # 8

@@ -180,7 +180,7 @@ Global___WidgetDeleted: _TypeAlias = WidgetDeleted  # noqa: Y015
 
 @_typing.final
 class DashboardGrantCreated(_message.Message):
-    """The grants on a dashboard have changed."""
+    """A role was given or withheld on a dashboard."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -212,7 +212,7 @@ Global___DashboardGrantCreated: _TypeAlias = DashboardGrantCreated  # noqa: Y015
 
 @_typing.final
 class DashboardGrantDeleted(_message.Message):
-    """The grants on a dashboard have changed."""
+    """A grant on a dashboard was taken back."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

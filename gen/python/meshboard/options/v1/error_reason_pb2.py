@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'meshboard/options/v1/error_reason.proto\x12\x14meshboard.options.v1*\xc6\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x11\n\rTOKEN_MISSING\x10\x01\x12\x11\n\rTOKEN_INVALID\x10\x02\x12\x11\n\rTOKEN_EXPIRED\x10\x03\x12\x13\n\x0fSESSION_REVOKED\x10\x04\x12\x16\n\x12PERMISSION_MISSING\x10\x05\x12\x16\n\x12\x43\x41LLER_NOT_ALLOWED\x10\x06\x12\x16\n\x12RESOURCE_NOT_FOUND\x10\x07\x12\x17\n\x13WORKSPACE_NOT_FOUND\x10\x08\x12\x17\n\x13WORKSPACE_AMBIGUOUS\x10\t\x12\x15\n\x11VALIDATION_FAILED\x10\n\x12\x16\n\x12PAGE_TOKEN_INVALID\x10\x0b\x12\x17\n\x13UPDATE_MASK_INVALID\x10\x0c\x12\x11\n\rETAG_MISMATCH\x10\r\x12\x13\n\x0f\x44\x45\x41\x44LINE_PASSED\x10\x0e\x12\x0e\n\nOVERLOADED\x10\x0f\x12\x1a\n\x16\x44\x45PENDENCY_UNAVAILABLE\x10\x10\x12\x12\n\x0eINTERNAL_FAULT\x10\x11\x12\x12\n\x0eMETHOD_UNKNOWN\x10\x12\x12\x12\n\x0e\x43\x41LL_CANCELLED\x10\x13\x12\x11\n\rROUTE_UNKNOWN\x10\x14\x12\x15\n\x11REQUEST_MALFORMED\x10\x15\x12\x12\n\x0e\x42ODY_TOO_LARGE\x10\x16\x12\x15\n\x11HEADERS_TOO_LARGE\x10\x17\x12\x10\n\x0cRATE_LIMITED\x10\x18\x12\x12\n\x0eORIGIN_REFUSED\x10\x19\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'meshboard/options/v1/error_reason.proto\x12\x14meshboard.options.v1*\x94\x05\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x11\n\rTOKEN_MISSING\x10\x01\x12\x11\n\rTOKEN_INVALID\x10\x02\x12\x11\n\rTOKEN_EXPIRED\x10\x03\x12\x13\n\x0fSESSION_REVOKED\x10\x04\x12\x16\n\x12PERMISSION_MISSING\x10\x05\x12\x16\n\x12\x43\x41LLER_NOT_ALLOWED\x10\x06\x12\x16\n\x12RESOURCE_NOT_FOUND\x10\x07\x12\x17\n\x13WORKSPACE_NOT_FOUND\x10\x08\x12\x17\n\x13WORKSPACE_AMBIGUOUS\x10\t\x12\x15\n\x11VALIDATION_FAILED\x10\n\x12\x16\n\x12PAGE_TOKEN_INVALID\x10\x0b\x12\x17\n\x13UPDATE_MASK_INVALID\x10\x0c\x12\x11\n\rETAG_MISMATCH\x10\r\x12\x13\n\x0f\x44\x45\x41\x44LINE_PASSED\x10\x0e\x12\x0e\n\nOVERLOADED\x10\x0f\x12\x1a\n\x16\x44\x45PENDENCY_UNAVAILABLE\x10\x10\x12\x12\n\x0eINTERNAL_FAULT\x10\x11\x12\x12\n\x0eMETHOD_UNKNOWN\x10\x12\x12\x12\n\x0e\x43\x41LL_CANCELLED\x10\x13\x12\x11\n\rROUTE_UNKNOWN\x10\x14\x12\x15\n\x11REQUEST_MALFORMED\x10\x15\x12\x12\n\x0e\x42ODY_TOO_LARGE\x10\x16\x12\x15\n\x11HEADERS_TOO_LARGE\x10\x17\x12\x10\n\x0cRATE_LIMITED\x10\x18\x12\x12\n\x0eORIGIN_REFUSED\x10\x19\x12\x13\n\x0fGRANT_NOT_FOUND\x10\x1e\x12\x10\n\x0cGRANT_EXISTS\x10\x1f\x12\x13\n\x0fSUBJECT_UNKNOWN\x10 \x12\x10\n\x0cROLE_UNKNOWN\x10!b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.options.v1.error_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=66
-  _globals['_ERRORREASON']._serialized_end=648
+  _globals['_ERRORREASON']._serialized_end=726
 # @@protoc_insertion_point(module_scope)

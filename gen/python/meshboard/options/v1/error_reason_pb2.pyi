@@ -74,6 +74,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED, from the gateway: too many calls. Repeat after `Retry-After` or `RetryInfo.retry_delay`."""
     ORIGIN_REFUSED: _ErrorReason.ValueType  # 25
     """PERMISSION_DENIED, from the gateway: a page of another origin made this request with the session cookie."""
+    GRANT_NOT_FOUND: _ErrorReason.ValueType  # 30
+    """NOT_FOUND: the resource has no such grant."""
+    GRANT_EXISTS: _ErrorReason.ValueType  # 31
+    """ALREADY_EXISTS: the resource has this grant already."""
+    SUBJECT_UNKNOWN: _ErrorReason.ValueType  # 32
+    """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
+    ROLE_UNKNOWN: _ErrorReason.ValueType  # 33
+    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that every service can give. They stand in `google.rpc.ErrorInfo.reason`, with the domain `meshboard`."""
@@ -130,4 +138,12 @@ RATE_LIMITED: ErrorReason.ValueType  # 24
 """RESOURCE_EXHAUSTED, from the gateway: too many calls. Repeat after `Retry-After` or `RetryInfo.retry_delay`."""
 ORIGIN_REFUSED: ErrorReason.ValueType  # 25
 """PERMISSION_DENIED, from the gateway: a page of another origin made this request with the session cookie."""
+GRANT_NOT_FOUND: ErrorReason.ValueType  # 30
+"""NOT_FOUND: the resource has no such grant."""
+GRANT_EXISTS: ErrorReason.ValueType  # 31
+"""ALREADY_EXISTS: the resource has this grant already."""
+SUBJECT_UNKNOWN: ErrorReason.ValueType  # 32
+"""INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
+ROLE_UNKNOWN: ErrorReason.ValueType  # 33
+"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

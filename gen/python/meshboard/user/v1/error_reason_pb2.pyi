@@ -38,8 +38,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the workspace has no such team."""
     TEAM_TOO_DEEP: _ErrorReason.ValueType  # 7
     """FAILED_PRECONDITION: teams nest at most 8 deep."""
-    ROLE_UNKNOWN: _ErrorReason.ValueType  # 8
-    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
     OWNER_ROLE_RESERVED: _ErrorReason.ValueType  # 9
     """PERMISSION_DENIED: only an owner can give or take the role of an owner."""
     USER_ID_TAKEN: _ErrorReason.ValueType  # 10
@@ -64,8 +62,6 @@ TEAM_NOT_FOUND: ErrorReason.ValueType  # 6
 """NOT_FOUND: the workspace has no such team."""
 TEAM_TOO_DEEP: ErrorReason.ValueType  # 7
 """FAILED_PRECONDITION: teams nest at most 8 deep."""
-ROLE_UNKNOWN: ErrorReason.ValueType  # 8
-"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
 OWNER_ROLE_RESERVED: ErrorReason.ValueType  # 9
 """PERMISSION_DENIED: only an owner can give or take the role of an owner."""
 USER_ID_TAKEN: ErrorReason.ValueType  # 10
