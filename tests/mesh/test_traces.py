@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -130,6 +131,19 @@ async def test_one_trace_leads_an_event_from_the_gateway_to_the_store(ann: Perso
     kinds = {(service, span.kind) for service, span in receiver.trace(trace)}
     assert ("meshboard-analytics", Span.SPAN_KIND_PRODUCER) in kinds
     assert ("meshboard-pipeline", Span.SPAN_KIND_CONSUMER) in kinds
+
+
+async def test_requests_that_share_a_publish_or_an_insert_are_linked_to_it(ann: Person, receiver: Receiver):
+    _, write_key = await ann.new_source()
+    traces = [Trace() for _ in range(20)]
+    await asyncio.gather(*(send(ann, write_key, trace) for trace in traces))
+
+    def joined() -> bool:
+        leading = {s.trace_id for name, s in receiver.spans.values() if name == "meshboard-pipeline"}
+        linked = {link.trace_id for _, s in receiver.spans.values() for link in s.links}
+        return all(trace.trace_id in leading | linked for trace in traces)
+
+    await eventually(joined)
 
 
 async def test_one_trace_leads_a_query_from_the_gateway_to_the_store(ann: Person, receiver: Receiver):
