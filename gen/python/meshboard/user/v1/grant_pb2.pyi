@@ -40,7 +40,9 @@ class Grant(_message.Message):
         ALLOW: Grant._Effect.ValueType  # 1
         """Gives the permissions of the role."""
         DENY: Grant._Effect.ValueType  # 2
-        """Withholds the permissions of the role."""
+        """Withholds what the role has beyond the role below it, and everything above: DENY `editor` leaves the sight of the
+        resource, DENY `viewer` takes that too.
+        """
 
     class Effect(_Effect, metaclass=_EffectEnumTypeWrapper):
         """What a grant does."""
@@ -50,7 +52,9 @@ class Grant(_message.Message):
     ALLOW: Grant.Effect.ValueType  # 1
     """Gives the permissions of the role."""
     DENY: Grant.Effect.ValueType  # 2
-    """Withholds the permissions of the role."""
+    """Withholds what the role has beyond the role below it, and everything above: DENY `editor` leaves the sight of the
+    resource, DENY `viewer` takes that too.
+    """
 
     GRANT_ID_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
@@ -61,7 +65,7 @@ class Grant(_message.Message):
     grant_id: _builtins.str
     """Identifies the grant; a UUIDv7."""
     role: _builtins.str
-    """The name of a role: `owner`, `admin`, `editor` or `viewer`. The grant covers each permission of that role."""
+    """The name of a role: `owner`, `admin`, `editor` or `viewer`."""
     effect: Global___Grant.Effect.ValueType
     """Whether the permissions are given or withheld."""
     @_builtins.property
