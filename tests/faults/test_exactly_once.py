@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
@@ -48,6 +49,24 @@ async def test_the_check_notices_when_duplicates_are_let_through(tmp_path: Path,
             await traffic.flow()
         with pytest.raises(AssertionError, match="some more than once"):
             await traffic.check()
+
+
+async def test_a_watcher_comes_to_the_same_count(fragile: Mesh, ann: Person):
+    source_id, write_key = await ann.new_source()
+    query = {"sourceIds": [source_id], "measures": [{"aggregation": "COUNT"}]}
+    dashboard_id = await ann.new_dashboard({"title": "Events", "kind": "NUMBER", "query": query})
+    async with ann.watch(dashboard_id) as watch:
+        async with Traffic(ann, source_id, write_key) as traffic:
+            for victim in ("store", "nats", "analytics_svc", "valkey", "pipeline"):
+                await traffic.flow(50)
+                await kill(fragile, victim)
+            await traffic.flow(50)
+        async with asyncio.timeout(60):
+            seen: object = None
+            while seen != [[traffic.acknowledged]]:
+                message = await watch.next(60)
+                (widget,) = message["changes"] or message["snapshot"]["widgets"]
+                seen = (widget.get("result") or {}).get("rows")
 
 
 @pytest.mark.long
