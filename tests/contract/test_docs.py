@@ -151,3 +151,20 @@ def test_decisions_are_numbered_once_and_listed():
     assert [name for _, _, name in index] == names
     for number, title, name in index:
         assert TEXTS[f"docs/adr/{name}"].startswith(f"# {number}. {title}\n")
+
+
+def test_the_walks_name_code_that_exists():
+    """In the walks through the house, `Queries.answer`, `_collect` and `RightsCache` are found where they belong."""
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "services").rglob("*.py")))
+    others = "\n".join(
+        path.read_text() for path in [*(ROOT / "proto").rglob("*.proto"), ROOT / "edge" / "envoy.yaml"]
+    )
+    named = re.findall(r"`((?:_?[A-Z]\w+)(?:\.\w+)?|_?[a-z]+_[a-z_]+)`", TEXTS["docs/life-of-a-request.md"])
+    assert len(named) > 50
+    for name in named:
+        kind, _, member = name.partition(".")
+        assert re.search(rf"\b{kind}\b", source + others), name
+        if member:
+            body = re.search(rf"^class {kind}\b.*?(?=^\S)", source, flags=re.MULTILINE | re.DOTALL)
+            assert body is not None, name
+            assert re.search(rf"def {member}\b", body[0]), name
