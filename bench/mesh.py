@@ -67,7 +67,9 @@ def attached(data_dir: Path) -> Mesh:
     if state is None or not state["ready"]:
         raise MeshFailedError(f"No mesh is ready on {data_dir}.")
     if state["limits"]:
-        raise MeshFailedError(f"The mesh on {data_dir} limits rates. Start it with --no-limits to measure it.")
+        raise MeshFailedError(
+            f"The mesh on {data_dir} limits rates. Start it with --no-limits to measure it."
+        )
     parts = state["parts"]
     return Mesh(
         stack_of(data_dir, state),

@@ -162,6 +162,8 @@ def test_the_walks_name_code_that_exists():
     named = re.findall(r"`((?:_?[A-Z]\w+)(?:\.\w+)?|_?[a-z]+_[a-z_]+)`", TEXTS["docs/life-of-a-request.md"])
     assert len(named) > 50
     for name in named:
+        if name.startswith("MESHBOARD_"):  # settings, held to the code above
+            continue
         kind, _, member = name.partition(".")
         assert re.search(rf"\b{kind}\b", source + others), name
         if member:
