@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,12 +69,13 @@ class _Directory(EventStore):
         await self._engine.run(self._request(sql, data, {"insert_deduplication_token": token, **texts}, {}))
 
     async def close(self) -> None:
-        self._engine.close()
+        await self._engine.close()
 
 
 def _insert(pipe: Connection, make: Callable[[], Sequence[bytes]]) -> None:
     batches = make()
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # where the engine writes the schemas that come with inserts
         pipe.send(asyncio.run(_insert_all(Path(folder), batches)))
 
 
