@@ -80,19 +80,33 @@ def check() -> int:
 
 
 def breaking() -> int:
-    """Compares the contracts with those of the branch `main`; 0 when no caller breaks, or there is no `main` yet."""
-    for ref in ("origin/main", "main"):
-        found = subprocess.run(
-            ["git", "rev-parse", "--verify", "--quiet", f"{ref}:buf.yaml"], cwd=ROOT, check=False
-        )
-        if found.returncode == 0:
-            bin_dir = Path(sys.executable).parent
-            against = f".git#ref={ref}"
+    """Compares the contracts with those of `main`, or, on `main` itself, with those before its last commit.
+
+    0 when no caller breaks, or there are none to compare with.
+    """
+    head = _commit("HEAD:buf.yaml") and _commit("HEAD")
+    for ref in ("origin/main", "main", "HEAD~1"):
+        commit = _commit(f"{ref}:buf.yaml") and _commit(ref)
+        if commit and commit != head:
+            print(f"comparing with {ref}", file=sys.stderr)
+            buf = Path(sys.executable).parent / "buf"
             return subprocess.run(
-                [bin_dir / "buf", "breaking", "--against", against], cwd=ROOT, check=False
+                [buf, "breaking", "--against", f".git#ref={commit}"], cwd=ROOT, check=False
             ).returncode
     print("no earlier contracts to compare with", file=sys.stderr)
     return 0
+
+
+def _commit(revision: str) -> str:
+    """The id of what a revision names; empty when there is nothing."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", revision],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     master_key_file: Path
     public_url: str = "http://127.0.0.1:8080"
     otlp_endpoint: str = ""
-    log_level: str = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     # Calls under way at once in one process; more are refused at the door.
     max_calls: int = 1000
     call_seconds: float = 15.0
