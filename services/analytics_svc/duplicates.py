@@ -7,6 +7,7 @@ It is a Bloom filter (Bloom 1970) in its blocked form (Putze, Sanders and Single
 64-bit word, so that a look-up is one read. With 24 bits of space a key, one in 1,000 is looked up in vain.
 """
 
+import asyncio
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -103,8 +104,10 @@ class Duplicates:
                 )
             )
             count += len(keys)
-            for key in keys:
+            for number, key in enumerate(keys):
                 self._seen.add(key)
+                if number % 50_000 == 0:
+                    await asyncio.sleep(0)  # lets others run, such as the private HTTP port
         log.info("duplicates_remembered", events=count, seconds=round(time.monotonic() - start, 2))
 
     async def drop(self, batches: Sequence[LoggedBatch]) -> int:

@@ -145,7 +145,8 @@ class EventStore:
                 ) as response:
                     body = await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise UnavailableError(f"the event store does not answer: {error!r}") from error
+                # By its type: the text may quote the address, and with it the values of parameters.
+                raise UnavailableError(f"the event store does not answer: {type(error).__name__}") from error
         if response.status == 200:
             return body
         code = int(response.headers.get("X-ClickHouse-Exception-Code", "0"))

@@ -108,7 +108,8 @@ async def test_tells_who_has_new_events(log: Log) -> None:
         await log.until(2)
         await eventually(lambda: len(ticks) > 0)
     _, last = await log.bus.sequences(STREAM)
-    assert [(t.workspace_id, t.watermark) for t in ticks] == [(log.source.workspace_id, last)]
+    # Other pipelines of this run read the same log, and tell of it as well.
+    assert {(t.workspace_id, t.watermark) for t in ticks} == {(log.source.workspace_id, last)}
     db = chassis_db.connect(log.database_url)
     async with db() as session:
         key = (log.source.workspace_id, log.source.source_id)
@@ -274,7 +275,7 @@ async def run_through(log: Log, identity: Identity, harms: Sequence[Harm], **set
             if dice.random() < 0.3:
                 await log.append(insert_ids)  # a client that missed the answer
             sent += len(insert_ids)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)  # a bounded load, whatever the machine can do
 
     sending = asyncio.create_task(send())
     try:
@@ -305,6 +306,7 @@ async def test_would_notice_without_the_check(log: Log, identity: Identity) -> N
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 async def test_counts_once_through_many_kills(log: Log, identity: Identity) -> None:
     dice = random.Random(7)
     harms = [dice.choice([kill_the_pipeline, kill_the_store]) for _ in range(30)]
