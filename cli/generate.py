@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import shutil
 import subprocess
 import sys
@@ -57,9 +58,9 @@ def generate(out: Path) -> None:
 def _run(program: str, *arguments: str) -> None:
     """Runs a program of the virtual environment; its own words reach the terminal when it fails."""
     bin_dir = Path(sys.executable).parent
-    subprocess.run(
-        [str(bin_dir / program), *arguments], cwd=ROOT, check=True, env={"PATH": f"{bin_dir}:/usr/bin:/bin"}
-    )
+    # protoc finds its plugins on the path.
+    environment = {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([str(bin_dir / program), *arguments], cwd=ROOT, check=True, env=environment)
 
 
 def _differences(old: Path, new: Path) -> list[str]:

@@ -210,7 +210,8 @@ async def test_a_removed_member_leaves_no_grants(mesh: Mesh) -> None:
     user = Peer("user", "127.0.0.1:1", auth.ServiceTokens("dashboard", mesh.identity.keys))
     grants = grants_on_dashboards(mesh.db, user, Pages(bytes(32)))
     working = asyncio.create_task(
-        inbox.consume(mesh.bus, mesh.db, "dashboard", {MemberRemoved: grants.on_member_removed})
+        # A consumer of its own: the bus is shared by all tests.
+        inbox.consume(mesh.bus, mesh.db, f"test-{new_id()}", {MemberRemoved: grants.on_member_removed})
     )
     event = MemberRemoved(workspace_id=admin.workspace_id, user_id=guest.user_id)
     await mesh.bus.publish(
