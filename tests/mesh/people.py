@@ -127,6 +127,6 @@ class Watch:
                 line = (await self._response.content.readline()).decode().strip()
                 if line.startswith("data:"):
                     message: dict[str, Any] = json.loads(line.removeprefix("data:"))
-                    if not message.get("heartbeat"):
+                    if "heartbeat" not in message:
                         return message
                 assert line or not self._response.content.at_eof(), "the stream has ended"
