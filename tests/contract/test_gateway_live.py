@@ -165,7 +165,8 @@ async def test_an_unknown_method_or_path_of_a_known_collection_is_not_found(gate
 
 @pytest.mark.parametrize("path", [path for path, rpc in RPCS.items() if rpc.rule == "internal"])
 async def test_internal_rpcs_are_refused_in_any_form(gateway: Gateway, path: str) -> None:
-    count = len(gateway.services.arrivals)
+    # By name: the gateway itself fetches keys now and then.
+    before = [arrival.path for arrival in gateway.services.arrivals if "Internal" in arrival.path]
     token = gateway.bearer()
     reply = await gateway.call("POST", path, json={}, headers=token)
     assert_refused(reply, 404, grpc.StatusCode.NOT_FOUND, "ROUTE_UNKNOWN")
@@ -175,7 +176,7 @@ async def test_internal_rpcs_are_refused_in_any_form(gateway: Gateway, path: str
     for spelling in (path, f"/{path}", f"/x/..{path}", path.replace("Internal", "%49nternal")):
         reply = await gateway.call("POST", spelling, data=bytes(5), headers=web)
         assert reply.headers["grpc-status"] == "12"
-    assert len(gateway.services.arrivals) == count
+    assert [arrival.path for arrival in gateway.services.arrivals if "Internal" in arrival.path] == before
 
 
 async def test_a_malformed_body_names_the_field(gateway: Gateway) -> None:
