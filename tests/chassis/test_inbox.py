@@ -37,7 +37,7 @@ async def publish(bus: Bus, user_id: str, *, event_id: str = "", message_id: str
     event_id = event_id or str(uuid7())
     await bus.publish(
         "meshboard.user.v1.MemberRemoved",
-        MemberRemoved(user_id=user_id).SerializeToString(),
+        MemberRemoved(workspace_id=user_id, user_id=user_id).SerializeToString(),
         message_id=message_id or event_id,
         headers={outbox.EVENT_ID: event_id, outbox.WORKSPACE_ID: "w1", outbox.ACTOR: "user:u1"},
         timeout=20,
@@ -170,7 +170,7 @@ async def test_garbage_becomes_a_dead_letter_and_blocks_nobody(db: Sessions, bus
 
 async def test_unknown_fields_and_types_do_not_block(db: Sessions, bus: Bus) -> None:
     user_id = uuid4().hex
-    newer = MemberRemoved(user_id=user_id).SerializeToString() + b"\xf2\xe8\x01\x03new"
+    newer = MemberRemoved(workspace_id=user_id, user_id=user_id).SerializeToString() + b"\xf2\xe8\x01\x03new"
     await bus.publish("meshboard.user.v1.NeverHeardOf", b"?")
     await bus.publish("meshboard.user.v1.MemberRemoved", newer, headers={outbox.EVENT_ID: str(uuid7())})
     async with consuming(bus, db, uuid4().hex, {MemberRemoved: note}):
@@ -236,7 +236,7 @@ async def test_one_effect_each_through_kills_of_nats(
                 restarts = parts.supervisor.children["nats"].restarts
                 parts.supervisor.kill("nats")
             async with db.begin() as session:
-                outbox.add(session, MemberRemoved(user_id=user_id))
+                outbox.add(session, MemberRemoved(workspace_id=user_id, user_id=user_id))
         await parts.supervisor.until_ready("nats", restarts=restarts + 1)
 
         async def all_there() -> bool:

@@ -1,7 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from meshboard.user.v1.events_pb2 import MemberRemoved
@@ -29,13 +29,15 @@ async def relaying(url: str, bus: Bus, service: str = "test") -> AsyncIterator[N
             await task
 
 
+def member_removed(number: int = 0) -> MemberRemoved:
+    """A well-formed event: consumers of other tests meet it too, for the stream is that of the whole run."""
+    return MemberRemoved(workspace_id=str(UUID(int=0)), user_id=str(UUID(int=number)))
+
+
 async def write(db: Sessions, count: int, *, workspace_id: str = "") -> list[str]:
     """Commits `count` events and gives their ids."""
     async with db.begin() as session:
-        return [
-            outbox.add(session, MemberRemoved(user_id=str(n)), workspace_id=workspace_id)
-            for n in range(count)
-        ]
+        return [outbox.add(session, member_removed(n), workspace_id=workspace_id) for n in range(count)]
 
 
 async def pending(db: Sessions) -> int:
@@ -67,7 +69,9 @@ async def test_publishes_what_was_committed(database_url: str, db: Sessions, bus
     outbox.actor.reset(token)
     messages = await stored(bus, ids)
     assert ids_of(messages) == ids
-    assert [MemberRemoved.FromString(message.payload).user_id for message in messages] == ["0", "1", "2"]
+    assert [MemberRemoved.FromString(message.payload) for message in messages] == [
+        member_removed(n) for n in range(3)
+    ]
     assert messages[0].headers[outbox.WORKSPACE_ID] == "w1"
     assert messages[0].headers[outbox.ACTOR] == "user:u1"
 
@@ -81,7 +85,7 @@ async def test_publishes_nothing_of_a_transaction_that_failed(
 ) -> None:
     async with relaying(database_url, bus):
         async with db() as session:
-            lost = outbox.add(session, MemberRemoved())
+            lost = outbox.add(session, member_removed())
             await session.flush()
             await session.rollback()
         ids = await write(db, 1)
@@ -92,7 +96,7 @@ async def test_publishes_nothing_of_a_transaction_that_failed(
 async def test_publishes_a_small_id_that_is_committed_late(database_url: str, db: Sessions, bus: Bus) -> None:
     async with relaying(database_url, bus):
         async with db.begin() as slow:
-            early = outbox.add(slow, MemberRemoved())
+            early = outbox.add(slow, member_removed())
             await slow.flush()
             (late,) = await write(db, 1)
             await eventually(lambda: settled(db))

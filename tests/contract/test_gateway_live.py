@@ -338,8 +338,9 @@ async def test_sign_in_and_sign_up_share_a_limit_per_address(limited: Gateway) -
     assert 0 < len(refused) <= 40  # the bucket fills while the test runs
     assert_refused(refused[0], 429, grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
     assert refused[0].headers["x-ratelimit-limit"] == "120"
-    code, message = await native(limited, SIGN_IN)
-    assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "local_rate_limited")
+    # Two calls a second have room again; twenty at once have not.
+    natives = await asyncio.gather(*(native(limited, SIGN_IN) for _ in range(20)))
+    assert (grpc.StatusCode.RESOURCE_EXHAUSTED, "local_rate_limited") in natives
     assert (await limited.call("POST", "/v1/auth:refresh", json={})).status == 200
     assert (await limited.call("GET", "/v1/users/me", headers=limited.bearer())).status == 200
 

@@ -20,7 +20,6 @@ from services.chassis.clients import Peer
 from services.chassis.db import GrantRow
 from services.chassis.paging import Pages
 from services.dashboard_svc.dashboards import grants_on_dashboards
-from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, reason_of
 
@@ -209,21 +208,12 @@ async def test_a_removed_member_leaves_no_grants(mesh: Mesh) -> None:
     await grant(mesh, admin, dashboard, Subject(user_id=guest.user_id), "editor")
     user = Peer("user", "127.0.0.1:1", auth.ServiceTokens("dashboard", mesh.identity.keys))
     grants = grants_on_dashboards(mesh.db, user, Pages(bytes(32)))
-    working = asyncio.create_task(
-        # A consumer of its own: the bus is shared by all tests.
-        inbox.consume(mesh.bus, mesh.db, f"test-{new_id()}", {MemberRemoved: grants.on_member_removed})
-    )
-    event = MemberRemoved(workspace_id=admin.workspace_id, user_id=guest.user_id)
-    await mesh.bus.publish(
-        MemberRemoved.DESCRIPTOR.full_name, event.SerializeToString(), headers={"Event-Id": new_id()}
-    )
-
-    async def may_not_edit() -> bool:
-        return await edit(mesh, guest, dashboard) == "PERMISSION_MISSING"
-
-    await eventually(may_not_edit)
-    working.cancel()
-    await asyncio.gather(working, return_exceptions=True)
+    inbox.current.set(inbox.Event(new_id(), admin.workspace_id, {}, 1, datetime.now(UTC)))
+    async with mesh.db.begin() as session:
+        await grants.on_member_removed(
+            session, MemberRemoved(workspace_id=admin.workspace_id, user_id=guest.user_id)
+        )
+    assert await edit(mesh, guest, dashboard) == "PERMISSION_MISSING"
     await user.close()
     async with mesh.db() as session:
         left = await session.scalars(select(GrantRow).where(GrantRow.workspace_id == admin.workspace_id))
