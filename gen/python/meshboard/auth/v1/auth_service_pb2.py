@@ -24,12 +24,14 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from meshboard.auth.v1 import factor_pb2 as meshboard_dot_auth_dot_v1_dot_factor__pb2
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/auth/v1/auth_service.proto\x12\x11meshboard.auth.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\"\x82\x01\n\nJsonWebKey\x12\x10\n\x03kty\x18\x01 \x01(\tR\x03kty\x12\x10\n\x03\x63rv\x18\x02 \x01(\tR\x03\x63rv\x12\x0c\n\x01x\x18\x03 \x01(\tR\x01x\x12\x0c\n\x01y\x18\x04 \x01(\tR\x01y\x12\x10\n\x03kid\x18\x05 \x01(\tR\x03kid\x12\x10\n\x03\x61lg\x18\x06 \x01(\tR\x03\x61lg\x12\x10\n\x03use\x18\x07 \x01(\tR\x03use\"\x8b\x01\n\rSignUpRequest\x12 \n\x05\x65mail\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x18\xfe\x01`\x01R\x05\x65mail\x12*\n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x07r\x05\x10\x08\x18\x80\x01\x90\xb5\x18\x01R\x08password\x12,\n\x0c\x64isplay_name\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\"\xa2\x02\n\x0eSignUpResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x04 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12%\n\x0brefresh_key\x18\x05 \x01(\tB\x04\x90\xb5\x18\x01R\nrefreshKey\x12,\n\x12\x65xpires_in_seconds\x18\x06 \x01(\x05R\x10\x65xpiresInSeconds\"]\n\rSignInRequest\x12 \n\x05\x65mail\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xfe\x01R\x05\x65mail\x12*\n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80\x01\x90\xb5\x18\x01R\x08password\"\xa2\x02\n\x0eSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x04 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12%\n\x0brefresh_key\x18\x05 \x01(\tB\x04\x90\xb5\x18\x01R\nrefreshKey\x12,\n\x12\x65xpires_in_seconds\x18\x06 \x01(\x05R\x10\x65xpiresInSeconds\"t\n\x0eRefreshRequest\x12\x33\n\rrefresh_token\x18\x01 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80\x04\x90\xb5\x18\x01R\x0crefreshToken\x12-\n\x0brefresh_key\x18\x02 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x04\x90\xb5\x18\x01R\nrefreshKey\"\x93\x01\n\x0fRefreshResponse\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x02 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12,\n\x12\x65xpires_in_seconds\x18\x03 \x01(\x05R\x10\x65xpiresInSeconds\"\x10\n\x0eSignOutRequest\"\x11\n\x0fSignOutResponse\"\x10\n\x0eGetJwksRequest\"D\n\x0fGetJwksResponse\x12\x31\n\x04keys\x18\x01 \x03(\x0b\x32\x1d.meshboard.auth.v1.JsonWebKeyR\x04keys2\xd1\x04\n\x0b\x41uthService\x12o\n\x06SignUp\x12 .meshboard.auth.v1.SignUpRequest\x1a!.meshboard.auth.v1.SignUpResponse\" \x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/auth:signUp:\x01*\x12o\n\x06SignIn\x12 .meshboard.auth.v1.SignInRequest\x1a!.meshboard.auth.v1.SignInResponse\" \x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/auth:signIn:\x01*\x12s\n\x07Refresh\x12!.meshboard.auth.v1.RefreshRequest\x1a\".meshboard.auth.v1.RefreshResponse\"!\x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x15\"\x10/v1/auth:refresh:\x01*\x12s\n\x07SignOut\x12!.meshboard.auth.v1.SignOutRequest\x1a\".meshboard.auth.v1.SignOutResponse\"!\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x15\"\x10/v1/auth:signOut:\x01*\x12v\n\x07GetJwks\x12!.meshboard.auth.v1.GetJwksRequest\x1a\".meshboard.auth.v1.GetJwksResponse\"$\x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x18\x12\x16/.well-known/jwks.jsonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/auth/v1/auth_service.proto\x12\x11meshboard.auth.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1emeshboard/auth/v1/factor.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\"\x82\x01\n\nJsonWebKey\x12\x10\n\x03kty\x18\x01 \x01(\tR\x03kty\x12\x10\n\x03\x63rv\x18\x02 \x01(\tR\x03\x63rv\x12\x0c\n\x01x\x18\x03 \x01(\tR\x01x\x12\x0c\n\x01y\x18\x04 \x01(\tR\x01y\x12\x10\n\x03kid\x18\x05 \x01(\tR\x03kid\x12\x10\n\x03\x61lg\x18\x06 \x01(\tR\x03\x61lg\x12\x10\n\x03use\x18\x07 \x01(\tR\x03use\"\xa5\x01\n\rSignUpRequest\x12 \n\x05\x65mail\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x18\xfe\x01`\x01R\x05\x65mail\x12*\n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x07r\x05\x10\x08\x18\x80\x01\x90\xb5\x18\x01R\x08password\x12,\n\x0c\x64isplay_name\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\x12\x18\n\x07\x63ookies\x18\x04 \x01(\x08R\x07\x63ookies\"\xcb\x02\n\x0eSignUpResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x04 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12%\n\x0brefresh_key\x18\x05 \x01(\tB\x04\x90\xb5\x18\x01R\nrefreshKey\x12,\n\x12\x65xpires_in_seconds\x18\x06 \x01(\x05R\x10\x65xpiresInSeconds\x12\'\n\x0c\x64\x65vice_token\x18\x07 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x64\x65viceToken\"\xa8\x01\n\rSignInRequest\x12 \n\x05\x65mail\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xfe\x01R\x05\x65mail\x12*\n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80\x01\x90\xb5\x18\x01R\x08password\x12\x18\n\x07\x63ookies\x18\x03 \x01(\x08R\x07\x63ookies\x12/\n\x0c\x64\x65vice_token\x18\x04 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x04\x90\xb5\x18\x01R\x0b\x64\x65viceToken\"\xea\x03\n\x0eSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x04 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12%\n\x0brefresh_key\x18\x05 \x01(\tB\x04\x90\xb5\x18\x01R\nrefreshKey\x12,\n\x12\x65xpires_in_seconds\x18\x06 \x01(\x05R\x10\x65xpiresInSeconds\x12\'\n\x0c\x64\x65vice_token\x18\x07 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x64\x65viceToken\x12!\n\tmfa_token\x18\x08 \x01(\tB\x04\x90\xb5\x18\x01R\x08mfaToken\x12\x38\n\x07\x66\x61\x63tors\x18\t \x03(\x0e\x32\x1e.meshboard.auth.v1.Factor.KindR\x07\x66\x61\x63tors\x12@\n\x0fpasskey_options\x18\n \x01(\x0b\x32\x17.google.protobuf.StructR\x0epasskeyOptions\"\x1b\n\x19\x42\x65ginPasskeySignInRequest\"r\n\x1a\x42\x65ginPasskeySignInResponse\x12!\n\tmfa_token\x18\x01 \x01(\tB\x04\x90\xb5\x18\x01R\x08mfaToken\x12\x31\n\x07options\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructR\x07options\"\xc0\x02\n\x15\x43ompleteSignInRequest\x12+\n\tmfa_token\x18\x01 \x01(\tB\x0e\xbaH\x07r\x05\x10\x01\x18\x80\x04\x90\xb5\x18\x01R\x08mfaToken\x12\x34\n\ttotp_code\x18\x02 \x01(\tB\x15\xbaH\x0er\x0c\x32\n^[0-9]{6}$\x90\xb5\x18\x01H\x00R\x08totpCode\x12\x34\n\rrecovery_code\x18\x03 \x01(\tB\r\xbaH\x06r\x04\x10\x01\x18@\x90\xb5\x18\x01H\x00R\x0crecoveryCode\x12\x33\n\x07passkey\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructH\x00R\x07passkey\x12\x18\n\x07\x63ookies\x18\x05 \x01(\x08R\x07\x63ookies\x12/\n\x0c\x64\x65vice_token\x18\x06 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x04\x90\xb5\x18\x01R\x0b\x64\x65viceTokenB\x0e\n\x05proof\x12\x05\xbaH\x02\x08\x01\"\xd3\x02\n\x16\x43ompleteSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x04 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12%\n\x0brefresh_key\x18\x05 \x01(\tB\x04\x90\xb5\x18\x01R\nrefreshKey\x12,\n\x12\x65xpires_in_seconds\x18\x06 \x01(\x05R\x10\x65xpiresInSeconds\x12\'\n\x0c\x64\x65vice_token\x18\x07 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x64\x65viceToken\"r\n\x0eRefreshRequest\x12\x31\n\rrefresh_token\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x04\x90\xb5\x18\x01R\x0crefreshToken\x12-\n\x0brefresh_key\x18\x02 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x04\x90\xb5\x18\x01R\nrefreshKey\"\x93\x01\n\x0fRefreshResponse\x12\'\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\tB\x04\x90\xb5\x18\x01R\x0b\x61\x63\x63\x65ssToken\x12)\n\rrefresh_token\x18\x02 \x01(\tB\x04\x90\xb5\x18\x01R\x0crefreshToken\x12,\n\x12\x65xpires_in_seconds\x18\x03 \x01(\x05R\x10\x65xpiresInSeconds\"\x10\n\x0eSignOutRequest\"\x11\n\x0fSignOutResponse\"\x10\n\x0eGetJwksRequest\"D\n\x0fGetJwksResponse\x12\x31\n\x04keys\x18\x01 \x03(\x0b\x32\x1d.meshboard.auth.v1.JsonWebKeyR\x04keys2\x85\x07\n\x0b\x41uthService\x12o\n\x06SignUp\x12 .meshboard.auth.v1.SignUpRequest\x1a!.meshboard.auth.v1.SignUpResponse\" \x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/auth:signUp:\x01*\x12o\n\x06SignIn\x12 .meshboard.auth.v1.SignInRequest\x1a!.meshboard.auth.v1.SignInResponse\" \x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/auth:signIn:\x01*\x12\x9f\x01\n\x12\x42\x65ginPasskeySignIn\x12,.meshboard.auth.v1.BeginPasskeySignInRequest\x1a-.meshboard.auth.v1.BeginPasskeySignInResponse\",\x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02 \"\x1b/v1/auth:beginPasskeySignIn:\x01*\x12\x8f\x01\n\x0e\x43ompleteSignIn\x12(.meshboard.auth.v1.CompleteSignInRequest\x1a).meshboard.auth.v1.CompleteSignInResponse\"(\x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x1c\"\x17/v1/auth:completeSignIn:\x01*\x12s\n\x07Refresh\x12!.meshboard.auth.v1.RefreshRequest\x1a\".meshboard.auth.v1.RefreshResponse\"!\x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x15\"\x10/v1/auth:refresh:\x01*\x12s\n\x07SignOut\x12!.meshboard.auth.v1.SignOutRequest\x1a\".meshboard.auth.v1.SignOutResponse\"!\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x15\"\x10/v1/auth:signOut:\x01*\x12v\n\x07GetJwks\x12!.meshboard.auth.v1.GetJwksRequest\x1a\".meshboard.auth.v1.GetJwksResponse\"$\x8a\xb5\x18\x02\x08\x01\x82\xd3\xe4\x93\x02\x18\x12\x16/.well-known/jwks.jsonb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,18 +50,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNUPRESPONSE'].fields_by_name['refresh_token']._serialized_options = b'\220\265\030\001'
   _globals['_SIGNUPRESPONSE'].fields_by_name['refresh_key']._loaded_options = None
   _globals['_SIGNUPRESPONSE'].fields_by_name['refresh_key']._serialized_options = b'\220\265\030\001'
+  _globals['_SIGNUPRESPONSE'].fields_by_name['device_token']._loaded_options = None
+  _globals['_SIGNUPRESPONSE'].fields_by_name['device_token']._serialized_options = b'\220\265\030\001'
   _globals['_SIGNINREQUEST'].fields_by_name['email']._loaded_options = None
   _globals['_SIGNINREQUEST'].fields_by_name['email']._serialized_options = b'\272H\007r\005\020\001\030\376\001'
   _globals['_SIGNINREQUEST'].fields_by_name['password']._loaded_options = None
   _globals['_SIGNINREQUEST'].fields_by_name['password']._serialized_options = b'\272H\007r\005\020\001\030\200\001\220\265\030\001'
+  _globals['_SIGNINREQUEST'].fields_by_name['device_token']._loaded_options = None
+  _globals['_SIGNINREQUEST'].fields_by_name['device_token']._serialized_options = b'\272H\005r\003\030\200\004\220\265\030\001'
   _globals['_SIGNINRESPONSE'].fields_by_name['access_token']._loaded_options = None
   _globals['_SIGNINRESPONSE'].fields_by_name['access_token']._serialized_options = b'\220\265\030\001'
   _globals['_SIGNINRESPONSE'].fields_by_name['refresh_token']._loaded_options = None
   _globals['_SIGNINRESPONSE'].fields_by_name['refresh_token']._serialized_options = b'\220\265\030\001'
   _globals['_SIGNINRESPONSE'].fields_by_name['refresh_key']._loaded_options = None
   _globals['_SIGNINRESPONSE'].fields_by_name['refresh_key']._serialized_options = b'\220\265\030\001'
+  _globals['_SIGNINRESPONSE'].fields_by_name['device_token']._loaded_options = None
+  _globals['_SIGNINRESPONSE'].fields_by_name['device_token']._serialized_options = b'\220\265\030\001'
+  _globals['_SIGNINRESPONSE'].fields_by_name['mfa_token']._loaded_options = None
+  _globals['_SIGNINRESPONSE'].fields_by_name['mfa_token']._serialized_options = b'\220\265\030\001'
+  _globals['_BEGINPASSKEYSIGNINRESPONSE'].fields_by_name['mfa_token']._loaded_options = None
+  _globals['_BEGINPASSKEYSIGNINRESPONSE'].fields_by_name['mfa_token']._serialized_options = b'\220\265\030\001'
+  _globals['_COMPLETESIGNINREQUEST'].oneofs_by_name['proof']._loaded_options = None
+  _globals['_COMPLETESIGNINREQUEST'].oneofs_by_name['proof']._serialized_options = b'\272H\002\010\001'
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['mfa_token']._loaded_options = None
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['mfa_token']._serialized_options = b'\272H\007r\005\020\001\030\200\004\220\265\030\001'
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['totp_code']._loaded_options = None
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['totp_code']._serialized_options = b'\272H\016r\0142\n^[0-9]{6}$\220\265\030\001'
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['recovery_code']._loaded_options = None
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['recovery_code']._serialized_options = b'\272H\006r\004\020\001\030@\220\265\030\001'
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['device_token']._loaded_options = None
+  _globals['_COMPLETESIGNINREQUEST'].fields_by_name['device_token']._serialized_options = b'\272H\005r\003\030\200\004\220\265\030\001'
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['access_token']._loaded_options = None
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['access_token']._serialized_options = b'\220\265\030\001'
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['refresh_token']._loaded_options = None
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['refresh_token']._serialized_options = b'\220\265\030\001'
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['refresh_key']._loaded_options = None
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['refresh_key']._serialized_options = b'\220\265\030\001'
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['device_token']._loaded_options = None
+  _globals['_COMPLETESIGNINRESPONSE'].fields_by_name['device_token']._serialized_options = b'\220\265\030\001'
   _globals['_REFRESHREQUEST'].fields_by_name['refresh_token']._loaded_options = None
-  _globals['_REFRESHREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\272H\007r\005\020\001\030\200\004\220\265\030\001'
+  _globals['_REFRESHREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\272H\005r\003\030\200\004\220\265\030\001'
   _globals['_REFRESHREQUEST'].fields_by_name['refresh_key']._loaded_options = None
   _globals['_REFRESHREQUEST'].fields_by_name['refresh_key']._serialized_options = b'\272H\005r\003\030\200\004\220\265\030\001'
   _globals['_REFRESHRESPONSE'].fields_by_name['access_token']._loaded_options = None
@@ -70,34 +100,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHSERVICE'].methods_by_name['SignUp']._serialized_options = b'\212\265\030\002\010\001\202\323\344\223\002\024\"\017/v1/auth:signUp:\001*'
   _globals['_AUTHSERVICE'].methods_by_name['SignIn']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['SignIn']._serialized_options = b'\212\265\030\002\010\001\202\323\344\223\002\024\"\017/v1/auth:signIn:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['BeginPasskeySignIn']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['BeginPasskeySignIn']._serialized_options = b'\212\265\030\002\010\001\202\323\344\223\002 \"\033/v1/auth:beginPasskeySignIn:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['CompleteSignIn']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['CompleteSignIn']._serialized_options = b'\212\265\030\002\010\001\202\323\344\223\002\034\"\027/v1/auth:completeSignIn:\001*'
   _globals['_AUTHSERVICE'].methods_by_name['Refresh']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['Refresh']._serialized_options = b'\212\265\030\002\010\001\202\323\344\223\002\025\"\020/v1/auth:refresh:\001*'
   _globals['_AUTHSERVICE'].methods_by_name['SignOut']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['SignOut']._serialized_options = b'\212\265\030\002\020\001\202\323\344\223\002\025\"\020/v1/auth:signOut:\001*'
   _globals['_AUTHSERVICE'].methods_by_name['GetJwks']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['GetJwks']._serialized_options = b'\212\265\030\002\010\001\202\323\344\223\002\030\022\026/.well-known/jwks.json'
-  _globals['_JSONWEBKEY']._serialized_start=219
-  _globals['_JSONWEBKEY']._serialized_end=349
-  _globals['_SIGNUPREQUEST']._serialized_start=352
-  _globals['_SIGNUPREQUEST']._serialized_end=491
-  _globals['_SIGNUPRESPONSE']._serialized_start=494
-  _globals['_SIGNUPRESPONSE']._serialized_end=784
-  _globals['_SIGNINREQUEST']._serialized_start=786
-  _globals['_SIGNINREQUEST']._serialized_end=879
-  _globals['_SIGNINRESPONSE']._serialized_start=882
-  _globals['_SIGNINRESPONSE']._serialized_end=1172
-  _globals['_REFRESHREQUEST']._serialized_start=1174
-  _globals['_REFRESHREQUEST']._serialized_end=1290
-  _globals['_REFRESHRESPONSE']._serialized_start=1293
-  _globals['_REFRESHRESPONSE']._serialized_end=1440
-  _globals['_SIGNOUTREQUEST']._serialized_start=1442
-  _globals['_SIGNOUTREQUEST']._serialized_end=1458
-  _globals['_SIGNOUTRESPONSE']._serialized_start=1460
-  _globals['_SIGNOUTRESPONSE']._serialized_end=1477
-  _globals['_GETJWKSREQUEST']._serialized_start=1479
-  _globals['_GETJWKSREQUEST']._serialized_end=1495
-  _globals['_GETJWKSRESPONSE']._serialized_start=1497
-  _globals['_GETJWKSRESPONSE']._serialized_end=1565
-  _globals['_AUTHSERVICE']._serialized_start=1568
-  _globals['_AUTHSERVICE']._serialized_end=2161
+  _globals['_JSONWEBKEY']._serialized_start=281
+  _globals['_JSONWEBKEY']._serialized_end=411
+  _globals['_SIGNUPREQUEST']._serialized_start=414
+  _globals['_SIGNUPREQUEST']._serialized_end=579
+  _globals['_SIGNUPRESPONSE']._serialized_start=582
+  _globals['_SIGNUPRESPONSE']._serialized_end=913
+  _globals['_SIGNINREQUEST']._serialized_start=916
+  _globals['_SIGNINREQUEST']._serialized_end=1084
+  _globals['_SIGNINRESPONSE']._serialized_start=1087
+  _globals['_SIGNINRESPONSE']._serialized_end=1577
+  _globals['_BEGINPASSKEYSIGNINREQUEST']._serialized_start=1579
+  _globals['_BEGINPASSKEYSIGNINREQUEST']._serialized_end=1606
+  _globals['_BEGINPASSKEYSIGNINRESPONSE']._serialized_start=1608
+  _globals['_BEGINPASSKEYSIGNINRESPONSE']._serialized_end=1722
+  _globals['_COMPLETESIGNINREQUEST']._serialized_start=1725
+  _globals['_COMPLETESIGNINREQUEST']._serialized_end=2045
+  _globals['_COMPLETESIGNINRESPONSE']._serialized_start=2048
+  _globals['_COMPLETESIGNINRESPONSE']._serialized_end=2387
+  _globals['_REFRESHREQUEST']._serialized_start=2389
+  _globals['_REFRESHREQUEST']._serialized_end=2503
+  _globals['_REFRESHRESPONSE']._serialized_start=2506
+  _globals['_REFRESHRESPONSE']._serialized_end=2653
+  _globals['_SIGNOUTREQUEST']._serialized_start=2655
+  _globals['_SIGNOUTREQUEST']._serialized_end=2671
+  _globals['_SIGNOUTRESPONSE']._serialized_start=2673
+  _globals['_SIGNOUTRESPONSE']._serialized_end=2690
+  _globals['_GETJWKSREQUEST']._serialized_start=2692
+  _globals['_GETJWKSREQUEST']._serialized_end=2708
+  _globals['_GETJWKSRESPONSE']._serialized_start=2710
+  _globals['_GETJWKSRESPONSE']._serialized_end=2778
+  _globals['_AUTHSERVICE']._serialized_start=2781
+  _globals['_AUTHSERVICE']._serialized_end=3682
 # @@protoc_insertion_point(module_scope)

@@ -6,7 +6,9 @@ Accounts, sessions and tokens."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
+from meshboard.auth.v1 import factor_pb2 as _factor_pb2
 from meshboard.user.v1 import user_pb2 as _user_pb2
 from meshboard.user.v1 import workspace_pb2 as _workspace_pb2
 import builtins as _builtins
@@ -75,22 +77,26 @@ class SignUpRequest(_message.Message):
     EMAIL_FIELD_NUMBER: _builtins.int
     PASSWORD_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    COOKIES_FIELD_NUMBER: _builtins.int
     email: _builtins.str
     """The address to sign in with; compared without regard to case."""
     password: _builtins.str
     """8 to 128 characters of any kind."""
     display_name: _builtins.str
     """How the person is shown to others, 1 to 100 characters."""
+    cookies: _builtins.bool
+    """For pages in a browser: the tokens come as HttpOnly cookies and not in the answer."""
     def __init__(
         self,
         *,
         email: _builtins.str = ...,
         password: _builtins.str = ...,
         display_name: _builtins.str = ...,
+        cookies: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "password", b"password"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookies", b"cookies", "display_name", b"display_name", "email", b"email", "password", b"password"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -98,7 +104,7 @@ Global___SignUpRequest: _TypeAlias = SignUpRequest  # noqa: Y015
 
 @_typing.final
 class SignUpResponse(_message.Message):
-    """The new account, signed in."""
+    """The new account, signed in; empty where `require_verified_email` is on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -108,6 +114,7 @@ class SignUpResponse(_message.Message):
     REFRESH_TOKEN_FIELD_NUMBER: _builtins.int
     REFRESH_KEY_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_SECONDS_FIELD_NUMBER: _builtins.int
+    DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
     """A JWT (RFC 9068) for `Authorization: Bearer`."""
     refresh_token: _builtins.str
@@ -116,6 +123,10 @@ class SignUpResponse(_message.Message):
     """Lets a refresh be repeated after a lost answer; keep it apart from the refresh token."""
     expires_in_seconds: _builtins.int
     """Seconds for which the access token is valid."""
+    device_token: _builtins.str
+    """Shows at the next sign-in that this device is known, so that guesses of others do not delay it. Keep it after
+    signing out.
+    """
     @_builtins.property
     def user(self) -> _user_pb2.User:
         """The person."""
@@ -133,10 +144,11 @@ class SignUpResponse(_message.Message):
         refresh_token: _builtins.str = ...,
         refresh_key: _builtins.str = ...,
         expires_in_seconds: _builtins.int = ...,
+        device_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user", "workspace", b"workspace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "expires_in_seconds", b"expires_in_seconds", "refresh_key", b"refresh_key", "refresh_token", b"refresh_token", "user", b"user", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "device_token", b"device_token", "expires_in_seconds", b"expires_in_seconds", "refresh_key", b"refresh_key", "refresh_token", b"refresh_token", "user", b"user", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -150,19 +162,27 @@ class SignInRequest(_message.Message):
 
     EMAIL_FIELD_NUMBER: _builtins.int
     PASSWORD_FIELD_NUMBER: _builtins.int
+    COOKIES_FIELD_NUMBER: _builtins.int
+    DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
     email: _builtins.str
     """The address of the account."""
     password: _builtins.str
     """Its password."""
+    cookies: _builtins.bool
+    """For pages in a browser: the tokens come as HttpOnly cookies and not in the answer."""
+    device_token: _builtins.str
+    """The device token of an earlier sign-in on this device; browsers send it as a cookie."""
     def __init__(
         self,
         *,
         email: _builtins.str = ...,
         password: _builtins.str = ...,
+        cookies: _builtins.bool = ...,
+        device_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email", "password", b"password"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookies", b"cookies", "device_token", b"device_token", "email", b"email", "password", b"password"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -170,6 +190,165 @@ Global___SignInRequest: _TypeAlias = SignInRequest  # noqa: Y015
 
 @_typing.final
 class SignInResponse(_message.Message):
+    """The new session; or, when a second factor is due, `mfa_token`, `factors` and `passkey_options` alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    REFRESH_TOKEN_FIELD_NUMBER: _builtins.int
+    REFRESH_KEY_FIELD_NUMBER: _builtins.int
+    EXPIRES_IN_SECONDS_FIELD_NUMBER: _builtins.int
+    DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
+    MFA_TOKEN_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    PASSKEY_OPTIONS_FIELD_NUMBER: _builtins.int
+    access_token: _builtins.str
+    """A JWT (RFC 9068) for `Authorization: Bearer`."""
+    refresh_token: _builtins.str
+    """Exchanged for the next tokens with `Refresh`."""
+    refresh_key: _builtins.str
+    """Lets a refresh be repeated after a lost answer; keep it apart from the refresh token."""
+    expires_in_seconds: _builtins.int
+    """Seconds for which the access token is valid."""
+    device_token: _builtins.str
+    """Shows at the next sign-in that this device is known, so that guesses of others do not delay it. Keep it after
+    signing out.
+    """
+    mfa_token: _builtins.str
+    """Proves the first step to `CompleteSignIn`, for 5 minutes."""
+    @_builtins.property
+    def user(self) -> _user_pb2.User:
+        """The person."""
+
+    @_builtins.property
+    def workspace(self) -> _workspace_pb2.Workspace:
+        """The workspace that the tokens are for: the one used last."""
+
+    @_builtins.property
+    def factors(self) -> _containers.RepeatedScalarFieldContainer[_factor_pb2.Factor.Kind.ValueType]:
+        """The kinds of second factors that the account has."""
+
+    @_builtins.property
+    def passkey_options(self) -> _struct_pb2.Struct:
+        """What to give to `navigator.credentials.get` as `publicKey`, when the account has a passkey."""
+
+    def __init__(
+        self,
+        *,
+        user: _user_pb2.User | None = ...,
+        workspace: _workspace_pb2.Workspace | None = ...,
+        access_token: _builtins.str = ...,
+        refresh_token: _builtins.str = ...,
+        refresh_key: _builtins.str = ...,
+        expires_in_seconds: _builtins.int = ...,
+        device_token: _builtins.str = ...,
+        mfa_token: _builtins.str = ...,
+        factors: _abc.Iterable[_factor_pb2.Factor.Kind.ValueType] | None = ...,
+        passkey_options: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["passkey_options", b"passkey_options", "user", b"user", "workspace", b"workspace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "device_token", b"device_token", "expires_in_seconds", b"expires_in_seconds", "factors", b"factors", "mfa_token", b"mfa_token", "passkey_options", b"passkey_options", "refresh_key", b"refresh_key", "refresh_token", b"refresh_token", "user", b"user", "workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignInResponse: _TypeAlias = SignInResponse  # noqa: Y015
+
+@_typing.final
+class BeginPasskeySignInRequest(_message.Message):
+    """Asks for a challenge."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginPasskeySignInRequest: _TypeAlias = BeginPasskeySignInRequest  # noqa: Y015
+
+@_typing.final
+class BeginPasskeySignInResponse(_message.Message):
+    """A challenge for a passkey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MFA_TOKEN_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    mfa_token: _builtins.str
+    """Proves the challenge to `CompleteSignIn`, for 5 minutes."""
+    @_builtins.property
+    def options(self) -> _struct_pb2.Struct:
+        """What to give to `navigator.credentials.get` as `publicKey`."""
+
+    def __init__(
+        self,
+        *,
+        mfa_token: _builtins.str = ...,
+        options: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mfa_token", b"mfa_token", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginPasskeySignInResponse: _TypeAlias = BeginPasskeySignInResponse  # noqa: Y015
+
+@_typing.final
+class CompleteSignInRequest(_message.Message):
+    """The second step of a sign-in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MFA_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTP_CODE_FIELD_NUMBER: _builtins.int
+    RECOVERY_CODE_FIELD_NUMBER: _builtins.int
+    PASSKEY_FIELD_NUMBER: _builtins.int
+    COOKIES_FIELD_NUMBER: _builtins.int
+    DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
+    mfa_token: _builtins.str
+    """The token of the first step."""
+    totp_code: _builtins.str
+    """The code of an authenticator app: 6 digits. Each works once."""
+    recovery_code: _builtins.str
+    """A recovery code, in any case, with or without dashes. Each works once."""
+    cookies: _builtins.bool
+    """For pages in a browser: the tokens come as HttpOnly cookies and not in the answer."""
+    device_token: _builtins.str
+    """The device token of an earlier sign-in on this device; browsers send it as a cookie."""
+    @_builtins.property
+    def passkey(self) -> _struct_pb2.Struct:
+        """What `navigator.credentials.get` gave, as its `toJSON()` says."""
+
+    def __init__(
+        self,
+        *,
+        mfa_token: _builtins.str = ...,
+        totp_code: _builtins.str = ...,
+        recovery_code: _builtins.str = ...,
+        passkey: _struct_pb2.Struct | None = ...,
+        cookies: _builtins.bool = ...,
+        device_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["passkey", b"passkey", "proof", b"proof", "recovery_code", b"recovery_code", "totp_code", b"totp_code"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookies", b"cookies", "device_token", b"device_token", "mfa_token", b"mfa_token", "passkey", b"passkey", "proof", b"proof", "recovery_code", b"recovery_code", "totp_code", b"totp_code"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_proof: _TypeAlias = _typing.Literal["totp_code", "recovery_code", "passkey"]  # noqa: Y015
+    _WhichOneofArgType_proof: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_proof) -> _WhichOneofReturnType_proof | None: ...
+
+Global___CompleteSignInRequest: _TypeAlias = CompleteSignInRequest  # noqa: Y015
+
+@_typing.final
+class CompleteSignInResponse(_message.Message):
     """The new session."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -180,6 +359,7 @@ class SignInResponse(_message.Message):
     REFRESH_TOKEN_FIELD_NUMBER: _builtins.int
     REFRESH_KEY_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_SECONDS_FIELD_NUMBER: _builtins.int
+    DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
     """A JWT (RFC 9068) for `Authorization: Bearer`."""
     refresh_token: _builtins.str
@@ -188,6 +368,10 @@ class SignInResponse(_message.Message):
     """Lets a refresh be repeated after a lost answer; keep it apart from the refresh token."""
     expires_in_seconds: _builtins.int
     """Seconds for which the access token is valid."""
+    device_token: _builtins.str
+    """Shows at the next sign-in that this device is known, so that guesses of others do not delay it. Keep it after
+    signing out.
+    """
     @_builtins.property
     def user(self) -> _user_pb2.User:
         """The person."""
@@ -205,14 +389,15 @@ class SignInResponse(_message.Message):
         refresh_token: _builtins.str = ...,
         refresh_key: _builtins.str = ...,
         expires_in_seconds: _builtins.int = ...,
+        device_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user", "workspace", b"workspace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "expires_in_seconds", b"expires_in_seconds", "refresh_key", b"refresh_key", "refresh_token", b"refresh_token", "user", b"user", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "device_token", b"device_token", "expires_in_seconds", b"expires_in_seconds", "refresh_key", b"refresh_key", "refresh_token", b"refresh_token", "user", b"user", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SignInResponse: _TypeAlias = SignInResponse  # noqa: Y015
+Global___CompleteSignInResponse: _TypeAlias = CompleteSignInResponse  # noqa: Y015
 
 @_typing.final
 class RefreshRequest(_message.Message):
@@ -223,9 +408,9 @@ class RefreshRequest(_message.Message):
     REFRESH_TOKEN_FIELD_NUMBER: _builtins.int
     REFRESH_KEY_FIELD_NUMBER: _builtins.int
     refresh_token: _builtins.str
-    """The refresh token of the last answer."""
+    """The refresh token of the last answer; browsers send it as a cookie instead."""
     refresh_key: _builtins.str
-    """The refresh key of the sign-in, when the last answer was lost."""
+    """The refresh key of the sign-in, when the last answer was lost; browsers send it as a cookie instead."""
     def __init__(
         self,
         *,

@@ -45,6 +45,16 @@ class AuthServiceStub:
                 request_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.SignInRequest.SerializeToString,
                 response_deserializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.SignInResponse.FromString,
                 _registered_method=True)
+        self.BeginPasskeySignIn = channel.unary_unary(
+                '/meshboard.auth.v1.AuthService/BeginPasskeySignIn',
+                request_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.BeginPasskeySignInRequest.SerializeToString,
+                response_deserializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.BeginPasskeySignInResponse.FromString,
+                _registered_method=True)
+        self.CompleteSignIn = channel.unary_unary(
+                '/meshboard.auth.v1.AuthService/CompleteSignIn',
+                request_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.CompleteSignInRequest.SerializeToString,
+                response_deserializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.CompleteSignInResponse.FromString,
+                _registered_method=True)
         self.Refresh = channel.unary_unary(
                 '/meshboard.auth.v1.AuthService/Refresh',
                 request_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.RefreshRequest.SerializeToString,
@@ -69,19 +79,43 @@ class AuthServiceServicer:
     def SignUp(self, request, context):
         """Creates an account with a personal workspace, signs it in, and emits `AccountCreated` and `SignedIn`.
 
-        A repeat with the same password while the first try has not finished resumes it. Fails with ALREADY_EXISTS, reason
-        EMAIL_TAKEN, when the address has an account; with INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is
-        among the most used ones.
+        A mail with a link for `VerifyEmail` is sent to the address. A repeat with the same password while the first try has
+        not finished resumes it. Fails with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has an account; with
+        INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones.
+
+        Where the setting `require_verified_email` is on, everyone gets the same empty answer, whether the address has an
+        account or not; the account is created, and the tokens are given, when the mailed link is used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SignIn(self, request, context):
-        """Starts a session with e-mail and password, and emits `SignedIn`.
+        """Starts a session with e-mail and password, and emits `SignedIn`. When the account has a second factor there are no
+        tokens yet: `mfa_token` and `factors` say how to go on with `CompleteSignIn`.
 
         Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG, alike for an unknown address and a wrong password; with
-        RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
+        RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures; with PERMISSION_DENIED, reason
+        ACCOUNT_DISABLED, when the password is right and the account is disabled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginPasskeySignIn(self, request, context):
+        """Begins a sign-in with a passkey and without a password. Ask the browser for a credential with `options`, and send it
+        with `CompleteSignIn`. Source: Web Authentication Level 3, section 7.2.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteSignIn(self, request, context):
+        """Finishes a sign-in with a second factor, or with a passkey alone, and emits `SignedIn`.
+
+        Fails with UNAUTHENTICATED, reason MFA_TOKEN_INVALID, when the token of the first step is unknown, used or older than
+        5 minutes; with UNAUTHENTICATED, reason FACTOR_WRONG, when the proof is wrong or was used before, after which the
+        token can be used again; with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +159,16 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.SignIn,
                     request_deserializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.SignInRequest.FromString,
                     response_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.SignInResponse.SerializeToString,
+            ),
+            'BeginPasskeySignIn': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginPasskeySignIn,
+                    request_deserializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.BeginPasskeySignInRequest.FromString,
+                    response_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.BeginPasskeySignInResponse.SerializeToString,
+            ),
+            'CompleteSignIn': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteSignIn,
+                    request_deserializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.CompleteSignInRequest.FromString,
+                    response_serializer=meshboard_dot_auth_dot_v1_dot_auth__service__pb2.CompleteSignInResponse.SerializeToString,
             ),
             'Refresh': grpc.unary_unary_rpc_method_handler(
                     servicer.Refresh,
@@ -197,6 +241,60 @@ class AuthService:
             '/meshboard.auth.v1.AuthService/SignIn',
             meshboard_dot_auth_dot_v1_dot_auth__service__pb2.SignInRequest.SerializeToString,
             meshboard_dot_auth_dot_v1_dot_auth__service__pb2.SignInResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginPasskeySignIn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.auth.v1.AuthService/BeginPasskeySignIn',
+            meshboard_dot_auth_dot_v1_dot_auth__service__pb2.BeginPasskeySignInRequest.SerializeToString,
+            meshboard_dot_auth_dot_v1_dot_auth__service__pb2.BeginPasskeySignInResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteSignIn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.auth.v1.AuthService/CompleteSignIn',
+            meshboard_dot_auth_dot_v1_dot_auth__service__pb2.CompleteSignInRequest.SerializeToString,
+            meshboard_dot_auth_dot_v1_dot_auth__service__pb2.CompleteSignInResponse.FromString,
             options,
             channel_credentials,
             insecure,

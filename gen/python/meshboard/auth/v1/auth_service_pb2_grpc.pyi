@@ -19,15 +19,31 @@ class AuthServiceStub:
     SignUp: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.SignUpRequest, _auth_service_pb2.SignUpResponse]
     """Creates an account with a personal workspace, signs it in, and emits `AccountCreated` and `SignedIn`.
 
-    A repeat with the same password while the first try has not finished resumes it. Fails with ALREADY_EXISTS, reason
-    EMAIL_TAKEN, when the address has an account; with INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is
-    among the most used ones.
+    A mail with a link for `VerifyEmail` is sent to the address. A repeat with the same password while the first try has
+    not finished resumes it. Fails with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has an account; with
+    INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones.
+
+    Where the setting `require_verified_email` is on, everyone gets the same empty answer, whether the address has an
+    account or not; the account is created, and the tokens are given, when the mailed link is used.
     """
     SignIn: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.SignInRequest, _auth_service_pb2.SignInResponse]
-    """Starts a session with e-mail and password, and emits `SignedIn`.
+    """Starts a session with e-mail and password, and emits `SignedIn`. When the account has a second factor there are no
+    tokens yet: `mfa_token` and `factors` say how to go on with `CompleteSignIn`.
 
     Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG, alike for an unknown address and a wrong password; with
-    RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
+    RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures; with PERMISSION_DENIED, reason
+    ACCOUNT_DISABLED, when the password is right and the account is disabled.
+    """
+    BeginPasskeySignIn: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.BeginPasskeySignInRequest, _auth_service_pb2.BeginPasskeySignInResponse]
+    """Begins a sign-in with a passkey and without a password. Ask the browser for a credential with `options`, and send it
+    with `CompleteSignIn`. Source: Web Authentication Level 3, section 7.2.
+    """
+    CompleteSignIn: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.CompleteSignInRequest, _auth_service_pb2.CompleteSignInResponse]
+    """Finishes a sign-in with a second factor, or with a passkey alone, and emits `SignedIn`.
+
+    Fails with UNAUTHENTICATED, reason MFA_TOKEN_INVALID, when the token of the first step is unknown, used or older than
+    5 minutes; with UNAUTHENTICATED, reason FACTOR_WRONG, when the proof is wrong or was used before, after which the
+    token can be used again; with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
     """
     Refresh: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.RefreshRequest, _auth_service_pb2.RefreshResponse]
     """Exchanges a refresh token for a new access token and the next refresh token.
@@ -53,9 +69,12 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_auth_service_pb2.SignUpResponse]:
         """Creates an account with a personal workspace, signs it in, and emits `AccountCreated` and `SignedIn`.
 
-        A repeat with the same password while the first try has not finished resumes it. Fails with ALREADY_EXISTS, reason
-        EMAIL_TAKEN, when the address has an account; with INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is
-        among the most used ones.
+        A mail with a link for `VerifyEmail` is sent to the address. A repeat with the same password while the first try has
+        not finished resumes it. Fails with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has an account; with
+        INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones.
+
+        Where the setting `require_verified_email` is on, everyone gets the same empty answer, whether the address has an
+        account or not; the account is created, and the tokens are given, when the mailed link is used.
         """
 
     @_abc_1.abstractmethod
@@ -64,10 +83,35 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_service_pb2.SignInRequest,
         context: _aio.ServicerContext[_auth_service_pb2.SignInRequest, _abc.Awaitable[_auth_service_pb2.SignInResponse]],
     ) -> _abc.Awaitable[_auth_service_pb2.SignInResponse]:
-        """Starts a session with e-mail and password, and emits `SignedIn`.
+        """Starts a session with e-mail and password, and emits `SignedIn`. When the account has a second factor there are no
+        tokens yet: `mfa_token` and `factors` say how to go on with `CompleteSignIn`.
 
         Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG, alike for an unknown address and a wrong password; with
-        RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
+        RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures; with PERMISSION_DENIED, reason
+        ACCOUNT_DISABLED, when the password is right and the account is disabled.
+        """
+
+    @_abc_1.abstractmethod
+    def BeginPasskeySignIn(
+        self,
+        request: _auth_service_pb2.BeginPasskeySignInRequest,
+        context: _aio.ServicerContext[_auth_service_pb2.BeginPasskeySignInRequest, _abc.Awaitable[_auth_service_pb2.BeginPasskeySignInResponse]],
+    ) -> _abc.Awaitable[_auth_service_pb2.BeginPasskeySignInResponse]:
+        """Begins a sign-in with a passkey and without a password. Ask the browser for a credential with `options`, and send it
+        with `CompleteSignIn`. Source: Web Authentication Level 3, section 7.2.
+        """
+
+    @_abc_1.abstractmethod
+    def CompleteSignIn(
+        self,
+        request: _auth_service_pb2.CompleteSignInRequest,
+        context: _aio.ServicerContext[_auth_service_pb2.CompleteSignInRequest, _abc.Awaitable[_auth_service_pb2.CompleteSignInResponse]],
+    ) -> _abc.Awaitable[_auth_service_pb2.CompleteSignInResponse]:
+        """Finishes a sign-in with a second factor, or with a passkey alone, and emits `SignedIn`.
+
+        Fails with UNAUTHENTICATED, reason MFA_TOKEN_INVALID, when the token of the first step is unknown, used or older than
+        5 minutes; with UNAUTHENTICATED, reason FACTOR_WRONG, when the proof is wrong or was used before, after which the
+        token can be used again; with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
         """
 
     @_abc_1.abstractmethod

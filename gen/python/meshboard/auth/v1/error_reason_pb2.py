@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/auth/v1/error_reason.proto\x12\x11meshboard.auth.v1*\xd0\x01\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45MAIL_TAKEN\x10\x01\x12\x13\n\x0fPASSWORD_COMMON\x10\x02\x12\x15\n\x11\x43REDENTIALS_WRONG\x10\x03\x12\x13\n\x0fSIGN_IN_DELAYED\x10\x04\x12\x19\n\x15REFRESH_TOKEN_INVALID\x10\x05\x12\x1c\n\x18REFRESH_TOKEN_SUPERSEDED\x10\x06\x12\x18\n\x14REFRESH_TOKEN_REUSED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/auth/v1/error_reason.proto\x12\x11meshboard.auth.v1*\xd1\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45MAIL_TAKEN\x10\x01\x12\x13\n\x0fPASSWORD_COMMON\x10\x02\x12\x15\n\x11\x43REDENTIALS_WRONG\x10\x03\x12\x13\n\x0fSIGN_IN_DELAYED\x10\x04\x12\x19\n\x15REFRESH_TOKEN_INVALID\x10\x05\x12\x1c\n\x18REFRESH_TOKEN_SUPERSEDED\x10\x06\x12\x18\n\x14REFRESH_TOKEN_REUSED\x10\x07\x12\x15\n\x11MFA_TOKEN_INVALID\x10\x08\x12\x10\n\x0c\x46\x41\x43TOR_WRONG\x10\t\x12\x10\n\x0cLINK_INVALID\x10\n\x12\x14\n\x10\x41\x43\x43OUNT_DISABLED\x10\x0b\x12\x13\n\x0f\x41PI_KEY_INVALID\x10\x0c\x12\x14\n\x10\x46\x41\x43TOR_NOT_FOUND\x10\r\x12\x12\n\x0e\x46\x41\x43TOR_MISSING\x10\x0e\x12\x10\n\x0c\x46\x41\x43TOR_LIMIT\x10\x0f\x12\x12\n\x0ePASSKEY_EXISTS\x10\x10\x12\x15\n\x11SESSION_NOT_FOUND\x10\x11\x12\x10\n\x0cMAIL_DELAYED\x10\x12\x12\x1d\n\x19SERVICE_ACCOUNT_NOT_FOUND\x10\x13\x12\x15\n\x11\x41PI_KEY_NOT_FOUND\x10\x14\x12\x11\n\rAPI_KEY_LIMIT\x10\x15\x12\x11\n\rSCOPE_UNKNOWN\x10\x16\x12\x11\n\rROLE_TOO_HIGH\x10\x17\x12\x14\n\x10MEMBER_NOT_FOUND\x10\x18\x12\x1b\n\x17IMPERSONATION_POINTLESS\x10\x19\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.auth.v1.error_rea
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=60
-  _globals['_ERRORREASON']._serialized_end=268
+  _globals['_ERRORREASON']._serialized_end=653
 # @@protoc_insertion_point(module_scope)

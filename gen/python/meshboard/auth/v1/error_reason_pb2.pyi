@@ -38,6 +38,44 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED: the refresh token was exchanged already. Use the newest one, or send the refresh key."""
     REFRESH_TOKEN_REUSED: _ErrorReason.ValueType  # 7
     """UNAUTHENTICATED: an old refresh token was used again; the session is revoked. Sign in again."""
+    MFA_TOKEN_INVALID: _ErrorReason.ValueType  # 8
+    """UNAUTHENTICATED: the token of the first step is unknown, used or too old. Begin again."""
+    FACTOR_WRONG: _ErrorReason.ValueType  # 9
+    """UNAUTHENTICATED at sign-in, INVALID_ARGUMENT when a factor is added: the code or credential is wrong, or was used
+    before. Try the next code.
+    """
+    LINK_INVALID: _ErrorReason.ValueType  # 10
+    """UNAUTHENTICATED: the link of a mail is unknown, used, superseded or too old. Ask for another mail."""
+    ACCOUNT_DISABLED: _ErrorReason.ValueType  # 11
+    """PERMISSION_DENIED: the account is disabled. Ask who runs this installation."""
+    API_KEY_INVALID: _ErrorReason.ValueType  # 12
+    """UNAUTHENTICATED: the API key is malformed, unknown, deleted or expired, or its service account is disabled."""
+    FACTOR_NOT_FOUND: _ErrorReason.ValueType  # 13
+    """NOT_FOUND: the account has no such factor."""
+    FACTOR_MISSING: _ErrorReason.ValueType  # 14
+    """FAILED_PRECONDITION: recovery codes need another factor. Add one first."""
+    FACTOR_LIMIT: _ErrorReason.ValueType  # 15
+    """FAILED_PRECONDITION: the account has as many factors as it can have. Delete one first."""
+    PASSKEY_EXISTS: _ErrorReason.ValueType  # 16
+    """ALREADY_EXISTS: the passkey belongs to an account already."""
+    SESSION_NOT_FOUND: _ErrorReason.ValueType  # 17
+    """NOT_FOUND: the account has no such session, or it has ended."""
+    MAIL_DELAYED: _ErrorReason.ValueType  # 18
+    """RESOURCE_EXHAUSTED: a mail was sent a moment ago. Wait for `RetryInfo.retry_delay`."""
+    SERVICE_ACCOUNT_NOT_FOUND: _ErrorReason.ValueType  # 19
+    """NOT_FOUND: the workspace has no such service account."""
+    API_KEY_NOT_FOUND: _ErrorReason.ValueType  # 20
+    """NOT_FOUND: the service account has no such API key."""
+    API_KEY_LIMIT: _ErrorReason.ValueType  # 21
+    """FAILED_PRECONDITION: the service account has as many API keys as it can have. Delete one first."""
+    SCOPE_UNKNOWN: _ErrorReason.ValueType  # 22
+    """INVALID_ARGUMENT: a scope is no permission. The permissions are those that the contracts name."""
+    ROLE_TOO_HIGH: _ErrorReason.ValueType  # 23
+    """PERMISSION_DENIED: the role has permissions which the caller has not."""
+    MEMBER_NOT_FOUND: _ErrorReason.ValueType  # 24
+    """NOT_FOUND: the workspace has no such member."""
+    IMPERSONATION_POINTLESS: _ErrorReason.ValueType  # 25
+    """INVALID_ARGUMENT: nobody impersonates themselves or a service account."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that auth_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -58,4 +96,42 @@ REFRESH_TOKEN_SUPERSEDED: ErrorReason.ValueType  # 6
 """ABORTED: the refresh token was exchanged already. Use the newest one, or send the refresh key."""
 REFRESH_TOKEN_REUSED: ErrorReason.ValueType  # 7
 """UNAUTHENTICATED: an old refresh token was used again; the session is revoked. Sign in again."""
+MFA_TOKEN_INVALID: ErrorReason.ValueType  # 8
+"""UNAUTHENTICATED: the token of the first step is unknown, used or too old. Begin again."""
+FACTOR_WRONG: ErrorReason.ValueType  # 9
+"""UNAUTHENTICATED at sign-in, INVALID_ARGUMENT when a factor is added: the code or credential is wrong, or was used
+before. Try the next code.
+"""
+LINK_INVALID: ErrorReason.ValueType  # 10
+"""UNAUTHENTICATED: the link of a mail is unknown, used, superseded or too old. Ask for another mail."""
+ACCOUNT_DISABLED: ErrorReason.ValueType  # 11
+"""PERMISSION_DENIED: the account is disabled. Ask who runs this installation."""
+API_KEY_INVALID: ErrorReason.ValueType  # 12
+"""UNAUTHENTICATED: the API key is malformed, unknown, deleted or expired, or its service account is disabled."""
+FACTOR_NOT_FOUND: ErrorReason.ValueType  # 13
+"""NOT_FOUND: the account has no such factor."""
+FACTOR_MISSING: ErrorReason.ValueType  # 14
+"""FAILED_PRECONDITION: recovery codes need another factor. Add one first."""
+FACTOR_LIMIT: ErrorReason.ValueType  # 15
+"""FAILED_PRECONDITION: the account has as many factors as it can have. Delete one first."""
+PASSKEY_EXISTS: ErrorReason.ValueType  # 16
+"""ALREADY_EXISTS: the passkey belongs to an account already."""
+SESSION_NOT_FOUND: ErrorReason.ValueType  # 17
+"""NOT_FOUND: the account has no such session, or it has ended."""
+MAIL_DELAYED: ErrorReason.ValueType  # 18
+"""RESOURCE_EXHAUSTED: a mail was sent a moment ago. Wait for `RetryInfo.retry_delay`."""
+SERVICE_ACCOUNT_NOT_FOUND: ErrorReason.ValueType  # 19
+"""NOT_FOUND: the workspace has no such service account."""
+API_KEY_NOT_FOUND: ErrorReason.ValueType  # 20
+"""NOT_FOUND: the service account has no such API key."""
+API_KEY_LIMIT: ErrorReason.ValueType  # 21
+"""FAILED_PRECONDITION: the service account has as many API keys as it can have. Delete one first."""
+SCOPE_UNKNOWN: ErrorReason.ValueType  # 22
+"""INVALID_ARGUMENT: a scope is no permission. The permissions are those that the contracts name."""
+ROLE_TOO_HIGH: ErrorReason.ValueType  # 23
+"""PERMISSION_DENIED: the role has permissions which the caller has not."""
+MEMBER_NOT_FOUND: ErrorReason.ValueType  # 24
+"""NOT_FOUND: the workspace has no such member."""
+IMPERSONATION_POINTLESS: ErrorReason.ValueType  # 25
+"""INVALID_ARGUMENT: nobody impersonates themselves or a service account."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

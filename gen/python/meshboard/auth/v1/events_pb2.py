@@ -23,23 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from meshboard.auth.v1 import audit_pb2 as meshboard_dot_auth_dot_v1_dot_audit__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/auth/v1/events.proto\x12\x11meshboard.auth.v1\x1a\x1fgoogle/protobuf/timestamp.proto\")\n\x0e\x41\x63\x63ountCreated\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"N\n\x10\x41\x63\x63ountDiscarded\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"\x95\x01\n\x08SignedIn\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"\x93\x02\n\x0eSessionRevoked\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12@\n\x06reason\x18\x03 \x01(\x0e\x32(.meshboard.auth.v1.SessionRevoked.ReasonR\x06reason\x12;\n\x0brevoke_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"J\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0e\n\nSIGNED_OUT\x10\x01\x12\x18\n\x14REFRESH_TOKEN_REUSED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/auth/v1/events.proto\x12\x11meshboard.auth.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dmeshboard/auth/v1/audit.proto\")\n\x0e\x41\x63\x63ountCreated\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"N\n\x10\x41\x63\x63ountDiscarded\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"\x95\x01\n\x08SignedIn\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"\xeb\x02\n\x0eSessionRevoked\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nsession_id\x18\x02 \x01(\tR\tsessionId\x12@\n\x06reason\x18\x03 \x01(\x0e\x32(.meshboard.auth.v1.SessionRevoked.ReasonR\x06reason\x12;\n\x0brevoke_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"\xa1\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0e\n\nSIGNED_OUT\x10\x01\x12\x18\n\x14REFRESH_TOKEN_REUSED\x10\x02\x12\x0b\n\x07RENEWED\x10\x03\x12\x0b\n\x07REVOKED\x10\x04\x12\x14\n\x10PASSWORD_CHANGED\x10\x05\x12\x0c\n\x08\x44ISABLED\x10\x06\x12\x17\n\x13IMPERSONATION_ENDED\x10\x07\"n\n\rEmailVerified\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x14\n\x05\x65mail\x18\x02 \x01(\tR\x05\x65mail\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"m\n\x0c\x45mailChanged\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x14\n\x05\x65mail\x18\x02 \x01(\tR\x05\x65mail\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"f\n\x10\x41uditEntrySealed\x12>\n\x0b\x61udit_entry\x18\x01 \x01(\x0b\x32\x1d.meshboard.auth.v1.AuditEntryR\nauditEntry\x12\x12\n\x04seal\x18\x02 \x01(\x0cR\x04seal\"t\n\x12\x41uditHeadPublished\x12\x1a\n\x08position\x18\x01 \x01(\x03R\x08position\x12\x12\n\x04seal\x18\x02 \x01(\x0cR\x04seal\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04timeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.auth.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACCOUNTCREATED']._serialized_start=86
-  _globals['_ACCOUNTCREATED']._serialized_end=127
-  _globals['_ACCOUNTDISCARDED']._serialized_start=129
-  _globals['_ACCOUNTDISCARDED']._serialized_end=207
-  _globals['_SIGNEDIN']._serialized_start=210
-  _globals['_SIGNEDIN']._serialized_end=359
-  _globals['_SESSIONREVOKED']._serialized_start=362
-  _globals['_SESSIONREVOKED']._serialized_end=637
-  _globals['_SESSIONREVOKED_REASON']._serialized_start=563
-  _globals['_SESSIONREVOKED_REASON']._serialized_end=637
+  _globals['_ACCOUNTCREATED']._serialized_start=117
+  _globals['_ACCOUNTCREATED']._serialized_end=158
+  _globals['_ACCOUNTDISCARDED']._serialized_start=160
+  _globals['_ACCOUNTDISCARDED']._serialized_end=238
+  _globals['_SIGNEDIN']._serialized_start=241
+  _globals['_SIGNEDIN']._serialized_end=390
+  _globals['_SESSIONREVOKED']._serialized_start=393
+  _globals['_SESSIONREVOKED']._serialized_end=756
+  _globals['_SESSIONREVOKED_REASON']._serialized_start=595
+  _globals['_SESSIONREVOKED_REASON']._serialized_end=756
+  _globals['_EMAILVERIFIED']._serialized_start=758
+  _globals['_EMAILVERIFIED']._serialized_end=868
+  _globals['_EMAILCHANGED']._serialized_start=870
+  _globals['_EMAILCHANGED']._serialized_end=979
+  _globals['_AUDITENTRYSEALED']._serialized_start=981
+  _globals['_AUDITENTRYSEALED']._serialized_end=1083
+  _globals['_AUDITHEADPUBLISHED']._serialized_start=1085
+  _globals['_AUDITHEADPUBLISHED']._serialized_end=1201
 # @@protoc_insertion_point(module_scope)

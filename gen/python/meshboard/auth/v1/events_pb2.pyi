@@ -7,6 +7,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from meshboard.auth.v1 import audit_pb2 as _audit_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -104,7 +105,7 @@ Global___SignedIn: _TypeAlias = SignedIn  # noqa: Y015
 
 @_typing.final
 class SessionRevoked(_message.Message):
-    """A session has ended before its time; its tokens are refused from now on."""
+    """A session, or an API key, has ended before its time; its tokens are refused from now on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -120,6 +121,16 @@ class SessionRevoked(_message.Message):
         """The person signed out."""
         REFRESH_TOKEN_REUSED: SessionRevoked._Reason.ValueType  # 2
         """A refresh token was used that had been superseded twice."""
+        RENEWED: SessionRevoked._Reason.ValueType  # 3
+        """Another session has taken its place: the person proved once more who they are, or added a factor."""
+        REVOKED: SessionRevoked._Reason.ValueType  # 4
+        """The person ended it from another session."""
+        PASSWORD_CHANGED: SessionRevoked._Reason.ValueType  # 5
+        """The password was changed or reset."""
+        DISABLED: SessionRevoked._Reason.ValueType  # 6
+        """The account, the service account or the API key was disabled or deleted."""
+        IMPERSONATION_ENDED: SessionRevoked._Reason.ValueType  # 7
+        """The session of the admin who impersonated the person has ended."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Why a session was revoked."""
@@ -130,15 +141,25 @@ class SessionRevoked(_message.Message):
     """The person signed out."""
     REFRESH_TOKEN_REUSED: SessionRevoked.Reason.ValueType  # 2
     """A refresh token was used that had been superseded twice."""
+    RENEWED: SessionRevoked.Reason.ValueType  # 3
+    """Another session has taken its place: the person proved once more who they are, or added a factor."""
+    REVOKED: SessionRevoked.Reason.ValueType  # 4
+    """The person ended it from another session."""
+    PASSWORD_CHANGED: SessionRevoked.Reason.ValueType  # 5
+    """The password was changed or reset."""
+    DISABLED: SessionRevoked.Reason.ValueType  # 6
+    """The account, the service account or the API key was disabled or deleted."""
+    IMPERSONATION_ENDED: SessionRevoked.Reason.ValueType  # 7
+    """The session of the admin who impersonated the person has ended."""
 
     USER_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     REVOKE_TIME_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The person."""
+    """The person or service account."""
     session_id: _builtins.str
-    """The session."""
+    """The session: what the claim `sid` of its tokens says."""
     reason: Global___SessionRevoked.Reason.ValueType
     """Why it ended."""
     @_builtins.property
@@ -160,3 +181,127 @@ class SessionRevoked(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionRevoked: _TypeAlias = SessionRevoked  # noqa: Y015
+
+@_typing.final
+class EmailVerified(_message.Message):
+    """The address of an account is known to belong to the person."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The person."""
+    email: _builtins.str
+    """The address."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When the link was redeemed."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        email: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email", "time", b"time", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmailVerified: _TypeAlias = EmailVerified  # noqa: Y015
+
+@_typing.final
+class EmailChanged(_message.Message):
+    """An account has another address."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The person."""
+    email: _builtins.str
+    """The address from now on."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was changed."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        email: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email", "time", b"time", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmailChanged: _TypeAlias = EmailChanged  # noqa: Y015
+
+@_typing.final
+class AuditEntrySealed(_message.Message):
+    """An act that matters to security was sealed into the chain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUDIT_ENTRY_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    seal: _builtins.bytes
+    """Its seal: HMAC-SHA256."""
+    @_builtins.property
+    def audit_entry(self) -> _audit_pb2.AuditEntry:
+        """The entry."""
+
+    def __init__(
+        self,
+        *,
+        audit_entry: _audit_pb2.AuditEntry | None = ...,
+        seal: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_entry", b"audit_entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_entry", b"audit_entry", "seal", b"seal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditEntrySealed: _TypeAlias = AuditEntrySealed  # noqa: Y015
+
+@_typing.final
+class AuditHeadPublished(_message.Message):
+    """How far the chain of audit entries reaches; published with each change of it, and each hour."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The position of the last entry."""
+    seal: _builtins.bytes
+    """Its seal: HMAC-SHA256."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was published."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        seal: _builtins.bytes = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "seal", b"seal", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditHeadPublished: _TypeAlias = AuditHeadPublished  # noqa: Y015

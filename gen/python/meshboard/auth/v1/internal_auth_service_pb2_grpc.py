@@ -45,6 +45,11 @@ class InternalAuthServiceStub:
                 request_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.CheckSessionRequest.SerializeToString,
                 response_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.CheckSessionResponse.FromString,
                 _registered_method=True)
+        self.SetAccountDisabled = channel.unary_unary(
+                '/meshboard.auth.v1.InternalAuthService/SetAccountDisabled',
+                request_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledRequest.SerializeToString,
+                response_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledResponse.FromString,
+                _registered_method=True)
 
 
 class InternalAuthServiceServicer:
@@ -66,6 +71,14 @@ class InternalAuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetAccountDisabled(self, request, context):
+        """Disables an account, ends its sessions, and emits `SessionRevoked` for each; or enables it again. A repeat changes
+        nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InternalAuthServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +91,11 @@ def add_InternalAuthServiceServicer_to_server(servicer, server):
                     servicer.CheckSession,
                     request_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.CheckSessionRequest.FromString,
                     response_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.CheckSessionResponse.SerializeToString,
+            ),
+            'SetAccountDisabled': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAccountDisabled,
+                    request_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledRequest.FromString,
+                    response_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +153,33 @@ class InternalAuthService:
             '/meshboard.auth.v1.InternalAuthService/CheckSession',
             meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.CheckSessionRequest.SerializeToString,
             meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.CheckSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAccountDisabled(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.auth.v1.InternalAuthService/SetAccountDisabled',
+            meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledRequest.SerializeToString,
+            meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,10 @@ class InternalAuthServiceStub:
     """
     CheckSession: _aio.UnaryUnaryMultiCallable[_internal_auth_service_pb2.CheckSessionRequest, _internal_auth_service_pb2.CheckSessionResponse]
     """Says whether a session is alive. A service asks it per call while announcements do not arrive."""
+    SetAccountDisabled: _aio.UnaryUnaryMultiCallable[_internal_auth_service_pb2.SetAccountDisabledRequest, _internal_auth_service_pb2.SetAccountDisabledResponse]
+    """Disables an account, ends its sessions, and emits `SessionRevoked` for each; or enables it again. A repeat changes
+    nothing.
+    """
 
 class InternalAuthServiceServicer(metaclass=_abc_1.ABCMeta):
     """What other services ask auth_svc about sessions."""
@@ -43,5 +47,15 @@ class InternalAuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_internal_auth_service_pb2.CheckSessionRequest, _abc.Awaitable[_internal_auth_service_pb2.CheckSessionResponse]],
     ) -> _abc.Awaitable[_internal_auth_service_pb2.CheckSessionResponse]:
         """Says whether a session is alive. A service asks it per call while announcements do not arrive."""
+
+    @_abc_1.abstractmethod
+    def SetAccountDisabled(
+        self,
+        request: _internal_auth_service_pb2.SetAccountDisabledRequest,
+        context: _aio.ServicerContext[_internal_auth_service_pb2.SetAccountDisabledRequest, _abc.Awaitable[_internal_auth_service_pb2.SetAccountDisabledResponse]],
+    ) -> _abc.Awaitable[_internal_auth_service_pb2.SetAccountDisabledResponse]:
+        """Disables an account, ends its sessions, and emits `SessionRevoked` for each; or enables it again. A repeat changes
+        nothing.
+        """
 
 def add_InternalAuthServiceServicer_to_server(servicer: InternalAuthServiceServicer, server: _aio.Server) -> None: ...

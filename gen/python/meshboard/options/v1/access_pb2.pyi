@@ -55,6 +55,8 @@ class Access(_message.Message):
     SHARE_LINK_FIELD_NUMBER: _builtins.int
     INTERNAL_FIELD_NUMBER: _builtins.int
     RESOURCE_FIELD_NUMBER: _builtins.int
+    SENSITIVE_FIELD_NUMBER: _builtins.int
+    RECENT_FIELD_NUMBER: _builtins.int
     public: _builtins.bool
     """Anyone may call, without a token."""
     authenticated: _builtins.bool
@@ -71,6 +73,12 @@ class Access(_message.Message):
     """The path of the request field that names the resource which the permission is needed on, such as `dashboard_id` or
     `query.source_ids`; when it is repeated, all must be allowed. Empty, or `workspace_id`: the workspace itself.
     """
+    sensitive: _builtins.bool
+    """Only the person itself may call: neither an admin who impersonates the person nor a service account."""
+    recent: _builtins.bool
+    """As `sensitive`, and the person must have proved who they are within the last 15 minutes (setting
+    `MESHBOARD_RECENT_SECONDS`), by signing in or with `Reauthenticate`.
+    """
     @_builtins.property
     def internal(self) -> Global___Access.Internal:
         """Only the named services may call, with a service token; never through the gateway."""
@@ -85,10 +93,12 @@ class Access(_message.Message):
         share_link: _builtins.bool = ...,
         internal: Global___Access.Internal | None = ...,
         resource: _builtins.str = ...,
+        sensitive: _builtins.bool = ...,
+        recent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rule", b"rule", "share_link", b"share_link", "write_key", b"write_key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "resource", b"resource", "rule", b"rule", "share_link", b"share_link", "write_key", b"write_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "recent", b"recent", "resource", b"resource", "rule", b"rule", "sensitive", b"sensitive", "share_link", b"share_link", "write_key", b"write_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_rule: _TypeAlias = _typing.Literal["public", "authenticated", "permission", "write_key", "share_link", "internal"]  # noqa: Y015
     _WhichOneofArgType_rule: _TypeAlias = _typing.Literal["rule", b"rule"]  # noqa: Y015

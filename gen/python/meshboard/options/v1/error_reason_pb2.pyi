@@ -74,6 +74,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED, from the gateway: too many calls. Repeat after `Retry-After` or `RetryInfo.retry_delay`."""
     ORIGIN_REFUSED: _ErrorReason.ValueType  # 25
     """PERMISSION_DENIED, from the gateway: a page of another origin made this request with the session cookie."""
+    SCOPE_MISSING: _ErrorReason.ValueType  # 26
+    """PERMISSION_DENIED: the token's scope lacks the permission. Use an API key that has it."""
+    PERSON_REQUIRED: _ErrorReason.ValueType  # 27
+    """PERMISSION_DENIED: only the person itself may do this; not an admin who impersonates it, and not a service account."""
+    REAUTHENTICATION_REQUIRED: _ErrorReason.ValueType  # 28
+    """PERMISSION_DENIED: the person must have proved who they are a short while ago. Call `Reauthenticate`, then repeat."""
+    SECOND_FACTOR_REQUIRED: _ErrorReason.ValueType  # 29
+    """PERMISSION_DENIED: the workspace requires a second factor, and the session began without one. Add one, or sign in
+    with it.
+    """
     GRANT_NOT_FOUND: _ErrorReason.ValueType  # 30
     """NOT_FOUND: the resource has no such grant."""
     GRANT_EXISTS: _ErrorReason.ValueType  # 31
@@ -138,6 +148,16 @@ RATE_LIMITED: ErrorReason.ValueType  # 24
 """RESOURCE_EXHAUSTED, from the gateway: too many calls. Repeat after `Retry-After` or `RetryInfo.retry_delay`."""
 ORIGIN_REFUSED: ErrorReason.ValueType  # 25
 """PERMISSION_DENIED, from the gateway: a page of another origin made this request with the session cookie."""
+SCOPE_MISSING: ErrorReason.ValueType  # 26
+"""PERMISSION_DENIED: the token's scope lacks the permission. Use an API key that has it."""
+PERSON_REQUIRED: ErrorReason.ValueType  # 27
+"""PERMISSION_DENIED: only the person itself may do this; not an admin who impersonates it, and not a service account."""
+REAUTHENTICATION_REQUIRED: ErrorReason.ValueType  # 28
+"""PERMISSION_DENIED: the person must have proved who they are a short while ago. Call `Reauthenticate`, then repeat."""
+SECOND_FACTOR_REQUIRED: ErrorReason.ValueType  # 29
+"""PERMISSION_DENIED: the workspace requires a second factor, and the session began without one. Add one, or sign in
+with it.
+"""
 GRANT_NOT_FOUND: ErrorReason.ValueType  # 30
 """NOT_FOUND: the resource has no such grant."""
 GRANT_EXISTS: ErrorReason.ValueType  # 31

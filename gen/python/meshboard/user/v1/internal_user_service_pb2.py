@@ -28,7 +28,7 @@ from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-meshboard/user/v1/internal_user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\"\xb3\x01\n\x11\x43reateUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12 \n\x05\x65mail\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\xfe\x01R\x05\x65mail\x12,\n\x0c\x64isplay_name\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\"}\n\x12\x43reateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"X\n\x10GetSignInRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"|\n\x11GetSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"b\n\x10GetRightsRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"F\n\x11GetRightsResponse\x12\x31\n\x06rights\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.RightsR\x06rights\"\x9b\x01\n\x14\x43heckSubjectsRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12*\n\x08user_ids\x18\x02 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07userIds\x12*\n\x08team_ids\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07teamIds\"M\n\x15\x43heckSubjectsResponse\x12\x19\n\x08user_ids\x18\x01 \x03(\tR\x07userIds\x12\x19\n\x08team_ids\x18\x02 \x03(\tR\x07teamIds2\xea\x03\n\x13InternalUserService\x12g\n\nCreateUser\x12$.meshboard.user.v1.CreateUserRequest\x1a%.meshboard.user.v1.CreateUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x64\n\tGetSignIn\x12#.meshboard.user.v1.GetSignInRequest\x1a$.meshboard.user.v1.GetSignInResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x80\x01\n\tGetRights\x12#.meshboard.user.v1.GetRightsRequest\x1a$.meshboard.user.v1.GetRightsResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12\x80\x01\n\rCheckSubjects\x12\'.meshboard.user.v1.CheckSubjectsRequest\x1a(.meshboard.user.v1.CheckSubjectsResponse\"\x1c\x8a\xb5\x18\x18\x32\x16\n\tdashboard\n\tanalyticsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-meshboard/user/v1/internal_user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\"\xb3\x01\n\x11\x43reateUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12 \n\x05\x65mail\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\xfe\x01R\x05\x65mail\x12,\n\x0c\x64isplay_name\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\"}\n\x12\x43reateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"\xb2\x01\n\x15PutServiceUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12,\n\x0c\x64isplay_name\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\x12\x1b\n\x04role\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04role\"E\n\x16PutServiceUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"j\n\x18RemoveServiceUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"\x1b\n\x19RemoveServiceUserResponse\"X\n\x10GetSignInRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"|\n\x11GetSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"b\n\x10GetRightsRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"F\n\x11GetRightsResponse\x12\x31\n\x06rights\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.RightsR\x06rights\"\x9b\x01\n\x14\x43heckSubjectsRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12*\n\x08user_ids\x18\x02 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07userIds\x12*\n\x08team_ids\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07teamIds\"M\n\x15\x43heckSubjectsResponse\x12\x19\n\x08user_ids\x18\x01 \x03(\tR\x07userIds\x12\x19\n\x08team_ids\x18\x02 \x03(\tR\x07teamIds2\xdd\x05\n\x13InternalUserService\x12g\n\nCreateUser\x12$.meshboard.user.v1.CreateUserRequest\x1a%.meshboard.user.v1.CreateUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12s\n\x0ePutServiceUser\x12(.meshboard.user.v1.PutServiceUserRequest\x1a).meshboard.user.v1.PutServiceUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12|\n\x11RemoveServiceUser\x12+.meshboard.user.v1.RemoveServiceUserRequest\x1a,.meshboard.user.v1.RemoveServiceUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x64\n\tGetSignIn\x12#.meshboard.user.v1.GetSignInRequest\x1a$.meshboard.user.v1.GetSignInResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x80\x01\n\tGetRights\x12#.meshboard.user.v1.GetRightsRequest\x1a$.meshboard.user.v1.GetRightsResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12\x80\x01\n\rCheckSubjects\x12\'.meshboard.user.v1.CheckSubjectsRequest\x1a(.meshboard.user.v1.CheckSubjectsResponse\"\x1c\x8a\xb5\x18\x18\x32\x16\n\tdashboard\n\tanalyticsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +43,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEUSERREQUEST'].fields_by_name['email']._serialized_options = b'\272H\007r\005\020\003\030\376\001'
   _globals['_CREATEUSERREQUEST'].fields_by_name['display_name']._loaded_options = None
   _globals['_CREATEUSERREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['display_name']._loaded_options = None
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['role']._loaded_options = None
+  _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['role']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_REMOVESERVICEUSERREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_REMOVESERVICEUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_REMOVESERVICEUSERREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_REMOVESERVICEUSERREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_GETSIGNINREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_GETSIGNINREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_GETRIGHTSREQUEST'].fields_by_name['user_id']._loaded_options = None
@@ -57,6 +69,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKSUBJECTSREQUEST'].fields_by_name['team_ids']._serialized_options = b'\272H\014\222\001\t\020d\"\005r\003\260\001\001'
   _globals['_INTERNALUSERSERVICE'].methods_by_name['CreateUser']._loaded_options = None
   _globals['_INTERNALUSERSERVICE'].methods_by_name['CreateUser']._serialized_options = b'\212\265\030\0102\006\n\004auth'
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['PutServiceUser']._loaded_options = None
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['PutServiceUser']._serialized_options = b'\212\265\030\0102\006\n\004auth'
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['RemoveServiceUser']._loaded_options = None
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['RemoveServiceUser']._serialized_options = b'\212\265\030\0102\006\n\004auth'
   _globals['_INTERNALUSERSERVICE'].methods_by_name['GetSignIn']._loaded_options = None
   _globals['_INTERNALUSERSERVICE'].methods_by_name['GetSignIn']._serialized_options = b'\212\265\030\0102\006\n\004auth'
   _globals['_INTERNALUSERSERVICE'].methods_by_name['GetRights']._loaded_options = None
@@ -67,18 +83,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEUSERREQUEST']._serialized_end=377
   _globals['_CREATEUSERRESPONSE']._serialized_start=379
   _globals['_CREATEUSERRESPONSE']._serialized_end=504
-  _globals['_GETSIGNINREQUEST']._serialized_start=506
-  _globals['_GETSIGNINREQUEST']._serialized_end=594
-  _globals['_GETSIGNINRESPONSE']._serialized_start=596
-  _globals['_GETSIGNINRESPONSE']._serialized_end=720
-  _globals['_GETRIGHTSREQUEST']._serialized_start=722
-  _globals['_GETRIGHTSREQUEST']._serialized_end=820
-  _globals['_GETRIGHTSRESPONSE']._serialized_start=822
-  _globals['_GETRIGHTSRESPONSE']._serialized_end=892
-  _globals['_CHECKSUBJECTSREQUEST']._serialized_start=895
-  _globals['_CHECKSUBJECTSREQUEST']._serialized_end=1050
-  _globals['_CHECKSUBJECTSRESPONSE']._serialized_start=1052
-  _globals['_CHECKSUBJECTSRESPONSE']._serialized_end=1129
-  _globals['_INTERNALUSERSERVICE']._serialized_start=1132
-  _globals['_INTERNALUSERSERVICE']._serialized_end=1622
+  _globals['_PUTSERVICEUSERREQUEST']._serialized_start=507
+  _globals['_PUTSERVICEUSERREQUEST']._serialized_end=685
+  _globals['_PUTSERVICEUSERRESPONSE']._serialized_start=687
+  _globals['_PUTSERVICEUSERRESPONSE']._serialized_end=756
+  _globals['_REMOVESERVICEUSERREQUEST']._serialized_start=758
+  _globals['_REMOVESERVICEUSERREQUEST']._serialized_end=864
+  _globals['_REMOVESERVICEUSERRESPONSE']._serialized_start=866
+  _globals['_REMOVESERVICEUSERRESPONSE']._serialized_end=893
+  _globals['_GETSIGNINREQUEST']._serialized_start=895
+  _globals['_GETSIGNINREQUEST']._serialized_end=983
+  _globals['_GETSIGNINRESPONSE']._serialized_start=985
+  _globals['_GETSIGNINRESPONSE']._serialized_end=1109
+  _globals['_GETRIGHTSREQUEST']._serialized_start=1111
+  _globals['_GETRIGHTSREQUEST']._serialized_end=1209
+  _globals['_GETRIGHTSRESPONSE']._serialized_start=1211
+  _globals['_GETRIGHTSRESPONSE']._serialized_end=1281
+  _globals['_CHECKSUBJECTSREQUEST']._serialized_start=1284
+  _globals['_CHECKSUBJECTSREQUEST']._serialized_end=1439
+  _globals['_CHECKSUBJECTSRESPONSE']._serialized_start=1441
+  _globals['_CHECKSUBJECTSRESPONSE']._serialized_end=1518
+  _globals['_INTERNALUSERSERVICE']._serialized_start=1521
+  _globals['_INTERNALUSERSERVICE']._serialized_end=2254
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,16 @@ class InternalUserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CreateUserRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CreateUserResponse.FromString,
                 _registered_method=True)
+        self.PutServiceUser = channel.unary_unary(
+                '/meshboard.user.v1.InternalUserService/PutServiceUser',
+                request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.PutServiceUserRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.PutServiceUserResponse.FromString,
+                _registered_method=True)
+        self.RemoveServiceUser = channel.unary_unary(
+                '/meshboard.user.v1.InternalUserService/RemoveServiceUser',
+                request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.RemoveServiceUserRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.RemoveServiceUserResponse.FromString,
+                _registered_method=True)
         self.GetSignIn = channel.unary_unary(
                 '/meshboard.user.v1.InternalUserService/GetSignIn',
                 request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetSignInRequest.SerializeToString,
@@ -64,6 +74,23 @@ class InternalUserServiceServicer:
     def CreateUser(self, request, context):
         """Creates a user with a personal workspace under ids that the caller chose, and emits `UserCreated`, `WorkspaceCreated`
         and `MemberAdded`. A repeat with the same ids returns the same rows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutServiceUser(self, request, context):
+        """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
+        `UserCreated` and `MemberAdded`; or gives an existing one another name. The role of an existing one stays.
+
+        Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveServiceUser(self, request, context):
+        """Removes a service account from its workspace, and emits `MemberRemoved`. A repeat changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +128,16 @@ def add_InternalUserServiceServicer_to_server(servicer, server):
                     servicer.CreateUser,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CreateUserRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CreateUserResponse.SerializeToString,
+            ),
+            'PutServiceUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutServiceUser,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.PutServiceUserRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.PutServiceUserResponse.SerializeToString,
+            ),
+            'RemoveServiceUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveServiceUser,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.RemoveServiceUserRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.RemoveServiceUserResponse.SerializeToString,
             ),
             'GetSignIn': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSignIn,
@@ -146,6 +183,60 @@ class InternalUserService:
             '/meshboard.user.v1.InternalUserService/CreateUser',
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CreateUserRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CreateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutServiceUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.InternalUserService/PutServiceUser',
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.PutServiceUserRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.PutServiceUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveServiceUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.InternalUserService/RemoveServiceUser',
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.RemoveServiceUserRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.RemoveServiceUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

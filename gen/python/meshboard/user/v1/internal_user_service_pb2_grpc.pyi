@@ -20,6 +20,14 @@ class InternalUserServiceStub:
     """Creates a user with a personal workspace under ids that the caller chose, and emits `UserCreated`, `WorkspaceCreated`
     and `MemberAdded`. A repeat with the same ids returns the same rows.
     """
+    PutServiceUser: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.PutServiceUserRequest, _internal_user_service_pb2.PutServiceUserResponse]
+    """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
+    `UserCreated` and `MemberAdded`; or gives an existing one another name. The role of an existing one stays.
+
+    Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there.
+    """
+    RemoveServiceUser: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.RemoveServiceUserRequest, _internal_user_service_pb2.RemoveServiceUserResponse]
+    """Removes a service account from its workspace, and emits `MemberRemoved`. A repeat changes nothing."""
     GetSignIn: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.GetSignInRequest, _internal_user_service_pb2.GetSignInResponse]
     """Returns a user and a workspace to sign in to: the wanted one, or the first one that the user belongs to.
 
@@ -45,6 +53,26 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a user with a personal workspace under ids that the caller chose, and emits `UserCreated`, `WorkspaceCreated`
         and `MemberAdded`. A repeat with the same ids returns the same rows.
         """
+
+    @_abc_1.abstractmethod
+    def PutServiceUser(
+        self,
+        request: _internal_user_service_pb2.PutServiceUserRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.PutServiceUserRequest, _abc.Awaitable[_internal_user_service_pb2.PutServiceUserResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.PutServiceUserResponse]:
+        """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
+        `UserCreated` and `MemberAdded`; or gives an existing one another name. The role of an existing one stays.
+
+        Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveServiceUser(
+        self,
+        request: _internal_user_service_pb2.RemoveServiceUserRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.RemoveServiceUserRequest, _abc.Awaitable[_internal_user_service_pb2.RemoveServiceUserResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.RemoveServiceUserResponse]:
+        """Removes a service account from its workspace, and emits `MemberRemoved`. A repeat changes nothing."""
 
     @_abc_1.abstractmethod
     def GetSignIn(

@@ -29,7 +29,7 @@ from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\"\x0e\n\x0cGetMeRequest\"<\n\rGetMeResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"3\n\x0eGetUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\">\n\x0fGetUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"\x85\x01\n\x11UpdateUserRequest\x12\x33\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserB\x06\xbaH\x03\xc8\x01\x01R\x04user\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"A\n\x12UpdateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user2\x80\x03\n\x0bUserService\x12\x66\n\x05GetMe\x12\x1f.meshboard.user.v1.GetMeRequest\x1a .meshboard.user.v1.GetMeResponse\"\x1a\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x0e\x12\x0c/v1/users/me\x12\x7f\n\x07GetUser\x12!.meshboard.user.v1.GetUserRequest\x1a\".meshboard.user.v1.GetUserResponse\"-\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x15\x12\x13/v1/users/{user_id}\x12\x87\x01\n\nUpdateUser\x12$.meshboard.user.v1.UpdateUserRequest\x1a%.meshboard.user.v1.UpdateUserResponse\",\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02 2\x18/v1/users/{user.user_id}:\x04userb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\"\x0e\n\x0cGetMeRequest\"<\n\rGetMeResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"3\n\x0eGetUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\">\n\x0fGetUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"\x85\x01\n\x11UpdateUserRequest\x12\x33\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserB\x06\xbaH\x03\xc8\x01\x01R\x04user\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"A\n\x12UpdateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user2\x82\x03\n\x0bUserService\x12\x66\n\x05GetMe\x12\x1f.meshboard.user.v1.GetMeRequest\x1a .meshboard.user.v1.GetMeResponse\"\x1a\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x0e\x12\x0c/v1/users/me\x12\x7f\n\x07GetUser\x12!.meshboard.user.v1.GetUserRequest\x1a\".meshboard.user.v1.GetUserResponse\"-\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x15\x12\x13/v1/users/{user_id}\x12\x89\x01\n\nUpdateUser\x12$.meshboard.user.v1.UpdateUserRequest\x1a%.meshboard.user.v1.UpdateUserResponse\".\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02 2\x18/v1/users/{user.user_id}:\x04userb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,7 +45,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USERSERVICE'].methods_by_name['GetUser']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['GetUser']._serialized_options = b'\212\265\030\016\032\014members.view\202\323\344\223\002\025\022\023/v1/users/{user_id}'
   _globals['_USERSERVICE'].methods_by_name['UpdateUser']._loaded_options = None
-  _globals['_USERSERVICE'].methods_by_name['UpdateUser']._serialized_options = b'\212\265\030\002\020\001\202\323\344\223\002 2\030/v1/users/{user.user_id}:\004user'
+  _globals['_USERSERVICE'].methods_by_name['UpdateUser']._serialized_options = b'\212\265\030\004\020\001@\001\202\323\344\223\002 2\030/v1/users/{user.user_id}:\004user'
   _globals['_GETMEREQUEST']._serialized_start=217
   _globals['_GETMEREQUEST']._serialized_end=231
   _globals['_GETMERESPONSE']._serialized_start=233
@@ -59,5 +59,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEUSERRESPONSE']._serialized_start=548
   _globals['_UPDATEUSERRESPONSE']._serialized_end=613
   _globals['_USERSERVICE']._serialized_start=616
-  _globals['_USERSERVICE']._serialized_end=1000
+  _globals['_USERSERVICE']._serialized_end=1002
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!meshboard/user/v1/workspace.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmeshboard/user/v1/user.proto\"\xee\x01\n\tWorkspace\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12\x1d\n\x05title\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\"\xa9\x01\n\x06Member\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12+\n\x04user\x18\x02 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"\x8c\x02\n\x04Team\x12\x17\n\x07team_id\x18\x01 \x01(\tR\x06teamId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x14\n\x05title\x18\x03 \x01(\tR\x05title\x12$\n\x0eparent_team_id\x18\x04 \x01(\tR\x0cparentTeamId\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x12\n\x04\x65tag\x18\x07 \x01(\tR\x04\x65tag\"\xaf\x01\n\x06Rights\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12 \n\x0bpermissions\x18\x04 \x03(\tR\x0bpermissions\x12\x19\n\x08team_ids\x18\x05 \x03(\tR\x07teamIds\x12\x18\n\x07version\x18\x06 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!meshboard/user/v1/workspace.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmeshboard/user/v1/user.proto\"\xa2\x02\n\tWorkspace\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12\x1d\n\x05title\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x32\n\x15require_second_factor\x18\x06 \x01(\x08R\x13requireSecondFactor\"\xa9\x01\n\x06Member\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12+\n\x04user\x18\x02 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"\x8c\x02\n\x04Team\x12\x17\n\x07team_id\x18\x01 \x01(\tR\x06teamId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x14\n\x05title\x18\x03 \x01(\tR\x05title\x12$\n\x0eparent_team_id\x18\x04 \x01(\tR\x0cparentTeamId\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x12\n\x04\x65tag\x18\x07 \x01(\tR\x04\x65tag\"\x97\x02\n\x06Rights\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12 \n\x0bpermissions\x18\x04 \x03(\tR\x0bpermissions\x12\x19\n\x08team_ids\x18\x05 \x03(\tR\x07teamIds\x12\x18\n\x07version\x18\x06 \x01(\x03R\x07version\x12\x34\n\x16second_factor_required\x18\x07 \x01(\x08R\x14secondFactorRequired\x12\x30\n\x04kind\x18\x08 \x01(\x0e\x32\x1c.meshboard.user.v1.User.KindR\x04kindb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,11 +41,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKSPACE'].fields_by_name['etag']._loaded_options = None
   _globals['_WORKSPACE'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
   _globals['_WORKSPACE']._serialized_start=149
-  _globals['_WORKSPACE']._serialized_end=387
-  _globals['_MEMBER']._serialized_start=390
-  _globals['_MEMBER']._serialized_end=559
-  _globals['_TEAM']._serialized_start=562
-  _globals['_TEAM']._serialized_end=830
-  _globals['_RIGHTS']._serialized_start=833
-  _globals['_RIGHTS']._serialized_end=1008
+  _globals['_WORKSPACE']._serialized_end=439
+  _globals['_MEMBER']._serialized_start=442
+  _globals['_MEMBER']._serialized_end=611
+  _globals['_TEAM']._serialized_start=614
+  _globals['_TEAM']._serialized_end=882
+  _globals['_RIGHTS']._serialized_start=885
+  _globals['_RIGHTS']._serialized_end=1164
 # @@protoc_insertion_point(module_scope)

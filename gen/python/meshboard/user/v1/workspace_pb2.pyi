@@ -31,12 +31,15 @@ class Workspace(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    REQUIRE_SECOND_FACTOR_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """Identifies the workspace; a UUIDv7."""
     title: _builtins.str
     """Its name, 1 to 100 characters."""
     etag: _builtins.str
     """Changes with every change of the workspace."""
+    require_second_factor: _builtins.bool
+    """Whether members must have signed in with a second factor. Service accounts need none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the workspace was created."""
@@ -53,10 +56,11 @@ class Workspace(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        require_second_factor: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "require_second_factor", b"require_second_factor", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +166,8 @@ class Rights(_message.Message):
     PERMISSIONS_FIELD_NUMBER: _builtins.int
     TEAM_IDS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    SECOND_FACTOR_REQUIRED_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user."""
     workspace_id: _builtins.str
@@ -170,6 +176,10 @@ class Rights(_message.Message):
     """The name of the user's role."""
     version: _builtins.int
     """Grows with each change of rights in the workspace."""
+    second_factor_required: _builtins.bool
+    """Whether the user must have signed in with a second factor."""
+    kind: _user_pb2.User.Kind.ValueType
+    """What the user is."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The permissions of the role, sorted."""
@@ -187,10 +197,12 @@ class Rights(_message.Message):
         permissions: _abc.Iterable[_builtins.str] | None = ...,
         team_ids: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.int = ...,
+        second_factor_required: _builtins.bool = ...,
+        kind: _user_pb2.User.Kind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["permissions", b"permissions", "role", b"role", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
