@@ -101,6 +101,7 @@ class Identity:
             "auth_time": now,
             "exp": now + 600,
             "amr": ["pwd"],
+            "scope": auth.FULL_SCOPE,
             **claims,
         }
         kept = {name: value for name, value in all_claims.items() if value is not None}

@@ -1,43 +1,38 @@
 """auth_svc: `python -m services.auth_svc`."""
 
-from datetime import UTC, datetime
-
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
-from uuid_utils.compat import uuid7
 
 from services.auth_svc import reaper
-from services.auth_svc.accounts import AuthServicer
 from services.auth_svc.consumers import on_member_removed, on_user_updated
+from services.auth_svc.guesses import Guesses
 from services.auth_svc.internal_sessions import InternalAuthServicer
+from services.auth_svc.mails import Mails
 from services.auth_svc.passwords import Passwords
+from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.sessions import own_sessions
 from services.auth_svc.settings import AuthSettings
-from services.auth_svc.sign_in_delays import SignInDelays
+from services.auth_svc.sign_ins import AuthServicer
+from services.auth_svc.sign_ups import SignUps
 from services.auth_svc.signing_keys import SigningKeys
+from services.auth_svc.tickets import Tickets
+from services.auth_svc.tokens import Tokens
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
+from services.chassis.db import new_id
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.process import until_stopped
+from services.chassis.sealing import Seals
 from services.chassis.server import Server, main
-
-
-def now() -> datetime:
-    """The time."""
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    """A new UUIDv7."""
-    return str(uuid7())
+from services.chassis.times import now
 
 
 async def serve(settings: AuthSettings) -> None:
@@ -49,34 +44,43 @@ async def serve(settings: AuthSettings) -> None:
     bus = await Bus.connect(settings.nats_url, "auth")
     cache = await Cache.connect(settings.redis_url, bus, "auth")
     redis = Redis.from_url(settings.redis_url, socket_timeout=1, socket_connect_timeout=1)
-    tokens = auth.ServiceTokens("auth", settings.keys_dir)
-    user_peer = Peer("user", settings.user_address, tokens)
+    service_tokens = auth.ServiceTokens("auth", settings.keys_dir)
+    user_peer = Peer("user", settings.user_address, service_tokens)
+    users = user_peer.stub(InternalUserServiceStub)
 
     rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
     revocations = await trust.follow_revocations(bus, *own_sessions(sessions, settings, now))
     verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
-    access = Access(verifier, tokens, revocations, rights)
+    access = Access(verifier, service_tokens, revocations, rights, recent_seconds=settings.recent_seconds)
 
     passwords = Passwords(settings)
     # Short, because it bounds how long a revocation can be missed when NATS and Redis are both away.
     alive = CachedMessages(cache, "alive", CheckSessionResponse, ttl_seconds=10)
-    accounts = AuthServicer(
+    guesses = Guesses(redis, settings, settings.derived_key("device-tokens"))
+    tickets = Tickets(Seals(settings.derived_keys("tickets")), now)
+    mails = Mails(Seals(settings.derived_keys("mails")))
+    second_factors = SecondFactors(Seals(settings.derived_keys("factors")), settings, now)
+    tokens = Tokens(settings, keys, guesses, settings.derived_keys("refresh-tokens"), now)
+    sign_ups = SignUps(sessions, settings, users, passwords, tickets, mails, now, new_id)
+    sign_ins = AuthServicer(
         db=sessions,
         settings=settings,
-        users=user_peer.stub(InternalUserServiceStub),
+        users=users,
+        sign_ups=sign_ups,
         passwords=passwords,
-        delays=SignInDelays(redis, settings),
+        guesses=guesses,
+        tickets=tickets,
+        second_factors=second_factors,
+        tokens=tokens,
         keys=keys,
         alive=alive,
-        refresh_token_key=settings.derived_key("refresh-tokens"),
         now=now,
-        new_id=new_id,
     )
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,
         [
-            lambda server: add_AuthServiceServicer_to_server(accounts, server),
+            lambda server: add_AuthServiceServicer_to_server(sign_ins, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
         ],
         access,

@@ -6,19 +6,25 @@ from datetime import datetime
 from typing import Any
 
 import grpc.aio
+from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.auth.v1.internal_auth_service_pb2 import (
     CheckSessionRequest,
     CheckSessionResponse,
     ListRevocationsRequest,
     ListRevocationsResponse,
-    Revocation,
+    SetAccountDisabledRequest,
+    SetAccountDisabledResponse,
 )
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceServicer
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.auth_svc import sessions
+from services.auth_svc import audit, sessions
+from services.auth_svc.models import Account, Session
+from services.auth_svc.origins import origin_of
 from services.auth_svc.settings import AuthSettings
+from services.chassis import errors
 from services.chassis.cache import CachedMessages
+from services.chassis.times import timestamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,11 +42,9 @@ class InternalAuthServicer(InternalAuthServiceServicer):
         self, request: ListRevocationsRequest, context: Context
     ) -> ListRevocationsResponse:
         response = ListRevocationsResponse()
-        for row in await sessions.list_revoked(self.db, self.settings, self.now()):
-            revocation = Revocation(session_id=row.session_id)
-            assert row.revoke_time is not None
-            revocation.revoke_time.FromDatetime(row.revoke_time)
-            response.revocations.append(revocation)
+        revoked = await sessions.list_revoked(self.db, self.settings, self.now())
+        for session_id, revoke_time in revoked.items():
+            response.revocations.add(session_id=session_id, revoke_time=timestamp_of(revoke_time))
         return response
 
     async def CheckSession(self, request: CheckSessionRequest, context: Context) -> CheckSessionResponse:
@@ -51,3 +55,31 @@ class InternalAuthServicer(InternalAuthServiceServicer):
 
         session_id = request.session_id.lower()
         return await self.alive.get(session_id, load) or await load()
+
+    async def SetAccountDisabled(
+        self, request: SetAccountDisabledRequest, context: Context
+    ) -> SetAccountDisabledResponse:
+        now = self.now()
+        async with self.db.begin() as session:
+            ended = await set_disabled(session, request.user_id, request.disabled, now)
+            if ended is None:
+                raise errors.not_found("RESOURCE_NOT_FOUND", "There is no such account.")
+            kind = "account.disabled" if request.disabled else "account.enabled"
+            audit.record(session, kind, origin_of(context), now, subject_id=request.user_id)
+        for row in ended:
+            await self.alive.invalidate(row.session_id)
+        return SetAccountDisabledResponse()
+
+
+async def set_disabled(
+    session: AsyncSession, user_id: str, disabled: bool, now: datetime
+) -> list[Session] | None:
+    """Disables or enables an account, and gives the sessions that this has ended; None when there is no account."""
+    account = await session.get(Account, user_id, with_for_update=True)
+    if account is None:
+        return None
+    if not disabled:
+        account.disable_time = None
+        return []
+    account.disable_time = account.disable_time or now
+    return await sessions.revoke_all(session, user_id, SessionRevoked.DISABLED, now)

@@ -35,6 +35,13 @@ class Passwords:
         """Whether the password is among the most used ones, whatever its case."""
         return _normalized(password).casefold() in self._common
 
+    def refuse_common(self, password: str, field: str) -> None:
+        """Raises INVALID_ARGUMENT (PASSWORD_COMMON), naming the field, for one of the most used passwords."""
+        if self.is_common(password):
+            raise errors.invalid_argument(
+                "PASSWORD_COMMON", "The password is among the most used ones: choose another.", field=field
+            )
+
     async def hash(self, password: str) -> str:
         """The hash to store, with its parameters. Raises RESOURCE_EXHAUSTED (OVERLOADED)."""
         return await self._run(lambda: self._hasher.hash(_normalized(password)))

@@ -1,4 +1,5 @@
-"""Clears away what is no longer of use: sign-ups that were not finished, and sessions long after their end."""
+"""Clears away what is no longer of use: sign-ups that were not finished, tickets that nobody has
+redeemed, and sessions long after their end."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from sqlalchemy import delete, or_
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.auth_svc.models import Account, Session
+from services.auth_svc.models import Account, EndedKey, Session, Ticket
 from services.auth_svc.settings import AuthSettings
 from services.chassis import outbox
 
@@ -47,3 +48,5 @@ async def reap(db: async_sessionmaker[AsyncSession], settings: AuthSettings, now
         await session.execute(
             delete(Session).where(or_(Session.expire_time < ended, Session.revoke_time < ended))
         )
+        await session.execute(delete(EndedKey).where(EndedKey.revoke_time < ended))
+        await session.execute(delete(Ticket).where(Ticket.expire_time <= now))

@@ -1,4 +1,4 @@
-"""Sign-in sessions: how one begins, is continued and ends."""
+"""Sign-in sessions: how one begins, is continued, is renewed and ends."""
 
 import hmac
 from collections.abc import Callable
@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 
-import jwt
-from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.auth.v1.events_pb2 import SessionRevoked, SignedIn
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
 from services.auth_svc import refresh_tokens
-from services.auth_svc.models import Account, Session
+from services.auth_svc.models import ApiKey, EndedKey, ServiceAccount, Session
+from services.auth_svc.origins import Origin
 from services.auth_svc.refresh_tokens import RefreshToken, fingerprint
 from services.auth_svc.settings import AuthSettings
-from services.auth_svc.signing_keys import SigningKey
 from services.chassis import outbox
-from services.chassis.auth import ACCESS_TOKEN_TYPE, ALGORITHM, AUDIENCE, LEEWAY_SECONDS
+from services.chassis.auth import LEEWAY_SECONDS
+from services.chassis.times import timestamp_of
 from services.chassis.trust import Ask, Load
+
+PASSWORD = "pwd"  # noqa: S105 - a method of RFC 8176
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +34,86 @@ class Begun:
 
 
 def begin(
-    session: AsyncSession, account: Account, workspace_id: str, settings: AuthSettings, now: datetime
+    session: AsyncSession,
+    user_id: str,
+    workspace_id: str,
+    *,
+    origin: Origin,
+    methods: tuple[str, ...],
+    settings: AuthSettings,
+    now: datetime,
+    in_cookies: bool = False,
+    impersonator: Session | None = None,
+    seconds: int | None = None,
 ) -> Begun:
-    """Begins a session of the account in a workspace ("": in none), and emits `SignedIn`."""
+    """Begins a session of a user in a workspace ("": in none), and emits `SignedIn`, unless somebody is impersonated.
+
+    `methods` are those of RFC 8176. `impersonator` is the session of the admin who acts as the user, `seconds` how long
+    the session lasts at most.
+    """
     token = refresh_tokens.first_token()
     refresh_key = refresh_tokens.new_refresh_key()
+    end_time = now + timedelta(seconds=settings.session_absolute_seconds if seconds is None else seconds)
     row = Session(
         session_id=str(uuid7()),
-        user_id=account.user_id,
+        user_id=user_id,
         workspace_id=workspace_id or None,
         family_hash=fingerprint(token.family),
         key_hash=fingerprint(refresh_key),
         generation=token.generation,
         create_time=now,
-        expire_time=now + timedelta(seconds=settings.session_seconds),
+        expire_time=min(now + timedelta(seconds=settings.session_seconds), end_time),
+        end_time=end_time,
+        last_use_time=now,
+        auth_time=now,
+        methods=list(methods),
+        in_cookies=in_cookies,
+        user_agent=origin.user_agent,
+        address=origin.address,
+        impersonator_id=impersonator.user_id if impersonator else None,
+        impersonator_session_id=impersonator.session_id if impersonator else None,
     )
     session.add(row)
-    outbox.add(
-        session,
-        SignedIn(
-            user_id=row.user_id, session_id=row.session_id, workspace_id=workspace_id, time=_timestamp(now)
-        ),
-    )
+    if impersonator is None:
+        signed_in = SignedIn(
+            user_id=row.user_id, session_id=row.session_id, workspace_id=workspace_id, time=timestamp_of(now)
+        )
+        outbox.add(session, signed_in)
     return Begun(row, token, refresh_key)
+
+
+async def renew(
+    session: AsyncSession,
+    session_id: str,
+    *,
+    origin: Origin,
+    settings: AuthSettings,
+    now: datetime,
+    methods: tuple[str, ...] = (),
+) -> Begun | None:
+    """Begins a session in the place of another one, which ends: the person has just proved who they are.
+
+    So nobody who has got hold of the old one gains by it (OWASP Session Management Cheat Sheet, "Renew the Session ID
+    After Any Privilege Level Change"). `methods` are added. None when the session has ended meanwhile.
+    """
+    row = await session.get(Session, session_id, with_for_update=True)
+    if row is None or row.revoke_time or row.expire_time <= now:
+        return None
+    merged = tuple(dict.fromkeys([*row.methods, *methods]))
+    begun = begin(
+        session,
+        row.user_id,
+        row.workspace_id or "",
+        origin=origin,
+        methods=merged,
+        settings=settings,
+        now=now,
+        in_cookies=row.in_cookies,
+    )
+    begun.session.end_time = row.end_time
+    begun.session.expire_time = min(begun.session.expire_time, row.end_time)
+    await _revoke(session, row, SessionRevoked.RENEWED, now)
+    return begun
 
 
 class Verdict(Enum):
@@ -68,7 +126,13 @@ class Verdict(Enum):
 
 
 async def exchange(
-    session: AsyncSession, token: RefreshToken, refresh_key: str, settings: AuthSettings, now: datetime
+    session: AsyncSession,
+    token: RefreshToken,
+    refresh_key: str,
+    *,
+    origin: Origin,
+    settings: AuthSettings,
+    now: datetime,
 ) -> tuple[Verdict, Session | None]:
     """Judges a refresh token, and does what follows from that; the lock on the session's row settles races.
 
@@ -81,7 +145,7 @@ async def exchange(
     if row is None or row.revoke_time or row.expire_time <= now or token.generation > row.generation:
         return Verdict.INVALID, row
     if token.generation < row.generation - 1:
-        _revoke(session, row, SessionRevoked.REFRESH_TOKEN_REUSED, now)
+        await _revoke(session, row, SessionRevoked.REFRESH_TOKEN_REUSED, now)
         return Verdict.REUSED, row
     if token.generation == row.generation - 1:
         # Its successor is the newest token, hence not used yet.
@@ -89,66 +153,110 @@ async def exchange(
             return Verdict.SUPERSEDED, row
         return Verdict.EXCHANGED, row
     row.generation += 1
-    row.expire_time = now + timedelta(seconds=settings.session_seconds)
+    row.last_use_time = now
+    row.expire_time = min(now + timedelta(seconds=settings.session_seconds), row.end_time)
+    row.user_agent, row.address = origin.user_agent, origin.address
     return Verdict.EXCHANGED, row
 
 
-async def sign_out(session: AsyncSession, session_id: str, now: datetime) -> Session | None:
-    """Revokes the session; None when it had ended before."""
+async def revoke(
+    session: AsyncSession, session_id: str, reason: SessionRevoked.Reason.ValueType, now: datetime
+) -> Session | None:
+    """Ends the session, and those in which its person impersonates others; None when it had ended before."""
     row = await session.get(Session, session_id, with_for_update=True)
     if row is None or row.revoke_time:
         return None
-    _revoke(session, row, SessionRevoked.SIGNED_OUT, now)
+    await _revoke(session, row, reason, now)
     return row
 
 
-def _revoke(
+async def revoke_all(
+    session: AsyncSession,
+    user_id: str,
+    reason: SessionRevoked.Reason.ValueType,
+    now: datetime,
+    *,
+    but: str | None = None,
+) -> list[Session]:
+    """Ends all sessions of a user that are alive, but the one with the id `but`; gives those that it has ended."""
+    rows = await session.scalars(
+        select(Session)
+        .where(
+            Session.user_id == user_id,
+            Session.revoke_time.is_(None),
+            Session.expire_time > now,
+            Session.session_id != but if but else Session.session_id.is_not(None),
+        )
+        .order_by(
+            Session.session_id
+        )  # the same order everywhere, so that two callers do not wait for each other
+        .with_for_update()
+    )
+    ended = list(rows)
+    for row in ended:
+        await _revoke(session, row, reason, now)
+    return ended
+
+
+async def _revoke(
     session: AsyncSession, row: Session, reason: SessionRevoked.Reason.ValueType, now: datetime
 ) -> None:
+    if row.revoke_time:
+        return
     row.revoke_time = now
+    announce_end(session, row.user_id, row.session_id, reason, now)
+    impersonated = await session.scalars(
+        select(Session)
+        .where(Session.impersonator_session_id == row.session_id, Session.revoke_time.is_(None))
+        .with_for_update()
+    )
+    for other in impersonated:
+        other.revoke_time = now
+        announce_end(session, other.user_id, other.session_id, SessionRevoked.IMPERSONATION_ENDED, now)
+
+
+def announce_end(
+    session: AsyncSession,
+    user_id: str,
+    session_id: str,
+    reason: SessionRevoked.Reason.ValueType,
+    now: datetime,
+) -> None:
+    """Tells all services to refuse what the session's tokens are sent with."""
     outbox.add(
         session,
-        SessionRevoked(
-            user_id=row.user_id, session_id=row.session_id, reason=reason, revoke_time=_timestamp(now)
-        ),
+        SessionRevoked(user_id=user_id, session_id=session_id, reason=reason, revoke_time=timestamp_of(now)),
     )
-
-
-def access_token(row: Session, key: SigningKey, settings: AuthSettings, now: datetime) -> str:
-    """An access token of the session (RFC 9068)."""
-    issued = int(now.timestamp())
-    claims = {
-        "iss": settings.public_url,
-        "aud": AUDIENCE,
-        "sub": row.user_id,
-        "exp": issued + settings.access_token_seconds,
-        "iat": issued,
-        "jti": str(uuid7()),
-        "client_id": "meshboard",
-        "sid": row.session_id,
-        "wid": row.workspace_id or "",
-        "amr": ["pwd"],
-        "auth_time": int(row.create_time.timestamp()),
-        "scope": "meshboard",
-    }
-    header = {"typ": ACCESS_TOKEN_TYPE, "kid": key.key_id}
-    return jwt.encode(claims, key.private, ALGORITHM, headers=header)
 
 
 async def list_revoked(
     db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: datetime
-) -> list[Session]:
-    """The sessions that were revoked within the lifetime of an access token."""
+) -> dict[str, datetime]:
+    """The sessions and API keys that were revoked within the lifetime of an access token, and when."""
     since = now - timedelta(seconds=settings.access_token_seconds + LEEWAY_SECONDS)
+    of_sessions = select(Session.session_id, Session.revoke_time).where(Session.revoke_time > since)
+    of_keys = select(EndedKey.session_id, EndedKey.revoke_time).where(EndedKey.revoke_time > since)
     async with db() as session:
-        return list(await session.scalars(select(Session).where(Session.revoke_time > since)))
+        rows = await session.execute(of_sessions.union_all(of_keys))
+        return {session_id: revoke_time for session_id, revoke_time in rows if revoke_time}
 
 
 async def is_alive(db: async_sessionmaker[AsyncSession], session_id: str, now: datetime) -> bool:
-    """Whether the session has begun and not ended."""
+    """Whether the session has begun and not ended, or belongs to an API key that may be used."""
+    of_session = select(Session.session_id).where(
+        Session.session_id == session_id, Session.revoke_time.is_(None), Session.expire_time > now
+    )
+    of_key = (
+        select(ApiKey.session_id)
+        .join(ServiceAccount, ServiceAccount.service_account_id == ApiKey.service_account_id)
+        .where(
+            ApiKey.session_id == session_id,
+            ServiceAccount.disable_time.is_(None),
+            or_(ApiKey.expire_time.is_(None), ApiKey.expire_time > now),
+        )
+    )
     async with db() as session:
-        row = await session.get(Session, session_id)
-    return row is not None and row.revoke_time is None and row.expire_time > now
+        return (await session.scalar(of_session.union_all(of_key))) is not None
 
 
 def own_sessions(
@@ -157,15 +265,9 @@ def own_sessions(
     """What other services ask over the network (chassis.trust.sessions_of), from the table."""
 
     async def load() -> set[str]:
-        return {row.session_id for row in await list_revoked(db, settings, now())}
+        return set(await list_revoked(db, settings, now()))
 
     async def ask(session_id: str) -> bool:
         return await is_alive(db, session_id, now())
 
     return load, ask
-
-
-def _timestamp(time: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(time)
-    return timestamp

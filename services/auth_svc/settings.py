@@ -2,6 +2,8 @@
 
 import os
 
+from pydantic import SecretStr
+
 from services.chassis.settings import Settings
 
 
@@ -9,8 +11,13 @@ class AuthSettings(Settings):
     """The settings of all services, and those of accounts, sessions and keys."""
 
     access_token_seconds: int = 600
-    # A session ends when it has not been refreshed for this long.
+    # A session ends when it has not been refreshed for this long, and this long after it began in any case.
     session_seconds: int = 30 * 86_400
+    session_absolute_seconds: int = 90 * 86_400
+    # How long ago the caller of a method that wants it to be recent may have proved who they are.
+    recent_seconds: int = 900
+    # Whether an account begins only when the link that is mailed to its address is opened.
+    require_verified_email: bool = False
     # A sign-up that has not finished after this long is cleared away.
     pending_account_seconds: int = 3600
     signing_key_seconds: int = 90 * 86_400
@@ -23,6 +30,15 @@ class AuthSettings(Settings):
     # Passwords that wait for a thread; more are refused at the door.
     password_queue: int = 64
 
-    # Failed sign-ins of one account from one address that are free; each further one doubles the delay.
-    sign_in_free_failures: int = 5
-    sign_in_longest_delay_seconds: int = 900
+    # Failures that are free: of an account from one address or known device, of an account, of an address. Each further
+    # one doubles a delay.
+    guess_free_failures: int = 5
+    guess_free_failures_of_account: int = 20
+    guess_free_failures_of_address: int = 50
+    guess_longest_delay_seconds: int = 900
+    # Of an account as a whole less: strangers cause it, and the owner on a new device has to wait for it.
+    guess_longest_delay_of_account_seconds: int = 60
+
+    # Where mails go out, as smtp://user:password@host:port, or smtps:// for TLS from the first byte; and from whom.
+    smtp_url: SecretStr = SecretStr("smtp://127.0.0.1:1025")
+    mail_from: str = "Meshboard <meshboard@localhost>"

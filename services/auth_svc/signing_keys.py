@@ -1,21 +1,17 @@
 """The keys that access tokens are signed with, and their change without anyone noticing.
 
 A new key is published for an hour before it signs, and for a token's lifetime after the next one has taken over, so
-that verifiers know it whenever they meet it. Private keys are encrypted (AES-256-GCM) with a key derived from the
-master key.
+that verifiers know it whenever they meet it. Private keys are encrypted with a key derived from the master key.
 """
 
 import asyncio
 import base64
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import structlog
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -31,13 +27,14 @@ from uuid_utils.compat import uuid7
 from services.auth_svc.models import SigningKeyRow
 from services.auth_svc.settings import AuthSettings
 from services.chassis.auth import ALGORITHM, LEEWAY_SECONDS, Keys
+from services.chassis.sealing import Seals
 
 log = structlog.get_logger(__name__)
 
 # How long verifiers are told of a key before it signs: longer than any of them remembers the key set.
 _NOTICE = timedelta(hours=1)
 _RELOAD_SECONDS = 60
-_NONCE_BYTES = 12
+_CONTEXT = "signing_keys"
 # "sign" in ASCII: the advisory lock of whoever makes a key.
 _LOCK = 0x7369676E
 
@@ -58,7 +55,7 @@ class SigningKeys:
         self, db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: Callable[[], datetime]
     ) -> None:
         self._db = db
-        self._cipher = AESGCM(settings.derived_key("signing-keys"))
+        self._seals = Seals(settings.derived_keys("signing-keys"))
         self._lifetime = timedelta(seconds=settings.signing_key_seconds)
         self._token_lifetime = timedelta(seconds=settings.access_token_seconds + LEEWAY_SECONDS)
         self._now = now
@@ -77,7 +74,7 @@ class SigningKeys:
     async def load(self) -> None:
         """Reads the keys, makes the next one when it is due, and deletes those whose tokens have expired.
 
-        Raises RuntimeError when the master key is not the one that they were encrypted with.
+        Raises WrongKey when no master key at hand is the one that they were encrypted with.
         """
         now = self._now()
         async with self._db.begin() as session:
@@ -105,18 +102,14 @@ class SigningKeys:
     def _add(self, session: AsyncSession, activate_time: datetime) -> SigningKey:
         key = SigningKey(str(uuid7()), ec.generate_private_key(ec.SECP256R1()), activate_time)
         plain = key.private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-        nonce = os.urandom(_NONCE_BYTES)
-        sealed = nonce + self._cipher.encrypt(nonce, plain, key.key_id.encode())
+        sealed = self._seals.seal(plain, f"{_CONTEXT} {key.key_id}")
         session.add(SigningKeyRow(key_id=key.key_id, sealed_key=sealed, activate_time=activate_time))
         log.info("signing_key_made", key_id=key.key_id, activate_time=activate_time.isoformat())
         return key
 
     def _open(self, row: SigningKeyRow) -> SigningKey:
-        nonce, sealed = row.sealed_key[:_NONCE_BYTES], row.sealed_key[_NONCE_BYTES:]
-        try:
-            private = load_der_private_key(self._cipher.decrypt(nonce, sealed, row.key_id.encode()), None)
-        except InvalidTag:
-            raise RuntimeError("the signing keys were encrypted with another master key") from None
+        plain = self._seals.open(row.sealed_key, f"{_CONTEXT} {row.key_id}")
+        private = load_der_private_key(plain, None)
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         return SigningKey(row.key_id, private, row.activate_time)
 

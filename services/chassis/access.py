@@ -42,6 +42,8 @@ class Rule:
     permission: str
     callers: frozenset[str]
     path: tuple[str, ...]
+    sensitive: bool = False
+    recent: bool = False
 
 
 class MissingAccessError(Exception):
@@ -55,7 +57,15 @@ def rule_of(method: MethodDescriptor) -> Rule:
     if kind is None:
         raise MissingAccessError(f"{method.full_name} has no access option")
     path = tuple(option.resource.split(".")) if option.resource else ()
-    return Rule(method.full_name, kind, option.permission, frozenset(option.internal.callers), path)
+    return Rule(
+        method.full_name,
+        kind,
+        option.permission,
+        frozenset(option.internal.callers),
+        path,
+        sensitive=option.sensitive or option.recent,
+        recent=option.recent,
+    )
 
 
 def rules_of(services: Iterable[ServiceDescriptor]) -> dict[str, Rule]:
@@ -85,7 +95,8 @@ Credential = Callable[[message.Message, Metadata], Awaitable[None]]
 class Access:
     """Authenticates a call and decides whether it may go on.
 
-    `resources` are those of this service; `credentials` check what `write_key` and `share_link` methods carry.
+    `resources` are those of this service; `credentials` check what `write_key` and `share_link` methods carry;
+    `recent_seconds` is how long ago the caller of a `recent` method may have been authenticated.
     """
 
     def __init__(
@@ -98,6 +109,7 @@ class Access:
         db: async_sessionmaker[AsyncSession] | None = None,
         resources: Iterable[Resource] = (),
         credentials: Mapping[str, Credential] | None = None,
+        recent_seconds: float = 900,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._tokens = tokens
@@ -109,6 +121,7 @@ class Access:
             assert db is not None, "a service with resources has a database"
             self._readers = {r.type: _GrantReader(r, db) for r in self._resources.values()}
         self._credentials = credentials or {}
+        self._recent_seconds = recent_seconds
         self._now = now
 
     def check_rule(self, rule: Rule) -> None:
@@ -138,6 +151,8 @@ class Access:
             raise errors.unauthenticated("TOKEN_MISSING", "The call needs an access token.")
         claims = await self._tokens.verify(token)
         await self._revocations.check(claims.session_id)
+        if rule.sensitive:
+            self._check_person(rule, claims)
         return auth.Caller(claims=claims, service=service, token=token)
 
     async def authorize(
@@ -148,17 +163,38 @@ class Access:
             await self._credentials[rule.kind](request, metadata)
         if rule.kind != "permission" or caller.claims is None:
             return caller
-        workspace_id = _workspace_of(rule, request, metadata) or caller.claims.workspace_id
+        claims = caller.claims
+        workspace_id = _workspace_of(rule, request, metadata) or claims.workspace_id
         if not workspace_id:
             raise errors.not_found("WORKSPACE_NOT_FOUND", "The call names no workspace.")
+        if claims.impersonator_id and workspace_id != claims.workspace_id:
+            raise errors.not_found("WORKSPACE_NOT_FOUND", "There is no such workspace.")
         at_least = int(metadata.get(RIGHTS_VERSION_KEY, 0)) if caller.service else 0
-        rights = await self._rights.get(caller.claims.user_id, workspace_id, at_least)
+        rights = await self._rights.get(claims.user_id, workspace_id, at_least)
+        if rights.second_factor_required and claims.methods and not claims.has_second_factor:
+            raise errors.permission_denied(
+                "SECOND_FACTOR_REQUIRED", "The workspace requires a sign-in with a second factor."
+            )
+        if auth.FULL_SCOPE not in claims.scopes and rule.permission not in claims.scopes:
+            raise errors.permission_denied(
+                "SCOPE_MISSING",
+                f"The token's scope lacks the permission {rule.permission}.",
+                permission=rule.permission,
+            )
         if not rule.path or rule.path[-1] == WORKSPACE_FIELD:
             if rule.permission not in rights.permissions:
                 raise _missing(rule)
         else:
             await self._check_resources(rule, request, rights)
         return caller.in_workspace(rights)
+
+    def _check_person(self, rule: Rule, claims: auth.Claims) -> None:
+        if not claims.is_person:
+            raise errors.permission_denied("PERSON_REQUIRED", "Only the person itself may do this.")
+        if rule.recent and claims.auth_time < self._now().timestamp() - self._recent_seconds:
+            raise errors.permission_denied(
+                "REAUTHENTICATION_REQUIRED", "Prove once more who you are, then repeat the call."
+            )
 
     async def _check_resources(self, rule: Rule, request: message.Message, rights: Rights) -> None:
         resource = self._resources[_type_of(rule)]

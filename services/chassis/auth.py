@@ -43,11 +43,17 @@ MAX_TOKEN_BYTES = 4096
 _REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "client_id", "sid")
 # Allowed difference of clocks between machines.
 LEEWAY_SECONDS = 5
+# The scope of a token that is limited by nothing but the rights of its user.
+FULL_SCOPE = "meshboard"
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a verified access token says. Times are in seconds since 1970."""
+    """What a verified access token says. Times are in seconds since 1970.
+
+    `methods` says how the person was authenticated (RFC 8176), and is empty for service accounts; `scopes` are
+    permissions, or FULL_SCOPE; `impersonator_id` is the admin who acts as the user (`act`; RFC 8693, section 4.1).
+    """
 
     user_id: str
     session_id: str
@@ -55,6 +61,19 @@ class Claims:
     expire_time: float
     auth_time: int
     token_id: str
+    methods: tuple[str, ...] = ()
+    scopes: frozenset[str] = frozenset({FULL_SCOPE})
+    impersonator_id: str = ""
+
+    @property
+    def is_person(self) -> bool:
+        """Whether the user's own person calls: no service account, and nobody in its place."""
+        return bool(self.methods) and not self.impersonator_id
+
+    @property
+    def has_second_factor(self) -> bool:
+        """Whether the person has shown a second factor."""
+        return "mfa" in self.methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +223,19 @@ def _check_times(claims: dict[str, Any]) -> None:
         raise _Malformed("not valid yet")
 
 
+def _optional(claims: dict[str, Any]) -> tuple[tuple[str, ...], str, str]:
+    """`amr`, `scope` and the subject of `act`; without a scope a token may do nothing."""
+    methods, scope, act = claims.get("amr", []), claims.get("scope", ""), claims.get("act", {})
+    if not isinstance(methods, list) or not isinstance(scope, str) or not isinstance(act, dict):
+        raise _Malformed("a claim has another type")
+    impersonator_id = act.get("sub", "")
+    if not isinstance(impersonator_id, str) or not all(isinstance(method, str) for method in methods):
+        raise _Malformed("not text")
+    if act and not impersonator_id:
+        raise _Malformed("someone unknown acts")
+    return tuple(methods), scope, impersonator_id
+
+
 def _invalid() -> errors.Error:
     return errors.unauthenticated("TOKEN_INVALID", "The access token is not valid.")
 
@@ -258,6 +290,7 @@ class TokenVerifier:
             text = [claims["sub"], claims["sid"], claims.get("wid", ""), claims["jti"]]
             if not all(isinstance(value, str) for value in text):
                 raise _Malformed("not text")
+            methods, scope, impersonator_id = _optional(claims)
         except _Malformed as error:
             log.info("token_refused", why=str(error))
             raise _invalid() from error
@@ -268,6 +301,9 @@ class TokenVerifier:
             expire_time=claims["exp"],
             auth_time=claims.get("auth_time", claims["iat"]),
             token_id=claims["jti"],
+            methods=methods,
+            scopes=frozenset(scope.split()),
+            impersonator_id=impersonator_id,
         )
         self._verified[token] = (verified, key_id)
         if len(self._verified) > self._size:

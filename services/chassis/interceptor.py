@@ -254,5 +254,7 @@ def warm_up(*requests: message.Message) -> None:
 
 
 def _actor(who: auth.Caller) -> str:
-    """Who causes what this call changes, for the events that tell of it."""
+    """Who causes what this call changes, for the events that tell of it; an impersonator comes after a comma."""
+    if who.claims and who.claims.impersonator_id:
+        return f"{who.claims.user_id},{who.claims.impersonator_id}"
     return who.claims.user_id if who.claims else f"service:{who.service}" if who.service else ""

@@ -45,6 +45,10 @@ _ADMIN = _EDITOR | {
     "sources.grant",
     "dashboards.delete",
     "dashboards.grant",
+    "service_accounts.view",
+    "service_accounts.edit",
+    "members.impersonate",
+    "audit.view",
 }
 _OWNER = _ADMIN | {"workspaces.delete"}
 
@@ -56,7 +60,10 @@ _BELOW = dict(zip(ROLES, [frozenset[str](), *ROLES.values()], strict=False))
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What user_svc says of a user in a workspace. `version` grows with each change of rights in the workspace."""
+    """What user_svc says of a user in a workspace. `version` grows with each change of rights in the workspace.
+
+    `second_factor_required` says that the workspace wants its members to have signed in with one.
+    """
 
     user_id: str
     workspace_id: str
@@ -64,6 +71,7 @@ class Rights:
     permissions: frozenset[str]
     team_ids: frozenset[str]
     version: int
+    second_factor_required: bool = False
 
 
 @dataclass(frozen=True, slots=True)

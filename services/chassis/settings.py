@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -28,7 +28,9 @@ class Settings(BaseSettings):
     dashboard_address: str = "127.0.0.1:8085"
     analytics_address: str = "127.0.0.1:8086"
     keys_dir: Path
-    master_key_file: Path
+    # 32 bytes as base64, a key a line: the first one encrypts, the others are earlier ones. Or the same as a variable.
+    master_key_file: Path | None = None
+    master_key: SecretStr = SecretStr("")
     public_url: str = "http://127.0.0.1:8080"
     otlp_endpoint: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -37,17 +39,33 @@ class Settings(BaseSettings):
     call_seconds: float = 15.0
 
     def derived_key(self, purpose: str) -> bytes:
-        """32 bytes for one purpose, derived from the master key (HKDF-SHA256, RFC 5869)."""
+        """32 bytes for one purpose, derived from the present master key."""
+        return self.derived_keys(purpose)[0]
+
+    def derived_keys(self, purpose: str) -> list[bytes]:
+        """The keys for one purpose, of the present master key and of earlier ones (HKDF-SHA256, RFC 5869)."""
         # Imported here: 20 MB that the event store can do without.
         from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # noqa: PLC0415
 
-        master = base64.b64decode(self.master_key_file.read_text().strip(), validate=True)
-        if len(master) != 32:
-            raise ValueError(f"{self.master_key_file} must hold 32 bytes as base64")
-        return HKDF(algorithm=SHA256(), length=32, salt=None, info=f"meshboard {purpose}".encode()).derive(
-            master
-        )
+        info = f"meshboard {purpose}".encode()
+        return [
+            HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(key)
+            for key in self._master_keys()
+        ]
+
+    def _master_keys(self) -> list[bytes]:
+        text = self.master_key.get_secret_value()
+        where = "MESHBOARD_MASTER_KEY"
+        if self.master_key_file:
+            text, where = self.master_key_file.read_text(), str(self.master_key_file)
+        try:
+            keys = [base64.b64decode(line, validate=True) for line in text.split()]
+        except ValueError:
+            keys = []
+        if not keys or any(len(key) != 32 for key in keys):
+            raise ValueError(f"{where} must hold 32 bytes as base64, a key a line")
+        return keys
 
 
 S = TypeVar("S", bound=Settings)

@@ -79,6 +79,7 @@ def rights_from_pb(rights: workspace_pb2.Rights) -> Rights:
         permissions=frozenset(rights.permissions),
         team_ids=frozenset(rights.team_ids),
         version=rights.version,
+        second_factor_required=rights.second_factor_required,
     )
 
 

@@ -16,6 +16,7 @@ def user_to_pb(row: User) -> user_pb2.User:
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
+        kind=user_pb2.User.Kind.Value(row.kind),
     )
 
 
@@ -27,6 +28,7 @@ def workspace_to_pb(row: Workspace) -> workspace_pb2.Workspace:
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
+        require_second_factor=row.require_second_factor,
     )
 
 
@@ -62,4 +64,5 @@ def rights_to_pb(rights: Rights) -> workspace_pb2.Rights:
         permissions=sorted(rights.permissions),
         team_ids=sorted(rights.team_ids),
         version=rights.version,
+        second_factor_required=rights.second_factor_required,
     )

@@ -16,18 +16,25 @@ from meshboard.user.v1.internal_user_service_pb2 import (
     GetRightsResponse,
     GetSignInRequest,
     GetSignInResponse,
+    PutServiceUserRequest,
+    PutServiceUserResponse,
+    RemoveServiceUserRequest,
+    RemoveServiceUserResponse,
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors, outbox
 from services.chassis.rights import Fetch
-from services.user_svc.convert import rights_to_pb, user_to_pb, workspace_to_pb
+from services.user_svc.convert import member_to_pb, rights_to_pb, user_to_pb, workspace_to_pb
 from services.user_svc.models import Member, Team, User, Workspace
+from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
-from services.user_svc.workspaces import add_workspace
+from services.user_svc.workspaces import add_workspace, require_role
+
+SERVICE_ACCOUNT = "SERVICE_ACCOUNT"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -79,6 +86,70 @@ class InternalUserServicer(InternalUserServiceServicer):
             raise _ids_taken()
         user, workspace = row
         return CreateUserResponse(user=user_to_pb(user), workspace=workspace_to_pb(workspace))
+
+    async def PutServiceUser(
+        self, request: PutServiceUserRequest, context: Context
+    ) -> PutServiceUserResponse:
+        now = self.now()
+        async with self.db.begin() as session:
+            await lock_rights(session, request.workspace_id)
+            user = await session.get(User, request.user_id, with_for_update=True)
+            if user is None:
+                user = await self._add_service_user(session, request, now)
+            elif user.kind != SERVICE_ACCOUNT or not await session.get(
+                Member, (request.workspace_id, request.user_id)
+            ):
+                raise _ids_taken()
+            elif user.display_name != request.display_name:
+                user.display_name, user.update_time = request.display_name, now
+                user.version += 1
+                outbox.add(session, events_pb2.UserUpdated(user=user_to_pb(user)))
+        return PutServiceUserResponse(user=user_to_pb(user))
+
+    async def _add_service_user(
+        self, session: AsyncSession, request: PutServiceUserRequest, now: datetime
+    ) -> User:
+        require_role(request.role)
+        user = User(
+            user_id=request.user_id,
+            display_name=request.display_name,
+            email="",
+            kind=SERVICE_ACCOUNT,
+            version=1,
+            create_time=now,
+            update_time=now,
+        )
+        session.add(user)
+        await session.flush()
+        member = Member(
+            workspace_id=request.workspace_id, user_id=user.user_id, role=request.role, create_time=now
+        )
+        session.add(member)
+        await session.flush()
+        outbox.add(session, events_pb2.UserCreated(user=user_to_pb(user)))
+        added = events_pb2.MemberAdded(member=member_to_pb(member, user))
+        outbox.add(session, added, workspace_id=request.workspace_id)
+        await announce_rights(session, request.workspace_id)
+        return user
+
+    async def RemoveServiceUser(
+        self, request: RemoveServiceUserRequest, context: Context
+    ) -> RemoveServiceUserResponse:
+        async with self.db.begin() as session:
+            await lock_rights(session, request.workspace_id)
+            user = await session.get(User, request.user_id)
+            if user is None or user.kind != SERVICE_ACCOUNT:
+                return RemoveServiceUserResponse()
+            removed = await session.scalar(
+                delete(Member)
+                .where(Member.workspace_id == request.workspace_id, Member.user_id == request.user_id)
+                .returning(Member.user_id)
+            )
+            if removed is not None:
+                event = events_pb2.MemberRemoved(workspace_id=request.workspace_id, user_id=request.user_id)
+                outbox.add(session, event, workspace_id=request.workspace_id)
+                await announce_rights(session, request.workspace_id)
+        return RemoveServiceUserResponse()
 
     async def GetSignIn(self, request: GetSignInRequest, context: Context) -> GetSignInResponse:
         async with self.db() as session:

@@ -8,6 +8,7 @@ from sqlalchemy import (
     Index,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -22,7 +23,7 @@ class Table(DeclarativeBase):
 
 
 class User(Table):
-    """A person. `version` is the etag; `sign_in_time` is when the last session began."""
+    """A person, or a service account. `version` is the etag; `sign_in_time` is when the last session began."""
 
     __tablename__ = "users"
 
@@ -33,6 +34,7 @@ class User(Table):
     create_time: Mapped[Time]
     update_time: Mapped[Time]
     sign_in_time: Mapped[Time | None]
+    kind: Mapped[str] = mapped_column(Text, server_default=text("'PERSON'"))
 
 
 class Workspace(Table):
@@ -49,6 +51,7 @@ class Workspace(Table):
     request_id: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time]
     update_time: Mapped[Time]
+    require_second_factor: Mapped[bool] = mapped_column(server_default=false())
 
 
 class Member(Table):

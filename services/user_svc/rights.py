@@ -22,7 +22,7 @@ _RIGHTS = text("""
         SELECT teams.team_id, teams.parent_team_id
         FROM above JOIN teams ON teams.workspace_id = :workspace_id AND teams.team_id = above.parent_team_id
     )
-    SELECT role, rights_version, ARRAY(SELECT team_id::text FROM above)
+    SELECT role, rights_version, require_second_factor, ARRAY(SELECT team_id::text FROM above)
     FROM members JOIN workspaces USING (workspace_id)
     WHERE workspace_id = :workspace_id AND user_id = :user_id
 """).bindparams(
@@ -41,8 +41,16 @@ def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
             raise errors.not_found(
                 "WORKSPACE_NOT_FOUND", "There is no such workspace.", workspace_id=workspace_id
             )
-        role, version, team_ids = row
-        return Rights(user_id, workspace_id, role, ROLES.get(role, frozenset()), frozenset(team_ids), version)
+        role, version, second_factor_required, team_ids = row
+        return Rights(
+            user_id,
+            workspace_id,
+            role,
+            ROLES.get(role, frozenset()),
+            frozenset(team_ids),
+            version,
+            second_factor_required,
+        )
 
     return fetch
 

@@ -108,12 +108,20 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         workspace_id = auth.caller().workspace_id
         changes = {
             field: getattr(request.workspace, field)
-            for field in changed_fields(request.workspace, request.update_mask, {"title"})
+            for field in changed_fields(
+                request.workspace, request.update_mask, {"title", "require_second_factor"}
+            )
         }
         if changes.get("title") == "":
             raise errors.invalid_fields([("workspace.title", "must have at least 1 character")])
+        claims = auth.caller().claims
+        if changes.get("require_second_factor") and claims and not claims.has_second_factor:
+            raise errors.permission_denied(
+                "SECOND_FACTOR_REQUIRED", "Only who has signed in with a second factor can require one."
+            )
         etag = request.workspace.etag
         async with self.db.begin() as session:
+            await lock_rights(session, workspace_id)
             workspace = await session.scalar(
                 update(Workspace)
                 .where(
@@ -127,11 +135,13 @@ class WorkspaceServicer(WorkspaceServiceServicer):
                 raise errors.etag_mismatch()
             event = events_pb2.WorkspaceUpdated(workspace=workspace_to_pb(workspace))
             outbox.add(session, event, workspace_id=workspace_id)
+            if "require_second_factor" in changes:
+                await announce_rights(session, workspace_id)
         return UpdateWorkspaceResponse(workspace=workspace_to_pb(workspace))
 
     async def AddMember(self, request: AddMemberRequest, context: Context) -> AddMemberResponse:
         caller = auth.caller()
-        _require_role(request.role)
+        require_role(request.role)
         async with self.db.begin() as session:
             await lock_rights(session, caller.workspace_id)
             await _require_owner_for(session, request.role)
@@ -177,7 +187,7 @@ class WorkspaceServicer(WorkspaceServiceServicer):
 
     async def UpdateMember(self, request: UpdateMemberRequest, context: Context) -> UpdateMemberResponse:
         workspace_id = auth.caller().workspace_id
-        _require_role(request.role)
+        require_role(request.role)
         async with self.db.begin() as session:
             await lock_rights(session, workspace_id)
             member, user = await _find_member(session, workspace_id, request.user_id)
@@ -240,7 +250,8 @@ async def add_workspace(
     return workspace
 
 
-def _require_role(role: str) -> None:
+def require_role(role: str) -> None:
+    """Raises INVALID_ARGUMENT (ROLE_UNKNOWN) for a role that is not there."""
     if role not in ROLES:
         raise errors.invalid_argument(
             "ROLE_UNKNOWN", f"There is no such role; these are: {', '.join(ROLES)}.", field="role", role=role

@@ -12,7 +12,8 @@ from redis.asyncio import Redis
 from sqlalchemy import update
 
 from services.auth_svc.models import Account
-from services.auth_svc.sign_in_delays import SignInDelays
+from services.auth_svc.guesses import Guesses
+from services.auth_svc.origins import Origin
 from services.chassis import errors
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, new_email
 from tests.conditions import eventually
@@ -124,12 +125,12 @@ async def test_hashes_anew_what_was_hashed_with_other_parameters(services: Servi
 
 async def test_is_refused_while_failures_cannot_be_counted(services: Services, tmp_path: Path):
     away = Redis.from_url(f"unix://{tmp_path}/nobody.sock")
-    delays = SignInDelays(away, services.auth_settings)
-    for call in (delays.check("a", "b"), delays.failed("a", "b")):
-        with pytest.raises(errors.Error) as failure:
-            await call
-        assert (failure.value.code, failure.value.reason) == (
-            grpc.StatusCode.UNAVAILABLE,
-            "DEPENDENCY_UNAVAILABLE",
-        )
+    guesses = Guesses(away, services.auth_settings, bytes(32))
+    with pytest.raises(errors.Error) as failure:
+        async with guesses.attempt("sign-in", "a", Origin("192.0.2.1")):
+            raise AssertionError("a guess was let through")
+    assert (failure.value.code, failure.value.reason) == (
+        grpc.StatusCode.UNAVAILABLE,
+        "DEPENDENCY_UNAVAILABLE",
+    )
     await away.aclose()

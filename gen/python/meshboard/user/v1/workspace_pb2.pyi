@@ -167,7 +167,6 @@ class Rights(_message.Message):
     TEAM_IDS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SECOND_FACTOR_REQUIRED_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user."""
     workspace_id: _builtins.str
@@ -178,8 +177,6 @@ class Rights(_message.Message):
     """Grows with each change of rights in the workspace."""
     second_factor_required: _builtins.bool
     """Whether the user must have signed in with a second factor."""
-    kind: _user_pb2.User.Kind.ValueType
-    """What the user is."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The permissions of the role, sorted."""
@@ -198,11 +195,10 @@ class Rights(_message.Message):
         team_ids: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.int = ...,
         second_factor_required: _builtins.bool = ...,
-        kind: _user_pb2.User.Kind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

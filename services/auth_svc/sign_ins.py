@@ -1,0 +1,327 @@
+"""Signing up, in and out, and keeping a session going."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import grpc.aio
+from meshboard.auth.v1.auth_service_pb2 import (
+    BeginPasskeySignInRequest,
+    BeginPasskeySignInResponse,
+    CompleteSignInRequest,
+    CompleteSignInResponse,
+    GetJwksRequest,
+    GetJwksResponse,
+    RefreshRequest,
+    RefreshResponse,
+    SignInRequest,
+    SignInResponse,
+    SignOutRequest,
+    SignOutResponse,
+    SignUpRequest,
+    SignUpResponse,
+)
+from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceServicer
+from meshboard.auth.v1.events_pb2 import SessionRevoked
+from meshboard.auth.v1.factor_pb2 import Factor
+from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
+from meshboard.user.v1.internal_user_service_pb2 import GetSignInRequest
+from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.auth_svc import audit, sessions
+from services.auth_svc.emails import email_key
+from services.auth_svc.guesses import Guesses
+from services.auth_svc.models import Account, Session
+from services.auth_svc.origins import Origin, origin_of
+from services.auth_svc.passwords import Passwords
+from services.auth_svc.second_factors import SecondFactors
+from services.auth_svc.sessions import PASSWORD, Verdict
+from services.auth_svc.settings import AuthSettings
+from services.auth_svc.sign_ups import SignUps
+from services.auth_svc.signing_keys import SigningKeys, jwks
+from services.auth_svc.tickets import Purpose, Tickets
+from services.auth_svc.tokens import Tokens
+from services.chassis import auth, errors
+from services.chassis.cache import CachedMessages
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True)
+class AuthServicer(AuthServiceServicer):
+    """`alive` remembers which sessions are alive, for CheckSession."""
+
+    db: async_sessionmaker[AsyncSession]
+    settings: AuthSettings
+    users: InternalUserServiceStub
+    sign_ups: SignUps
+    passwords: Passwords
+    guesses: Guesses
+    tickets: Tickets
+    second_factors: SecondFactors
+    tokens: Tokens
+    keys: SigningKeys
+    alive: CachedMessages[CheckSessionResponse]
+    now: Callable[[], datetime]
+
+    async def SignUp(self, request: SignUpRequest, context: Context) -> SignUpResponse:
+        origin = self._origin(request, context)
+        self.passwords.refuse_common(request.password, "password")
+        if self.settings.require_verified_email:
+            await self.sign_ups.mail_link(request)
+            return SignUpResponse()
+        signed_up = await self.sign_ups.sign_up(request, origin)
+        return SignUpResponse(
+            user=signed_up.user,
+            workspace=signed_up.workspace,
+            **await self.tokens.give(context, signed_up.begun),
+        )
+
+    async def SignIn(self, request: SignInRequest, context: Context) -> SignInResponse:
+        origin = self._origin(request, context)
+        key = email_key(request.email)
+        async with self.db() as session:
+            account = await session.scalar(select(Account).where(Account.email_key == key))
+        if account is not None and account.activate_time is None:
+            account = None
+        device_token = self._device_token(account.user_id if account else "", request.device_token, origin)
+        async with self.guesses.attempt("sign-in", key, origin, device_token) as attempt:
+            # The same work for an unknown address, so that the time does not tell.
+            right = await self.passwords.verify(account.password_hash if account else None, request.password)
+            attempt.settle(right)
+        if account is None or not right:
+            await self._refuse(origin, account.user_id if account else "", "CREDENTIALS_WRONG")
+            raise errors.unauthenticated("CREDENTIALS_WRONG", "The address or the password is wrong.")
+        if account.disable_time:
+            await self._refuse(origin, account.user_id, "ACCOUNT_DISABLED")
+            raise _account_disabled()
+        await self._keep_hash_strong(account, request.password)
+        async with self.db.begin() as session:
+            kinds = await self.second_factors.kinds(session, account.user_id)
+            if kinds:
+                return await self._ask_for_second_factor(session, account.user_id, kinds)
+        return SignInResponse(
+            **await self._begin(
+                context,
+                origin,
+                account.user_id,
+                methods=(PASSWORD,),
+                in_cookies=request.cookies,
+                device_token=device_token,
+            )
+        )
+
+    async def _ask_for_second_factor(
+        self, session: AsyncSession, user_id: str, kinds: list[Factor.Kind.ValueType]
+    ) -> SignInResponse:
+        response = SignInResponse(factors=kinds)
+        remembered: dict[str, Any] = {}
+        if Factor.PASSKEY in kinds:
+            options, remembered = await self.second_factors.challenge(session, user_id)
+            response.passkey_options.CopyFrom(options)
+        response.mfa_token = self.tickets.give(session, Purpose.SECOND_FACTOR, user_id, remembered)
+        return response
+
+    async def BeginPasskeySignIn(
+        self, request: BeginPasskeySignInRequest, context: Context
+    ) -> BeginPasskeySignInResponse:
+        async with self.db.begin() as session:
+            options, remembered = await self.second_factors.challenge(session, None)
+            mfa_token = self.tickets.give(session, Purpose.PASSKEY_SIGN_IN, None, remembered)
+        return BeginPasskeySignInResponse(mfa_token=mfa_token, options=options)
+
+    async def CompleteSignIn(
+        self, request: CompleteSignInRequest, context: Context
+    ) -> CompleteSignInResponse:
+        origin = self._origin(request, context)
+        steps = {Purpose.SECOND_FACTOR, Purpose.PASSKEY_SIGN_IN}
+        async with self.db() as session:
+            found = await self.tickets.look(session, steps, request.mfa_token)
+        if found is None:
+            await self.guesses.address_failed("step", origin)
+            raise errors.unauthenticated("MFA_TOKEN_INVALID", "The first step was too long ago: begin again.")
+        purpose, ticket = found
+        user_id = ticket.user_id or ""
+        device_token = self._device_token(user_id, request.device_token, origin)
+        async with self.guesses.attempt("second-factor", user_id, origin, device_token) as attempt:
+            async with self.db.begin() as session:
+                # The ticket and the code are used up together, or not at all.
+                proved = await self.second_factors.check(session, ticket.user_id, request, ticket.data)
+                used = proved and await self.tickets.redeem(session, purpose, request.mfa_token)
+            attempt.settle(bool(proved))
+        if not proved:
+            await self._refuse(origin, user_id, "FACTOR_WRONG")
+            raise errors.unauthenticated(
+                "FACTOR_WRONG", "The code or the passkey is wrong, or was used before."
+            )
+        if not used:  # somebody else was faster with the same token
+            raise errors.unauthenticated("MFA_TOKEN_INVALID", "The first step was used already: begin again.")
+        methods = (PASSWORD,) if purpose is Purpose.SECOND_FACTOR else ()
+        fields = await self._begin(
+            context,
+            origin,
+            proved.user_id,
+            methods=(*methods, *proved.methods),
+            in_cookies=request.cookies,
+            device_token=self._device_token(proved.user_id, request.device_token, origin),
+        )
+        return CompleteSignInResponse(**fields)
+
+    async def _begin(
+        self,
+        context: Context,
+        origin: Origin,
+        user_id: str,
+        *,
+        methods: tuple[str, ...],
+        in_cookies: bool,
+        device_token: str,
+    ) -> dict[str, Any]:
+        """Begins a session in the workspace of the last time, and gives the fields of the answer."""
+        async with self.db() as session:
+            wanted = await session.scalar(select(Account.last_workspace_id).where(Account.user_id == user_id))
+        signed_in = await self.users.GetSignIn(GetSignInRequest(user_id=user_id, workspace_id=wanted or ""))
+        workspace_id = signed_in.workspace.workspace_id
+        now = self.now()
+        async with self.db.begin() as session:
+            # The row is locked: an account that is disabled meanwhile gets no session that outlives it.
+            account = await session.scalar(
+                update(Account)
+                .where(Account.user_id == user_id)
+                .values(last_workspace_id=workspace_id or None)
+                .returning(Account)
+            )
+            disabled = account is None or account.disable_time is not None
+            if not disabled:
+                begun = sessions.begin(
+                    session,
+                    user_id,
+                    workspace_id,
+                    origin=origin,
+                    methods=methods,
+                    settings=self.settings,
+                    now=now,
+                    in_cookies=in_cookies,
+                )
+                audit.record(
+                    session,
+                    "session.begun",
+                    origin,
+                    now,
+                    actor_id=user_id,
+                    subject_id=user_id,
+                    workspace_id=workspace_id,
+                    session_id=begun.session.session_id,
+                    methods=list(methods),
+                )
+        if disabled:
+            await self._refuse(origin, user_id, "ACCOUNT_DISABLED")
+            raise _account_disabled()
+        return {
+            "user": signed_in.user,
+            "workspace": signed_in.workspace if workspace_id else None,
+            **await self.tokens.give(context, begun, device_token=device_token),
+        }
+
+    async def Refresh(self, request: RefreshRequest, context: Context) -> RefreshResponse:
+        origin = origin_of(context)
+        spelled = request.refresh_token or origin.refresh_cookie
+        refresh_key = request.refresh_key or ("" if request.refresh_token else origin.refresh_key_cookie)
+        token = self.tokens.read_refresh_token(spelled)
+        if token is None:
+            raise _refresh_token_invalid()
+        now = self.now()
+        # The verdict leaves the transaction as a value: an error would take the revocation back.
+        async with self.db.begin() as session:
+            verdict, row = await sessions.exchange(
+                session, token, refresh_key, origin=origin, settings=self.settings, now=now
+            )
+            if verdict is Verdict.REUSED:
+                assert row is not None
+                self._note_end(session, row, origin, now, reason="REFRESH_TOKEN_REUSED")
+        match verdict:
+            case Verdict.SUPERSEDED:
+                raise errors.aborted(
+                    "REFRESH_TOKEN_SUPERSEDED", "The refresh token was exchanged already: use the newest one."
+                )
+            case Verdict.REUSED:
+                assert row is not None
+                await self.alive.invalidate(row.session_id)
+                raise errors.unauthenticated(
+                    "REFRESH_TOKEN_REUSED", "An old refresh token was used again: the session is revoked."
+                )
+            case Verdict.EXCHANGED:
+                assert row is not None
+                return RefreshResponse(**await self.tokens.give_next(context, row, token.successor()))
+            case Verdict.INVALID:
+                raise _refresh_token_invalid()
+
+    async def SignOut(self, request: SignOutRequest, context: Context) -> SignOutResponse:
+        session_id, origin, now = auth.caller().session_id, origin_of(context), self.now()
+        async with self.db.begin() as session:
+            row = await sessions.revoke(session, session_id, SessionRevoked.SIGNED_OUT, now)
+            if row is not None:
+                self._note_end(session, row, origin, now)
+        await self.alive.invalidate(session_id)
+        if row is not None and row.in_cookies:
+            await self.tokens.take_back_cookies(context)
+        return SignOutResponse()
+
+    async def GetJwks(self, request: GetJwksRequest, context: Context) -> GetJwksResponse:
+        return jwks(await self.keys.public_keys())
+
+    def _origin(
+        self, request: SignUpRequest | SignInRequest | CompleteSignInRequest, context: Context
+    ) -> Origin:
+        origin = origin_of(context)
+        if request.cookies:
+            self.tokens.check_page(origin)
+        return origin
+
+    def _device_token(self, user_id: str, shown: str, origin: Origin) -> str:
+        """The device token that the caller has shown, if it is one of this account."""
+        token = shown or origin.device_cookie
+        return token if self.guesses.knows_device(user_id, token) else ""
+
+    async def _keep_hash_strong(self, account: Account, password: str) -> None:
+        if not self.passwords.is_outdated(account.password_hash):
+            return
+        rehashed = await self.passwords.hash(password)
+        async with self.db.begin() as session:
+            await session.execute(
+                update(Account)
+                .where(Account.user_id == account.user_id, Account.password_hash == account.password_hash)
+                .values(password_hash=rehashed)
+            )
+
+    async def _refuse(self, origin: Origin, user_id: str, reason: str) -> None:
+        """Notes a sign-in that was refused; for unknown addresses too, so that the time does not tell."""
+        async with self.db.begin() as session:
+            audit.record(
+                session, "session.begun", origin, self.now(), reason=reason, actor_id="", subject_id=user_id
+            )
+
+    def _note_end(
+        self, session: AsyncSession, row: Session, origin: Origin, now: datetime, **details: str
+    ) -> None:
+        audit.record(
+            session,
+            "session.ended",
+            origin,
+            now,
+            subject_id=row.user_id,
+            workspace_id=row.workspace_id or "",
+            session_id=row.session_id,
+            cause=details.get("reason", "SIGNED_OUT"),
+        )
+
+
+def _account_disabled() -> errors.Error:
+    return errors.permission_denied("ACCOUNT_DISABLED", "The account is disabled.")
+
+
+def _refresh_token_invalid() -> errors.Error:
+    return errors.unauthenticated("REFRESH_TOKEN_INVALID", "The refresh token is not valid: sign in again.")
