@@ -11,8 +11,8 @@ from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from redis.asyncio import Redis
 from sqlalchemy import update
 
-from services.auth_svc.models import Account
 from services.auth_svc.guesses import Guesses
+from services.auth_svc.models import Account
 from services.auth_svc.origins import Origin
 from services.chassis import errors
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, new_email
