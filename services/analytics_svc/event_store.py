@@ -3,6 +3,7 @@
 The store is `store.py` (chDB) or a ClickHouse server; the statements are the same for both.
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ class EventStore:
                 async with self._session.post(
                     self._url,
                     params=query,
-                    data=data or sql.encode(),
+                    # As a file, so that megabytes are sent in pieces and do not hold up the event loop.
+                    data=io.BytesIO(data) if data else sql.encode(),
                     headers=telemetry.trace_headers(),
                     # The store ends the statement by itself; this is for a store that hangs.
                     timeout=aiohttp.ClientTimeout(total=timeout + 5),

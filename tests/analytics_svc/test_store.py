@@ -113,6 +113,13 @@ async def test_keeps_one_of_two_inserts_with_the_same_token(store: EventStore) -
         await store.insert(f"INSERT INTO {table} (a) FORMAT JSONEachRow", b'{"a":"x"}\n', token="third")
 
 
+async def test_takes_megabytes_without_a_warning(store: EventStore) -> None:
+    table = f"t{uuid4().hex}"
+    await store.execute(f"CREATE TABLE {table} (a UInt64) ENGINE = MergeTree ORDER BY a")
+    await store.insert(f"INSERT INTO {table} (a) FORMAT CSV", b"1234567\n" * 250_000, token="large")
+    assert (await store.query(f"SELECT count(), sum(a) FROM {table}")).rows == [[250_000, 1234567 * 250_000]]
+
+
 async def test_keeps_its_rows_through_kill_9_and_ends_cleanly() -> None:
     async with running_store() as process:
         store = EventStore(process.url)

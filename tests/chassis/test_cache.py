@@ -116,9 +116,10 @@ async def test_a_cancelled_reader_does_not_spoil_the_others(users: Users, databa
 
 
 async def test_the_last_cancelled_reader_cancels_the_load(users: Users, database: Database) -> None:
-    cancelled = asyncio.Event()
+    began, cancelled = asyncio.Event(), asyncio.Event()
 
     async def load() -> User | None:
+        began.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -127,7 +128,7 @@ async def test_the_last_cancelled_reader_cancels_the_load(users: Users, database
         return None
 
     reader = asyncio.create_task(users.get("k", load))
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(began.wait(), 5)
     reader.cancel()
     with suppress(asyncio.CancelledError):
         await reader
