@@ -3,6 +3,7 @@
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
+from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
@@ -12,9 +13,10 @@ from services.auth_svc.consumers import on_member_removed, on_user_updated
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.mails import Mails
+from services.auth_svc.own_sessions import SessionServicer
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
-from services.auth_svc.sessions import own_sessions
+from services.auth_svc.sessions import sessions_in_table
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.sign_ins import AuthServicer
 from services.auth_svc.sign_ups import SignUps
@@ -29,6 +31,7 @@ from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
 from services.chassis.sealing import Seals
 from services.chassis.server import Server, main
@@ -49,7 +52,7 @@ async def serve(settings: AuthSettings) -> None:
     users = user_peer.stub(InternalUserServiceStub)
 
     rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
-    revocations = await trust.follow_revocations(bus, *own_sessions(sessions, settings, now))
+    revocations = await trust.follow_revocations(bus, *sessions_in_table(sessions, settings, now))
     verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
     access = Access(verifier, service_tokens, revocations, rights, recent_seconds=settings.recent_seconds)
 
@@ -76,11 +79,14 @@ async def serve(settings: AuthSettings) -> None:
         alive=alive,
         now=now,
     )
+    pages = Pages(settings.derived_key("page tokens"))
+    own_sessions = SessionServicer(sessions, pages, alive, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,
         [
             lambda server: add_AuthServiceServicer_to_server(sign_ins, server),
+            lambda server: add_SessionServiceServicer_to_server(own_sessions, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
         ],
         access,

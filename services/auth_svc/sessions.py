@@ -259,7 +259,7 @@ async def is_alive(db: async_sessionmaker[AsyncSession], session_id: str, now: d
         return (await session.scalar(of_session.union_all(of_key))) is not None
 
 
-def own_sessions(
+def sessions_in_table(
     db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: Callable[[], datetime]
 ) -> tuple[Load, Ask]:
     """What other services ask over the network (chassis.trust.sessions_of), from the table."""
