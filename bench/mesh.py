@@ -52,6 +52,10 @@ class Mesh:
         """Host and port of a service's gRPC, past the gateway."""
         return f"127.0.0.1:{self.stack.port_of(service)}"
 
+    def environment(self, part: str) -> Mapping[str, str]:
+        """The settings that a part was started with."""
+        return next(each for each in self.stack.parts() if each.name == part).env
+
     def calls_answered(self, service: str, method: str) -> int:
         """How many calls of a method (`meshboard.user.v1.UserService.GetMe`) the service answered with OK."""
         address = f"127.0.0.1:{self.stack.port_of(f'{service}_private')}"
@@ -125,6 +129,20 @@ class Account:
         answer = self._call("/v1/auth:signUp", {**self._credentials, "displayName": "Bench"}, token="")
         self.token = str(answer["accessToken"])
         self._expiry = time.monotonic() + answer["expiresInSeconds"] / 2
+
+    @property
+    def email(self) -> str:
+        """The address of the account."""
+        return self._credentials["email"]
+
+    @property
+    def password(self) -> str:
+        """The password of the account."""
+        return self._credentials["password"]
+
+    def sign_in(self) -> str:
+        """The refresh token of another session."""
+        return str(self._call("/v1/auth:signIn", self._credentials, token="")["refreshToken"])
 
     def authorization(self) -> tuple[tuple[str, str], ...]:
         """The header of a call, good for minutes."""
