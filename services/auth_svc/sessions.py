@@ -2,12 +2,12 @@
 
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from enum import Enum
 
 from meshboard.auth.v1.events_pb2 import SessionRevoked, SignedIn
-from sqlalchemy import or_, select
+from sqlalchemy import Integer, bindparam, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
@@ -18,6 +18,7 @@ from services.auth_svc.refresh_tokens import RefreshToken, fingerprint
 from services.auth_svc.settings import AuthSettings
 from services.chassis import outbox
 from services.chassis.auth import LEEWAY_SECONDS
+from services.chassis.db import at_once
 from services.chassis.times import timestamp_of
 from services.chassis.trust import Ask, Load
 
@@ -125,6 +126,63 @@ class Verdict(Enum):
     INVALID = "invalid"
 
 
+@dataclass(frozen=True, slots=True)
+class Going:
+    """What tokens say of a session that goes on."""
+
+    user_id: str
+    session_id: str
+    workspace_id: str | None
+    methods: list[str]
+    auth_time: datetime
+    expire_time: datetime
+    end_time: datetime
+    in_cookies: bool
+    impersonator_id: str | None
+
+
+# Made once: building a statement costs more than running it.
+_EXCHANGE_NEWEST = (
+    update(Session)
+    .where(
+        Session.family_hash == bindparam("of_family"),
+        Session.generation == bindparam("held", type_=Integer),
+        Session.revoke_time.is_(None),
+        Session.expire_time > bindparam("present"),
+    )
+    .values(
+        generation=Session.generation + 1,
+        last_use_time=bindparam("present"),
+        expire_time=func.least(bindparam("idle_end", type_=Session.expire_time.type), Session.end_time),
+        user_agent=bindparam("by"),
+        address=bindparam("from_address"),
+    )
+    .returning(*(getattr(Session, each.name) for each in fields(Going)))
+)
+
+
+async def exchange_newest(
+    db: async_sessionmaker[AsyncSession],
+    token: RefreshToken,
+    *,
+    origin: Origin,
+    settings: AuthSettings,
+    now: datetime,
+) -> Going | None:
+    """Exchanges the newest refresh token of a session, in one statement; None for any other one (see `exchange`)."""
+    parameters = {
+        "of_family": fingerprint(token.family),
+        "held": token.generation,
+        "present": now,
+        "idle_end": now + timedelta(seconds=settings.session_seconds),
+        "by": origin.user_agent,
+        "from_address": origin.address,
+    }
+    async with at_once(db) as connection:
+        row = (await connection.execute(_EXCHANGE_NEWEST, parameters)).one_or_none()
+    return Going(*row) if row is not None else None
+
+
 async def exchange(
     session: AsyncSession,
     token: RefreshToken,
@@ -134,7 +192,7 @@ async def exchange(
     settings: AuthSettings,
     now: datetime,
 ) -> tuple[Verdict, Session | None]:
-    """Judges a refresh token, and does what follows from that; the lock on the session's row settles races.
+    """Judges a refresh token that is not the newest one, or was not a moment ago; the lock on the row settles races.
 
     After EXCHANGED the session's newest token is the successor of `token`. After REUSED it is revoked. Source: RFC
     9700, section 4.14.

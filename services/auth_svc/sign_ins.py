@@ -234,6 +234,9 @@ class AuthServicer(AuthServiceServicer):
         if token is None:
             raise _refresh_token_invalid()
         now = self.now()
+        going = await sessions.exchange_newest(self.db, token, origin=origin, settings=self.settings, now=now)
+        if going is not None:
+            return RefreshResponse(**await self.tokens.give_next(context, going, token.successor()))
         # The verdict leaves the transaction as a value: an error would take the revocation back.
         async with self.db.begin() as session:
             verdict, row = await sessions.exchange(

@@ -14,7 +14,7 @@ from services.auth_svc.guesses import Guesses
 from services.auth_svc.models import ApiKey, Session
 from services.auth_svc.origins import Origin
 from services.auth_svc.refresh_tokens import RefreshToken
-from services.auth_svc.sessions import Begun
+from services.auth_svc.sessions import Begun, Going
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.signing_keys import SigningKeys
 from services.chassis import errors
@@ -57,7 +57,7 @@ class Tokens:
             {"refresh_token": refresh_token, "refresh_key": begun.refresh_key, "device_token": device_token},
         )
 
-    async def give_next(self, context: Context, row: Session, token: RefreshToken) -> dict[str, Any]:
+    async def give_next(self, context: Context, row: Session | Going, token: RefreshToken) -> dict[str, Any]:
         """The tokens of a session that goes on."""
         refresh_token = refresh_tokens.spell(token, self.refresh_token_keys[0])
         return await self._answer(context, row, {"refresh_token": refresh_token})
@@ -86,7 +86,7 @@ class Tokens:
             }
         )
 
-    def access_token(self, row: Session) -> str:
+    def access_token(self, row: Session | Going) -> str:
         """An access token of the session."""
         claims: dict[str, Any] = {
             "sub": row.user_id,
@@ -118,7 +118,9 @@ class Tokens:
             headers={"typ": ACCESS_TOKEN_TYPE, "kid": key.key_id},
         )
 
-    async def _answer(self, context: Context, row: Session, secrets: dict[str, str]) -> dict[str, Any]:
+    async def _answer(
+        self, context: Context, row: Session | Going, secrets: dict[str, str]
+    ) -> dict[str, Any]:
         seconds = self.settings.access_token_seconds
         access_token = self.access_token(row)
         if not row.in_cookies:
