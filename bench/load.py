@@ -251,7 +251,7 @@ async def _connect_grpc(load: Load) -> tuple[Call, Callable[[], Awaitable[None]]
 async def _connect_json(load: Load) -> tuple[Call, Callable[[], Awaitable[None]]]:
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=load.concurrency),
-        headers=[*load.headers, ("content-type", "application/json")],
+        headers={"content-type": "application/json", **dict(load.headers)},
     )
     url = f"http://{load.address}{load.path}"
 
