@@ -163,9 +163,7 @@ def _call(
     token: str = "",
 ) -> bytes:
     headers = {"Content-Type": content_type, **({"Authorization": f"Bearer {token}"} if token else {})}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", body, headers, method=method
-    )
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers, method=method)
     with urllib.request.urlopen(request, timeout=30) as response:
         answer: Any = response.read()
     return bytes(answer)
