@@ -13,6 +13,7 @@ import jwt
 import pytest
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse, SignUpRequest, SignUpResponse
 from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
+from meshboard.auth.v1.factor_service_pb2_grpc import FactorServiceStub
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
@@ -37,6 +38,7 @@ class Services:
     user_settings: Settings
     keys: Path
     auth: AuthServiceStub
+    factors: FactorServiceStub
     internal_auth: InternalAuthServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
@@ -143,6 +145,7 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             user_settings=user,
             keys=keys,
             auth=AuthServiceStub(auth_channel),
+            factors=FactorServiceStub(auth_channel),
             internal_auth=InternalAuthServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),
