@@ -1,6 +1,7 @@
 """auth_svc: `python -m services.auth_svc`."""
 
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
+from meshboard.auth.v1.factor_service_pb2_grpc import add_FactorServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
@@ -10,6 +11,7 @@ from redis.asyncio import Redis
 
 from services.auth_svc import reaper
 from services.auth_svc.consumers import on_member_removed, on_user_updated
+from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.mails import Mails
@@ -62,7 +64,7 @@ async def serve(settings: AuthSettings) -> None:
     guesses = Guesses(redis, settings, settings.derived_key("device-tokens"))
     tickets = Tickets(Seals(settings.derived_keys("tickets")), now)
     mails = Mails(Seals(settings.derived_keys("mails")))
-    second_factors = SecondFactors(Seals(settings.derived_keys("factors")), settings, now)
+    second_factors = SecondFactors(Seals(settings.derived_keys("factors")), settings, mails, now, new_id)
     tokens = Tokens(settings, keys, guesses, settings.derived_keys("refresh-tokens"), now)
     sign_ups = SignUps(sessions, settings, users, passwords, tickets, mails, now, new_id)
     sign_ins = AuthServicer(
@@ -81,12 +83,24 @@ async def serve(settings: AuthSettings) -> None:
     )
     pages = Pages(settings.derived_key("page tokens"))
     own_sessions = SessionServicer(sessions, pages, alive, now)
+    factors = FactorServicer(
+        db=sessions,
+        settings=settings,
+        pages=pages,
+        guesses=guesses,
+        tickets=tickets,
+        second_factors=second_factors,
+        tokens=tokens,
+        alive=alive,
+        now=now,
+    )
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,
         [
             lambda server: add_AuthServiceServicer_to_server(sign_ins, server),
             lambda server: add_SessionServiceServicer_to_server(own_sessions, server),
+            lambda server: add_FactorServiceServicer_to_server(factors, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
         ],
         access,

@@ -4,6 +4,8 @@ Their links begin with the configured address of the installation, whatever a re
 behind `#`: browsers keep that part to themselves, so that no log of a server or proxy has it.
 """
 
+from meshboard.auth.v1.factor_pb2 import Factor
+
 from services.auth_svc.settings import AuthSettings
 
 Letter = tuple[str, str]
@@ -45,3 +47,47 @@ def _link(settings: AuthSettings, what: str, token: str) -> str:
 
 def _letter(subject: str, *paragraphs: str) -> Letter:
     return subject, "\n\n".join(paragraphs) + "\n"
+
+
+def factor_added(settings: AuthSettings, kind: Factor.Kind.ValueType) -> Letter:
+    """Tells that an account has another second factor."""
+    return _letter(
+        "A second factor was added to your account",
+        f"{_FACTORS[kind]} was added to your Meshboard account as a second factor.",
+        _if_not_you(settings),
+    )
+
+
+def factor_removed(settings: AuthSettings, kind: Factor.Kind.ValueType) -> Letter:
+    """Tells that an account has a second factor less."""
+    return _letter(
+        "A second factor was removed from your account",
+        f"{_FACTORS[kind]} was removed from your Meshboard account. It is no second factor any more.",
+        _if_not_you(settings),
+    )
+
+
+def recovery_code_used(settings: AuthSettings, left: int) -> Letter:
+    """Tells that somebody has signed in with a recovery code."""
+    return _letter(
+        "A recovery code of your account was used",
+        "Someone has signed in to your Meshboard account with its password and a recovery code.",
+        f"Recovery codes that are left: {left}. You can replace them in the settings of your account.",
+        _if_not_you(settings),
+    )
+
+
+def recovery_codes_replaced(settings: AuthSettings) -> Letter:
+    """Tells that the recovery codes on paper are of no use any more."""
+    return _letter(
+        "The recovery codes of your account were replaced",
+        "Your Meshboard account has ten new recovery codes. The old ones do not work any more.",
+        _if_not_you(settings),
+    )
+
+
+_FACTORS = {Factor.TOTP: "An authenticator app", Factor.PASSKEY: "A passkey"}
+
+
+def _if_not_you(settings: AuthSettings) -> str:
+    return f"If it was not you, change your password at {settings.public_url}, and look at your second factors there."

@@ -148,7 +148,10 @@ class EmailChange(Table):
 
 
 class FactorRow(Table):
-    """A second factor: `sealed_secret` and `last_step` of an authenticator app, the others of a passkey."""
+    """A second factor: `sealed_secret` and `last_step` of an authenticator app, the others of a passkey.
+
+    The recovery codes of an account are one row, too.
+    """
 
     __tablename__ = "factors"
     __table_args__ = (

@@ -36,6 +36,7 @@ from services.auth_svc.emails import email_key
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.models import Account, Session
 from services.auth_svc.origins import Origin, origin_of
+from services.auth_svc.passkeys import WrongPasskey, user_id_of
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.sessions import PASSWORD, Verdict
@@ -145,20 +146,25 @@ class AuthServicer(AuthServiceServicer):
             raise errors.unauthenticated("MFA_TOKEN_INVALID", "The first step was too long ago: begin again.")
         purpose, ticket = found
         user_id = ticket.user_id or ""
-        device_token = self._device_token(user_id, request.device_token, origin)
+        device_token = self._device_token(user_id or _claimed_user_id(request), request.device_token, origin)
         async with self.guesses.attempt("second-factor", user_id, origin, device_token) as attempt:
             async with self.db.begin() as session:
-                # The ticket and the code are used up together, or not at all.
-                proved = await self.second_factors.check(session, ticket.user_id, request, ticket.data)
-                used = proved and await self.tickets.redeem(session, purpose, request.mfa_token)
-            attempt.settle(bool(proved))
+                # Locked: the ticket and the code are used up together, or not at all.
+                unused = await self.tickets.look(session, {purpose}, request.mfa_token) is not None
+                proved = unused and await self.second_factors.check(
+                    session, ticket.user_id, request, ticket.data, origin
+                )
+                if proved:
+                    await self.tickets.redeem(session, purpose, request.mfa_token)
+            if unused:
+                attempt.settle(bool(proved))
+        if not unused:  # somebody else was faster with the same token
+            raise errors.unauthenticated("MFA_TOKEN_INVALID", "The first step was used already: begin again.")
         if not proved:
             await self._refuse(origin, user_id, "FACTOR_WRONG")
             raise errors.unauthenticated(
                 "FACTOR_WRONG", "The code or the passkey is wrong, or was used before."
             )
-        if not used:  # somebody else was faster with the same token
-            raise errors.unauthenticated("MFA_TOKEN_INVALID", "The first step was used already: begin again.")
         methods = (PASSWORD,) if purpose is Purpose.SECOND_FACTOR else ()
         fields = await self._begin(
             context,
@@ -320,6 +326,14 @@ class AuthServicer(AuthServiceServicer):
             session_id=row.session_id,
             cause=details.get("reason", "SIGNED_OUT"),
         )
+
+
+def _claimed_user_id(request: CompleteSignInRequest) -> str:
+    """Whose a passkey says that it is: good enough to tell whether the device is known to that account."""
+    try:
+        return user_id_of(request.passkey)
+    except WrongPasskey:
+        return ""
 
 
 def _account_disabled() -> errors.Error:

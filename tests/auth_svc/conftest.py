@@ -13,6 +13,7 @@ import jwt
 import pytest
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse, SignUpRequest, SignUpResponse
 from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
+from meshboard.auth.v1.factor_service_pb2_grpc import FactorServiceStub
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.auth.v1.session_service_pb2_grpc import SessionServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
@@ -39,6 +40,7 @@ class Services:
     keys: Path
     auth: AuthServiceStub
     own_sessions: SessionServiceStub
+    factors: FactorServiceStub
     internal_auth: InternalAuthServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
@@ -146,6 +148,7 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             keys=keys,
             auth=AuthServiceStub(auth_channel),
             own_sessions=SessionServiceStub(auth_channel),
+            factors=FactorServiceStub(auth_channel),
             internal_auth=InternalAuthServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),

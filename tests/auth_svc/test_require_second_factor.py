@@ -1,0 +1,155 @@
+"""The workspace rule `require_second_factor`, through both services."""
+
+from collections.abc import Awaitable
+
+import grpc.aio
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from grpc import StatusCode
+from meshboard.auth.v1.auth_service_pb2 import CompleteSignInRequest, RefreshRequest
+from meshboard.user.v1.internal_user_service_pb2 import PutServiceUserRequest
+from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
+from meshboard.user.v1.workspace_pb2 import Workspace
+from meshboard.user.v1.workspace_service_pb2 import (
+    AddMemberRequest,
+    GetWorkspaceRequest,
+    GetWorkspaceResponse,
+    ListMembersRequest,
+    UpdateWorkspaceRequest,
+    UpdateWorkspaceResponse,
+)
+from redis.asyncio import Redis
+
+from services.auth_svc.guesses import Guesses
+from services.auth_svc.models import ApiKey
+from services.auth_svc.signing_keys import SigningKeys
+from services.auth_svc.tokens import Tokens
+from services.chassis.times import now
+from tests.auth_svc.conftest import Services, bearer, claims_of
+from tests.auth_svc.people import Metadata, Person, code_of, new_person, outcomes_of
+from tests.conditions import eventually
+from tests.harness import new_id, refused, service_metadata
+
+REQUIRED = (StatusCode.PERMISSION_DENIED, "SECOND_FACTOR_REQUIRED")
+
+
+@pytest.fixture
+async def owner(services: Services) -> Person:
+    return await new_person(services)
+
+
+def workspace_of(person: Person) -> str:
+    """The personal workspace, for which the tokens are."""
+    workspace_id: str = claims_of(person.access_token)["wid"]
+    return workspace_id
+
+
+def set_rule(owner: Person, required: bool) -> Awaitable[UpdateWorkspaceResponse]:
+    return owner.services.workspaces.UpdateWorkspace(
+        UpdateWorkspaceRequest(
+            workspace=Workspace(workspace_id=workspace_of(owner), require_second_factor=required),
+            update_mask=FieldMask(paths=["require_second_factor"]),
+        ),
+        metadata=owner.metadata,
+    )
+
+
+def get(services: Services, workspace_id: str, metadata: Metadata) -> Awaitable[GetWorkspaceResponse]:
+    return services.workspaces.GetWorkspace(GetWorkspaceRequest(workspace_id=workspace_id), metadata=metadata)
+
+
+async def join(owner: Person) -> Person:
+    member = await new_person(owner.services)
+    await owner.services.workspaces.AddMember(
+        AddMemberRequest(workspace_id=workspace_of(owner), user_id=member.user_id, role="viewer"),
+        metadata=owner.metadata,
+    )
+    return member
+
+
+async def test_keeps_out_who_has_no_second_factor_until_they_add_one(services: Services, owner: Person):
+    workspace_id, member = workspace_of(owner), await join(owner)
+    await get(services, workspace_id, member.metadata)
+    await owner.add_totp()
+    await set_rule(owner, True)
+
+    async def kept_out() -> bool:
+        return await outcomes_of(get(services, workspace_id, member.metadata)) == [REQUIRED]
+
+    await eventually(kept_out, seconds=2)
+    members = services.workspaces.ListMembers(
+        ListMembersRequest(workspace_id=workspace_id), metadata=member.metadata
+    )
+    assert await refused(members) == REQUIRED
+    # Their own workspace has no such rule, and what adds a factor is about no workspace.
+    await get(services, workspace_of(member), member.metadata)
+    secret, confirmed = await member.add_totp()
+    found = await get(services, workspace_id, member.metadata)
+    assert found.workspace.require_second_factor
+    refreshed = await services.auth.Refresh(RefreshRequest(refresh_token=confirmed.refresh_token))
+    await get(services, workspace_id, bearer(refreshed.access_token))
+    first = await member.first_step()
+    again = await member.second_step(
+        CompleteSignInRequest(mfa_token=first.mfa_token, totp_code=code_of(secret, 1))
+    )
+    await get(services, workspace_id, bearer(again.access_token))
+
+
+async def test_a_passkey_alone_is_enough(services: Services, owner: Person):
+    await owner.add_passkey()
+    await set_rule(owner, True)
+    found = await get(services, workspace_of(owner), owner.metadata)
+    assert found.workspace.require_second_factor
+
+
+async def test_other_sessions_of_the_owner_are_kept_out_too(services: Services, owner: Person):
+    other = await services.sign_in(owner.email)
+    await owner.add_totp()
+    await set_rule(owner, True)
+
+    async def kept_out() -> bool:
+        call = get(services, workspace_of(owner), bearer(other.access_token))
+        return await outcomes_of(call) == [REQUIRED]
+
+    await eventually(kept_out, seconds=2)
+
+
+async def test_who_has_none_cannot_require_one(services: Services, owner: Person):
+    assert await refused(set_rule(owner, True)) == REQUIRED
+    assert not (await get(services, workspace_of(owner), owner.metadata)).workspace.require_second_factor
+    await set_rule(owner, False)
+
+
+async def test_lets_service_accounts_in(services: Services, owner: Person):
+    await owner.add_totp()
+    await set_rule(owner, True)
+    workspace_id, robot_id = workspace_of(owner), new_id()
+    async with grpc.aio.insecure_channel(services.user_settings.listen) as channel:
+        await InternalUserServiceStub(channel).PutServiceUser(
+            PutServiceUserRequest(
+                user_id=robot_id, workspace_id=workspace_id, display_name="Robot", role="viewer"
+            ),
+            metadata=service_metadata(services.keys, "auth", "user"),
+        )
+    token = await token_of_api_key(services, robot_id, workspace_id)
+    assert "amr" not in claims_of(token)
+    await get(services, workspace_id, bearer(token))
+
+
+async def token_of_api_key(services: Services, user_id: str, workspace_id: str) -> str:
+    """What a service account is given for its key."""
+    settings = services.auth_settings
+    keys = SigningKeys(services.sessions, settings, now)
+    await keys.load()
+    redis = Redis.from_url(settings.redis_url)
+    guesses = Guesses(redis, settings, settings.derived_key("device-tokens"))
+    tokens = Tokens(settings, keys, guesses, settings.derived_keys("refresh-tokens"), now)
+    key = ApiKey(
+        workspace_id=workspace_id,
+        service_account_id=user_id,
+        api_key_id=new_id(),
+        session_id=new_id(),
+        scopes=[],
+    )
+    await redis.aclose()
+    return tokens.of_api_key(key)
