@@ -51,7 +51,7 @@ def read(folder: Path) -> list[Landed]:
 
 
 def _read(file: Path) -> Landed:
-    message = message_from_bytes(file.read_bytes(), policy=default)
+    message = message_from_bytes(file.read_bytes().replace(b"\r\n", b"\n"), policy=default)
     assert isinstance(message, EmailMessage)
     body = message.get_body(("plain",))
     return Landed(
