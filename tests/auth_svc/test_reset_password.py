@@ -66,8 +66,8 @@ async def test_ends_all_sessions(services: Services, mailbox: Mailbox):
 
         async def ended(access_token: str = access_token) -> bool:
             call = services.accounts.GetAccount(GetAccountRequest(), metadata=from_elsewhere(access_token))
-            outcome = await asyncio.gather(refused(call), return_exceptions=True)
-            return outcome == [(grpc.StatusCode.UNAUTHENTICATED, "SESSION_REVOKED")]
+            (outcome,) = await asyncio.gather(refused(call), return_exceptions=True)
+            return outcome == (grpc.StatusCode.UNAUTHENTICATED, "SESSION_REVOKED")
 
         await eventually(ended)
 

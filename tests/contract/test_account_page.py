@@ -4,10 +4,10 @@ import base64
 import hashlib
 import re
 
-from services.auth_svc import links
+from cli.envoy_config import REPOSITORY
 from services.auth_svc.tickets import Purpose
 from tests.contract.gateway import RPCS
-from tests.contract.test_gateway import MANAGER, REPOSITORY, is_open, route_of
+from tests.contract.test_gateway import MANAGER, is_open, route_of
 
 PAGE = (REPOSITORY / "edge" / "account.html").read_text()
 ROUTE = route_of("/account")
@@ -58,7 +58,6 @@ def test_it_knows_every_link_and_calls_routes_that_exist() -> None:
     assert mailed <= {purpose.label for purpose in Purpose}
     public = {path for rpc in RPCS.values() if rpc.rule == "public" for _, path in rpc.bindings}
     assert {f"/v1/auth:{method}" for method in known.values()} <= public
-    assert links.Letter == tuple[str, str]
 
 
 def test_every_field_has_a_label() -> None:
