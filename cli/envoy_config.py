@@ -67,7 +67,7 @@ class _Dumper(yaml.CSafeDumper):
 
 
 def _placed(node: Any, *, base_port: int, public_url: str) -> Any:
-    """Returns a copy of `node` with ports moved, and with the public URL and the place of the descriptor set."""
+    """Returns a copy of `node` with ports moved, and with the public URL and the places of the files set."""
     url = urlsplit(public_url)
 
     def moved(port: int) -> int:
@@ -83,7 +83,7 @@ def _placed(node: Any, *, base_port: int, public_url: str) -> Any:
             return copy
         if isinstance(node, list):
             return [walk(item) for item in node]
-        if node == "gen/descriptor.binpb":
+        if node in {"gen/descriptor.binpb", "edge/account.html"}:
             return str(REPOSITORY / node)
         if node == DEFAULT_URL:
             return f"{url.scheme}://{url.netloc}"  # as an origin

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from cli import mails as landed
 from cli import parts
 from cli.envoy_config import DEFAULT_PORT, REPOSITORY
 from cli.parts import Part, PartMissing
@@ -43,6 +44,10 @@ data_option = click.option(
     show_default=".data in the repository",
     envvar="MESHBOARD_DATA",
     help="Folder of the data, logs and secrets.",
+)
+
+output_option = click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
 )
 
 
@@ -221,9 +226,7 @@ def token(data: Path) -> None:
 
 @main.command(epilog="Example: ./dev status -o json | jq '.parts[].memory_bytes'")
 @data_option
-@click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
-)
+@output_option
 def status(data: Path, output: str) -> None:
     """Show each part and whether it is ready. Exit code 1 when one is not, or nothing runs."""
     report = status_of(data)
@@ -310,6 +313,51 @@ def logs(service: str, data: Path, follow: bool, lines: int) -> None:
         file.close()
 
 
+@main.group(
+    invoke_without_command=True,
+    epilog="Example: ./dev mails show 1   # the newest; `./dev mails -o json` lists them for programs",
+)
+@data_option
+@output_option
+@click.pass_context
+def mails(context: click.Context, *, data: Path, output: str) -> None:
+    """List the mails of a mesh that has no mail server, the newest first."""
+    if context.invoked_subcommand:
+        return
+    found = landed.read(Stack(data_dir=data, environment={}).mails_dir)
+    if output == "json":
+        click.echo(json.dumps([mail.summary() for mail in found], indent=2))
+        return
+    if not found:
+        say(f"No mails in {data}.")
+    for number, mail in enumerate(found, 1):
+        click.echo(f"{number:>3}  {mail.time:%Y-%m-%d %H:%M:%S}  {mail.to:32}  {mail.subject}")
+
+
+@mails.command(epilog="Example: ./dev mails show 1 | grep -o 'http[^ ]*'")
+@click.argument("number", type=click.IntRange(min=1))
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
+    show_default="that of `mails`",
+    help="Folder of the data, logs and secrets.",
+)
+@output_option
+@click.pass_context
+def show(context: click.Context, *, number: int, data: Path | None, output: str) -> None:
+    """Print the mail that `mails` lists as NUMBER: 1 is the newest."""
+    assert context.parent is not None
+    folder = data or context.parent.params["data"]
+    found = landed.read(Stack(data_dir=folder, environment={}).mails_dir)
+    if number > len(found):
+        raise click.ClickException(f"There are {len(found)} mails in {folder}. List them with: mails")
+    mail = found[number - 1]
+    if output == "json":
+        click.echo(json.dumps({**mail.summary(), "text": mail.text}, indent=2))
+    else:
+        click.echo(f"To: {mail.to}\nSubject: {mail.subject}\n\n{mail.text}", nl=False)
+
+
 @main.command(epilog="Example: ./dev doctor --port 9080")
 @click.option("--port", type=int, default=DEFAULT_PORT, show_default=True, help="Port of the gateway.")
 @data_option
@@ -368,9 +416,7 @@ def doctor(port: int, data: Path) -> None:
     type=click.Path(file_okay=False, exists=True, path_type=Path, resolve_path=True),
     help="Measure the mesh that runs on this folder (started with --no-limits) instead of one of its own.",
 )
-@click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
-)
+@output_option
 def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str) -> None:
     """Measure a mesh: rates, delays, start-up and memory; all of them, or those in NAMES.
 

@@ -121,11 +121,11 @@ def private_directory(path: Path, *, mode: int = 0o700) -> Path:
     return path
 
 
-def write_private(path: Path, content: str) -> None:
+def write_private(path: Path, content: str | bytes) -> None:
     """Writes a file that only its owner can read, with no moment in which others could."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(content)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 async def http_ok(host: str, port: int, path: str) -> bool:
@@ -357,6 +357,33 @@ def valkey(socket_path: Path) -> Part:
 
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
     return Part(name="valkey", argv=(server, *options), ready=ready, prepare=prepare)
+
+
+# --- mails ------------------------------------------------------------------------------------------------
+
+
+def mails(folder: Path, port: int) -> Part:
+    """The sink of mails on 127.0.0.1:`port`, which writes each to `folder`."""
+
+    async def ready() -> bool:
+        try:
+            async with asyncio.timeout(2):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                try:
+                    greeting = await reader.readline()
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return False
+        return greeting.startswith(b"220 ")
+
+    return Part(
+        name="mails",
+        argv=(sys.executable, "-m", "cli.mails", "--port", str(port), "--folder", str(folder)),
+        ready=ready,
+        listens=(("127.0.0.1", port),),
+        cwd=Path(__file__).parents[1],
+    )
 
 
 # --- Envoy and the services -------------------------------------------------------------------------------

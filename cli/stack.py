@@ -36,6 +36,7 @@ PORTS = {  # distance from the gateway's port
     "pipeline_private": 11,
     "store_private": 12,
     "nats": 13,
+    "mails": 14,
 }
 REPLACEABLE = (
     "MESHBOARD_POSTGRES_URL",
@@ -76,6 +77,10 @@ class Stack:
     @property
     def socket_dir(self) -> Path:
         return parts.socket_directory(self.run_dir)
+
+    @property
+    def mails_dir(self) -> Path:
+        return self.data_dir / "mails"
 
     @property
     def gateway_url(self) -> str:
@@ -138,10 +143,20 @@ class Stack:
             redis_url = f"unix://{self.socket_dir}/valkey.sock"
             result.append(parts.valkey(self.socket_dir / "valkey.sock"))
 
+        smtp_url = self.environment.get("MESHBOARD_SMTP_URL")
+        if not smtp_url:
+            smtp_url = f"smtp://127.0.0.1:{self.port_of('mails')}"
+            result.append(parts.mails(self.mails_dir, self.port_of("mails")))
+
         event_store_url = replaced["MESHBOARD_CLICKHOUSE_URL"] or f"http+unix://{self.socket_dir}/store.sock"
         shared = {
             # What the caller set, such as MESHBOARD_LOG_LEVEL; no service is to see the administrator's URL.
-            **{name: value for name, value in self.environment.items() if name not in REPLACEABLE},
+            # The mail server's URL has a password that auth_svc alone needs.
+            **{
+                name: value
+                for name, value in self.environment.items()
+                if name not in {*REPLACEABLE, "MESHBOARD_SMTP_URL"}
+            },
             "MESHBOARD_REDIS_URL": redis_url,
             "MESHBOARD_NATS_URL": nats_url,
             "MESHBOARD_EVENT_STORE_URL": event_store_url,
@@ -159,6 +174,8 @@ class Stack:
                 "MESHBOARD_LISTEN": f"127.0.0.1:{self.port_of(owner)}",
                 "MESHBOARD_PRIVATE_LISTEN": f"127.0.0.1:{self.port_of(private)}",
             }
+            if owner == "auth":
+                own["MESHBOARD_SMTP_URL"] = smtp_url
             if owner == "analytics":
                 own["MESHBOARD_STORE_DIR"] = str(self.data_dir / "store")
             return parts.service(

@@ -1,5 +1,6 @@
 """auth_svc: `python -m services.auth_svc`."""
 
+from meshboard.auth.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.factor_service_pb2_grpc import add_FactorServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
@@ -9,7 +10,9 @@ from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
+from services.auth_svc import mails as mail_sending
 from services.auth_svc import reaper
+from services.auth_svc.accounts import AccountServicer
 from services.auth_svc.consumers import on_member_removed, on_user_updated
 from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
@@ -94,6 +97,20 @@ async def serve(settings: AuthSettings) -> None:
         alive=alive,
         now=now,
     )
+    accounts = AccountServicer(
+        db=sessions,
+        settings=settings,
+        sign_ups=sign_ups,
+        passwords=passwords,
+        guesses=guesses,
+        tickets=tickets,
+        mails=mails,
+        second_factors=second_factors,
+        tokens=tokens,
+        alive=alive,
+        now=now,
+        new_id=new_id,
+    )
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,
@@ -101,6 +118,7 @@ async def serve(settings: AuthSettings) -> None:
             lambda server: add_AuthServiceServicer_to_server(sign_ins, server),
             lambda server: add_SessionServiceServicer_to_server(own_sessions, server),
             lambda server: add_FactorServiceServicer_to_server(factors, server),
+            lambda server: add_AccountServiceServicer_to_server(accounts, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
         ],
         access,
@@ -112,6 +130,7 @@ async def serve(settings: AuthSettings) -> None:
             Relay(settings.postgres_url, bus, "auth").run(),
             consume(bus, sessions, "auth", {UserUpdated: on_user_updated, MemberRemoved: on_member_removed}),
             keys.follow(),
+            mail_sending.run(sessions, settings, mails, now),
             reaper.run(sessions, settings, now),
         )
     finally:

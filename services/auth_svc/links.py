@@ -7,6 +7,7 @@ behind `#`: browsers keep that part to themselves, so that no log of a server or
 from meshboard.auth.v1.factor_pb2 import Factor
 
 from services.auth_svc.settings import AuthSettings
+from services.chassis import errors
 
 Letter = tuple[str, str]
 
@@ -38,6 +39,74 @@ def verify_email(settings: AuthSettings, token: str) -> Letter:
         "Someone has signed up for Meshboard with this address. If it was you, open this link within 24 hours:",
         _link(settings, "verify-email", token),
         "If it was not you, do nothing.",
+    )
+
+
+def reset_password(settings: AuthSettings, token: str) -> Letter:
+    """Lets the owner of an account choose a new password."""
+    return _letter(
+        "Choose a new password",
+        "Someone has asked for a new password for your Meshboard account.",
+        "If it was you, open this link within an hour:",
+        _link(settings, "reset-password", token),
+        "If it was not you, do nothing: your password stays as it is.",
+    )
+
+
+def password_changed(settings: AuthSettings) -> Letter:
+    """Tells the owner of an account that its password is another one."""
+    return _letter(
+        "Your password was changed",
+        "The password of your Meshboard account was changed, and its other sessions have ended.",
+        f"If it was not you, ask at {settings.public_url} for a new password at once, and tell who runs it.",
+    )
+
+
+def approve_email(settings: AuthSettings, token: str, new_email: str) -> Letter:
+    """Asks at the present address of an account whether it may have another one."""
+    return _letter(
+        "Approve the new address of your account",
+        f"Someone who is signed in to your Meshboard account wants its address to be {new_email}.",
+        "If it was you, open this link within 24 hours, and the one that we have mailed to the new address:",
+        _link(settings, "approve-email", token),
+        "If it was not you, do not open it, and change your password: the address stays as it is.",
+    )
+
+
+def confirm_email(settings: AuthSettings, token: str) -> Letter:
+    """Proves that the new address of an account belongs to the person."""
+    return _letter(
+        "Confirm your new address",
+        "Someone wants to use this address for their Meshboard account.",
+        "If it was you, open this link within 24 hours, and the one that we have mailed to your present address:",
+        _link(settings, "confirm-email", token),
+        "If it was not you, do nothing.",
+    )
+
+
+def email_in_use(settings: AuthSettings) -> Letter:
+    """Says to the owner of an account that somebody wants its address for another one."""
+    return _letter(
+        "Your address has a Meshboard account already",
+        "Someone wants to use this address for another Meshboard account. It has one already, so that cannot be.",
+        f"If it was you, sign in to the account of this address at {settings.public_url}.",
+        "If it was not you, do nothing.",
+    )
+
+
+def email_changed(settings: AuthSettings) -> Letter:
+    """Tells at the former address of an account that it has another one."""
+    return _letter(
+        "The address of your account was changed",
+        "Your Meshboard account has another address, which was approved from this one. Sign in with the new one.",
+        f"If it was not you, tell who runs {settings.public_url} at once.",
+    )
+
+
+def invalid() -> errors.Error:
+    """What is answered to a link that does not work, whatever the cause."""
+    return errors.unauthenticated(
+        "LINK_INVALID", "The link does not work, or not any more: ask for another mail."
     )
 
 

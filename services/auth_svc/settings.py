@@ -1,8 +1,9 @@
 """What auth_svc needs to know."""
 
 import os
+from urllib.parse import urlsplit
 
-from pydantic import SecretStr
+from pydantic import SecretStr, field_validator
 
 from services.chassis.settings import Settings
 
@@ -42,3 +43,11 @@ class AuthSettings(Settings):
     # Where mails go out, as smtp://user:password@host:port, or smtps:// for TLS from the first byte; and from whom.
     smtp_url: SecretStr = SecretStr("smtp://127.0.0.1:1025")
     mail_from: str = "Meshboard <meshboard@localhost>"
+
+    @field_validator("smtp_url")
+    @classmethod
+    def _is_mail_server(cls, url: SecretStr) -> SecretStr:
+        parts = urlsplit(url.get_secret_value())
+        if parts.scheme not in {"smtp", "smtps"} or not parts.hostname:
+            raise ValueError("must be smtp://host:port or smtps://host:port")  # the value has a password
+        return url

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from meshboard.auth.v1.auth_service_pb2 import SignUpRequest
-from meshboard.auth.v1.events_pb2 import AccountCreated
+from meshboard.auth.v1.events_pb2 import AccountCreated, EmailVerified
 from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from meshboard.user.v1.user_pb2 import User
@@ -25,6 +25,7 @@ from services.auth_svc.sessions import PASSWORD, Begun
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.tickets import Purpose, Tickets
 from services.chassis import errors, outbox
+from services.chassis.times import timestamp_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +78,28 @@ class SignUps:
             mail = links.account_exists(self.settings) if taken else links.sign_up(self.settings, token)
             self.mails.add(session, now, request.email, *mail)
 
-    async def redeem_link(self, data: dict[str, Any], origin: Origin, *, in_cookies: bool) -> SignedUp:
-        """Makes the account that a redeemed link is about, with a verified address. Raises ALREADY_EXISTS."""
+    async def redeem_link(
+        self, token: str, data: dict[str, Any], origin: Origin, *, in_cookies: bool
+    ) -> SignedUp:
+        """Makes the account that a link is about, with a verified address, or resumes what an earlier try has left.
+
+        The link works until the account is active. Raises ALREADY_EXISTS (EMAIL_TAKEN) when the address has got an
+        account otherwise, UNAUTHENTICATED (LINK_INVALID) when somebody else has been faster with the same link.
+        """
         account = await self._add_account(data["email"], data["password_hash"], data["display_name"])
         if account is None:
-            raise _email_taken()
-        return await self._finish(account, origin, in_cookies=in_cookies, verified=True)
+            account = await self._find_account(data["email"])
+            if account is None or account.password_hash != data["password_hash"]:
+                raise _email_taken()
+            if account.activate_time is not None:
+                raise links.invalid()
+            await self._resume(account)
+        return await self._finish(account, origin, in_cookies=in_cookies, link=token)
 
     async def _finish(
-        self, pending: Account, origin: Origin, *, in_cookies: bool, verified: bool = False
+        self, pending: Account, origin: Origin, *, in_cookies: bool, link: str = ""
     ) -> SignedUp:
+        """Activates the account and signs it in; with a `link`, which is used up then, its address is verified."""
         created = await self.users.CreateUser(
             CreateUserRequest(
                 user_id=pending.user_id,
@@ -100,12 +113,15 @@ class SignUps:
             account = await session.get(Account, pending.user_id, with_for_update=True)
             if account is None:
                 raise errors.unavailable("The sign-up was not finished in time: begin again.")
+            if link and not await self.tickets.redeem(session, Purpose.SIGN_UP, link):
+                raise links.invalid()
             if account.activate_time is None:
                 account.activate_time = now
                 account.password_change_time = now
-                account.verify_time = now if verified else None
                 outbox.add(session, AccountCreated(user_id=account.user_id))
-                if not verified:
+                if link:
+                    verify(session, account, now)
+                else:
                     token = self.tickets.give(session, Purpose.VERIFY_EMAIL, account.user_id)
                     self.mails.add(session, now, account.email, *links.verify_email(self.settings, token))
             account.last_workspace_id = account.workspace_id
@@ -146,12 +162,16 @@ class SignUps:
             and account.activate_time is None
             and await self.passwords.verify(account.password_hash, request.password)
         ):
-            async with self.db.begin() as session:
-                await session.execute(
-                    update(Account).where(Account.user_id == account.user_id).values(try_time=self.now())
-                )
+            await self._resume(account)
             return account
         raise _email_taken()
+
+    async def _resume(self, pending: Account) -> None:
+        """Keeps the reaper away from an account that is being finished."""
+        async with self.db.begin() as session:
+            await session.execute(
+                update(Account).where(Account.user_id == pending.user_id).values(try_time=self.now())
+            )
 
     async def _add_account(self, email: str, password_hash: str, display_name: str) -> Account | None:
         now = self.now()
@@ -179,6 +199,15 @@ class SignUps:
                 select(Account).where(Account.email_key == email_key(email))
             )
         return account
+
+
+def verify(session: AsyncSession, account: Account, now: datetime) -> None:
+    """Notes that a mail to the account's address has reached its owner, and emits `EmailVerified` the first time."""
+    if account.verify_time is None:
+        account.verify_time = now
+        outbox.add(
+            session, EmailVerified(user_id=account.user_id, email=account.email, time=timestamp_of(now))
+        )
 
 
 def _email_taken() -> errors.Error:

@@ -1,6 +1,9 @@
 """user_svc: `python -m services.user_svc`."""
 
-from meshboard.auth.v1.events_pb2 import AccountDiscarded, SignedIn
+from functools import partial
+
+from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
+from meshboard.user.v1.events_pb2 import UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import add_InternalUserServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
@@ -20,7 +23,12 @@ from services.chassis.process import until_stopped
 from services.chassis.server import Server, main
 from services.chassis.settings import Settings
 from services.chassis.times import now
-from services.user_svc.consumers import on_account_discarded, on_signed_in
+from services.user_svc.consumers import (
+    on_account_discarded,
+    on_email_changed,
+    on_signed_in,
+    on_user_updated,
+)
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
@@ -44,7 +52,8 @@ async def serve(settings: Settings) -> None:
     access = Access(verifier, tokens, revocations, rights)
 
     pages = Pages(settings.derived_key("page tokens"))
-    users = UserServicer(sessions, CachedMessages(cache, "me", GetMeResponse), now)
+    me = CachedMessages(cache, "me", GetMeResponse)
+    users = UserServicer(sessions, me, now)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
     internal_users = InternalUserServicer(sessions, fetch_rights, now)
@@ -63,7 +72,17 @@ async def serve(settings: Settings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "user").run(),
-            consume(bus, sessions, "user", {SignedIn: on_signed_in, AccountDiscarded: on_account_discarded}),
+            consume(
+                bus,
+                sessions,
+                "user",
+                {
+                    SignedIn: on_signed_in,
+                    AccountDiscarded: on_account_discarded,
+                    EmailChanged: on_email_changed,
+                    UserUpdated: partial(on_user_updated, me),
+                },
+            ),
         )
     finally:
         await server.stop()

@@ -2,10 +2,15 @@
 
 from datetime import UTC
 
-from meshboard.auth.v1.events_pb2 import AccountDiscarded, SignedIn
-from sqlalchemy import delete, func, update
+from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
+from meshboard.user.v1.events_pb2 import UserUpdated
+from meshboard.user.v1.user_service_pb2 import GetMeResponse
+from sqlalchemy import delete, func, or_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.chassis import outbox
+from services.chassis.cache import CachedMessages
+from services.user_svc.convert import user_to_pb
 from services.user_svc.models import Member, User, Workspace
 
 
@@ -28,3 +33,28 @@ async def on_account_discarded(session: AsyncSession, event: AccountDiscarded) -
         )
     )
     await session.execute(delete(User).where(User.user_id == event.user_id))
+
+
+async def on_email_changed(session: AsyncSession, event: EmailChanged) -> None:
+    """Follows the address, unless a newer one is here already, and emits `UserUpdated`."""
+    time = event.time.ToDatetime(tzinfo=UTC)
+    user = await session.scalar(
+        update(User)
+        .where(User.user_id == event.user_id, or_(User.email_time.is_(None), User.email_time < time))
+        .values(
+            email=event.email,
+            email_time=time,
+            version=User.version + 1,
+            update_time=func.greatest(User.update_time, time),
+        )
+        .returning(User)
+    )
+    if user is not None:
+        outbox.add(session, UserUpdated(user=user_to_pb(user)))
+
+
+async def on_user_updated(
+    cache: CachedMessages[GetMeResponse], session: AsyncSession, event: UserUpdated
+) -> None:
+    """Forgets what is remembered of the user: the change that an event has caused is committed by now."""
+    await cache.invalidate(event.user.user_id)

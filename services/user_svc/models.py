@@ -23,7 +23,10 @@ class Table(DeclarativeBase):
 
 
 class User(Table):
-    """A person, or a service account. `version` is the etag; `sign_in_time` is when the last session began."""
+    """A person, or a service account. `version` is the etag.
+
+    `sign_in_time` is when the last session began, `email_time` how new the address is.
+    """
 
     __tablename__ = "users"
 
@@ -34,6 +37,7 @@ class User(Table):
     create_time: Mapped[Time]
     update_time: Mapped[Time]
     sign_in_time: Mapped[Time | None]
+    email_time: Mapped[Time | None]
     kind: Mapped[str] = mapped_column(Text, server_default=text("'PERSON'"))
 
 

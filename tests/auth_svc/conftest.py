@@ -1,6 +1,7 @@
 """auth_svc and user_svc as `up` runs them, in this process, on real parts."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import grpc
 import grpc.aio
 import jwt
 import pytest
+from meshboard.auth.v1.account_service_pb2_grpc import AccountServiceStub
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse, SignUpRequest, SignUpResponse
 from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
 from meshboard.auth.v1.factor_service_pb2_grpc import FactorServiceStub
@@ -25,7 +27,9 @@ from services.auth_svc.settings import AuthSettings
 from services.chassis import db
 from services.chassis.settings import Settings
 from services.user_svc.__main__ import serve as serve_user
+from tests import mailbox as mailboxes
 from tests.harness import make_keys, make_settings, new_id
+from tests.mailbox import Mailbox
 from tests.parts import Parts, free_port
 
 PASSWORD = "a long enough passphrase"
@@ -41,6 +45,7 @@ class Services:
     auth: AuthServiceStub
     own_sessions: SessionServiceStub
     factors: FactorServiceStub
+    accounts: AccountServiceStub
     internal_auth: InternalAuthServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
@@ -82,6 +87,12 @@ def claims_of(access_token: str) -> dict[str, Any]:
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
     """The metadata of a call with this access token."""
     return (("authorization", f"Bearer {token}"),)
+
+
+def from_elsewhere(token: str = "") -> tuple[tuple[str, str], ...]:
+    """The metadata of a call from an address of its own, so that the failures of other tests do not count."""
+    address = ".".join(str(number) for number in (10, *secrets.token_bytes(3)))
+    return (("x-meshboard-address", address), *(bearer(token) if token else ()))
 
 
 @asynccontextmanager
@@ -149,6 +160,7 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             auth=AuthServiceStub(auth_channel),
             own_sessions=SessionServiceStub(auth_channel),
             factors=FactorServiceStub(auth_channel),
+            accounts=AccountServiceStub(auth_channel),
             internal_auth=InternalAuthServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),
@@ -160,10 +172,20 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
 
 
 @pytest.fixture(scope="session")
-async def services(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Services]:
+async def mailbox() -> AsyncIterator[Mailbox]:
+    """Where the mails of `services` arrive."""
+    mailbox = mailboxes.new_mailbox()
+    async with mailboxes.serving(mailbox):
+        yield mailbox
+
+
+@pytest.fixture(scope="session")
+async def services(
+    parts: Parts, tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox
+) -> AsyncIterator[Services]:
     """Both services, shared by the tests of a run."""
     keys = make_keys(tmp_path_factory.mktemp("auth-keys"))
-    auth, user = await make_both(parts, keys)
+    auth, user = await make_both(parts, keys, smtp_url=mailbox.url)
     async with (
         running(serve_user, user),
         running_auth(auth),

@@ -85,6 +85,7 @@ def test_an_address_in_the_environment_replaces_a_part(tmp_path: Path) -> None:
         "MESHBOARD_REDIS_URL": "redis://cache.example",
         "MESHBOARD_NATS_URL": "nats://bus.example",
         "MESHBOARD_CLICKHOUSE_URL": "http://columns.example:8123",
+        "MESHBOARD_SMTP_URL": "smtp://user:canary@mail.example",
         "MESHBOARD_LOG_LEVEL": "debug",
     }
     stack = Stack(data_dir=tmp_path, port=9180, environment=environment)
@@ -98,7 +99,19 @@ def test_an_address_in_the_environment_replaces_a_part(tmp_path: Path) -> None:
     assert env["MESHBOARD_NATS_URL"] == "nats://bus.example"
     assert env["MESHBOARD_EVENT_STORE_URL"] == "http://columns.example:8123"
     assert env["MESHBOARD_LOG_LEVEL"] == "debug"
+    told = [name for name, part in mesh.items() if "canary" in str(part.env)]
+    assert told == ["auth_svc"]  # which sends the mails
     assert not [value for part in mesh.values() for value in part.env.values() if "secret@" in value]
+
+
+def test_mails_land_in_the_data_folder_without_a_mail_server(tmp_path: Path) -> None:
+    stack = stack_in(tmp_path)
+    stack.open_data_dir()
+    mesh = {part.name: part for part in stack.parts()}
+    assert mesh["auth_svc"].env["MESHBOARD_SMTP_URL"] == "smtp://127.0.0.1:9194"
+    assert mesh["mails"].listens == (("127.0.0.1", 9194),)
+    assert "mails" in mesh["auth_svc"].after  # so that it stops later
+    assert mesh["mails"].argv[-1] == str(tmp_path / "mails")
 
 
 async def test_a_foreign_postgres_gets_roles_and_databases(tmp_path: Path) -> None:

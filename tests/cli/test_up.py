@@ -30,6 +30,7 @@ NAMES = [
     "postgres",
     "nats",
     "valkey",
+    "mails",
     "store",
     "auth_svc",
     "user_svc",

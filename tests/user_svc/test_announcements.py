@@ -7,17 +7,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from google.protobuf.message import Message
-from meshboard.auth.v1.events_pb2 import AccountDiscarded, SignedIn
-from meshboard.user.v1.events_pb2 import RightsChanged
+from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
+from meshboard.user.v1.events_pb2 import RightsChanged, UserUpdated
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from meshboard.user.v1.workspace_service_pb2 import RemoveMemberRequest
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis import outbox
 from services.chassis.bus import Received
+from services.chassis.db import OutboxRow
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
-from services.user_svc.consumers import on_account_discarded, on_signed_in
+from services.user_svc.consumers import on_account_discarded, on_email_changed, on_signed_in
 from services.user_svc.models import User, Workspace
 from tests.conditions import eventually
 from tests.harness import new_id
@@ -62,6 +64,30 @@ async def test_changes_of_rights_reach_everyone(svc: UserSvc, owner: Person):
         await eventually(lambda: len(heard) == 2)
     await listening.unsubscribe()
     assert [event.version for event in heard] == [2, 3]
+
+
+async def test_the_newest_address_stays_in_any_order(svc: UserSvc, owner: Person):
+    time = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
+    for email, at in (
+        ("first@example.org", time),
+        ("third@example.org", time + timedelta(minutes=2)),
+        ("second@example.org", time + timedelta(minutes=1)),
+    ):
+        event = EmailChanged(user_id=owner.user_id, email=email)
+        event.time.FromDatetime(at)
+        async with svc.sessions.begin() as session:
+            await on_email_changed(session, event)
+    async with svc.sessions() as session:
+        user = await session.get_one(User, owner.user_id)
+        rows = await session.scalars(
+            select(OutboxRow).where(OutboxRow.subject == UserUpdated.DESCRIPTOR.full_name)
+        )
+        told = [UserUpdated.FromString(row.payload).user for row in rows]
+    assert user.email == "third@example.org"
+    assert [each.email for each in told if each.user_id == owner.user_id] == [
+        "first@example.org",
+        "third@example.org",
+    ]
 
 
 async def test_a_sign_in_is_remembered_once_and_in_any_order(svc: UserSvc, owner: Person):

@@ -97,8 +97,9 @@ class AccountServiceServicer:
         """Proves once more who the caller is, for methods that want that to be recent. A new session begins in place of the
         caller's: the answer has its tokens, and the old ones are refused within two seconds.
 
-        Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG or FACTOR_WRONG, when the proof is wrong; with
-        RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
+        Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG or FACTOR_WRONG, when the proof is wrong, reason
+        MFA_TOKEN_INVALID when `mfa_token` is unknown, used or too old; with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and
+        `RetryInfo`, after repeated failures.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,6 +121,8 @@ class AccountServiceServicer:
         """Mails a link to the present and one to the new address; when both have been redeemed (`ConfirmEmailChange`), the
         account has the new one. A later call replaces an earlier one. The answer does not tell whether the new address has
         an account.
+
+        Fails with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, when many mails to one address were asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +141,8 @@ class AccountServiceServicer:
         """Redeems the link of a mail that was sent at sign-up: the address is known to belong to the person, and
         `EmailVerified` is emitted. Where `require_verified_email` is on this creates the account and signs it in.
 
-        Fails with UNAUTHENTICATED, reason LINK_INVALID, when the link is unknown, used, superseded, or older than 24 hours.
+        Fails with UNAUTHENTICATED, reason LINK_INVALID, when the link is unknown, used, superseded, or older than 24 hours;
+        with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has got an account by another link.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +150,8 @@ class AccountServiceServicer:
 
     def RequestPasswordReset(self, request, context):
         """Mails a link to choose a new password, if the address has an account. The answer is the same if it has none.
+
+        Fails with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, when many mails to one address were asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

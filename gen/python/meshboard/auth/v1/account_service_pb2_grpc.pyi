@@ -22,8 +22,9 @@ class AccountServiceStub:
     """Proves once more who the caller is, for methods that want that to be recent. A new session begins in place of the
     caller's: the answer has its tokens, and the old ones are refused within two seconds.
 
-    Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG or FACTOR_WRONG, when the proof is wrong; with
-    RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
+    Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG or FACTOR_WRONG, when the proof is wrong, reason
+    MFA_TOKEN_INVALID when `mfa_token` is unknown, used or too old; with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and
+    `RetryInfo`, after repeated failures.
     """
     ChangePassword: _aio.UnaryUnaryMultiCallable[_account_service_pb2.ChangePasswordRequest, _account_service_pb2.ChangePasswordResponse]
     """Sets a new password, ends all other sessions of the account, tells the person by mail, and begins a new session in
@@ -37,6 +38,8 @@ class AccountServiceStub:
     """Mails a link to the present and one to the new address; when both have been redeemed (`ConfirmEmailChange`), the
     account has the new one. A later call replaces an earlier one. The answer does not tell whether the new address has
     an account.
+
+    Fails with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, when many mails to one address were asked for.
     """
     SendVerification: _aio.UnaryUnaryMultiCallable[_account_service_pb2.SendVerificationRequest, _account_service_pb2.SendVerificationResponse]
     """Mails the link for `VerifyEmail` again; earlier links stop working. Does nothing when the address is verified.
@@ -47,10 +50,14 @@ class AccountServiceStub:
     """Redeems the link of a mail that was sent at sign-up: the address is known to belong to the person, and
     `EmailVerified` is emitted. Where `require_verified_email` is on this creates the account and signs it in.
 
-    Fails with UNAUTHENTICATED, reason LINK_INVALID, when the link is unknown, used, superseded, or older than 24 hours.
+    Fails with UNAUTHENTICATED, reason LINK_INVALID, when the link is unknown, used, superseded, or older than 24 hours;
+    with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has got an account by another link.
     """
     RequestPasswordReset: _aio.UnaryUnaryMultiCallable[_account_service_pb2.RequestPasswordResetRequest, _account_service_pb2.RequestPasswordResetResponse]
-    """Mails a link to choose a new password, if the address has an account. The answer is the same if it has none."""
+    """Mails a link to choose a new password, if the address has an account. The answer is the same if it has none.
+
+    Fails with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, when many mails to one address were asked for.
+    """
     ResetPassword: _aio.UnaryUnaryMultiCallable[_account_service_pb2.ResetPasswordRequest, _account_service_pb2.ResetPasswordResponse]
     """Sets a new password with the link of a mail, and ends all sessions of the account. Second factors stay.
 
@@ -85,8 +92,9 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         """Proves once more who the caller is, for methods that want that to be recent. A new session begins in place of the
         caller's: the answer has its tokens, and the old ones are refused within two seconds.
 
-        Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG or FACTOR_WRONG, when the proof is wrong; with
-        RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, after repeated failures.
+        Fails with UNAUTHENTICATED, reason CREDENTIALS_WRONG or FACTOR_WRONG, when the proof is wrong, reason
+        MFA_TOKEN_INVALID when `mfa_token` is unknown, used or too old; with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and
+        `RetryInfo`, after repeated failures.
         """
 
     @_abc_1.abstractmethod
@@ -112,6 +120,8 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         """Mails a link to the present and one to the new address; when both have been redeemed (`ConfirmEmailChange`), the
         account has the new one. A later call replaces an earlier one. The answer does not tell whether the new address has
         an account.
+
+        Fails with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, when many mails to one address were asked for.
         """
 
     @_abc_1.abstractmethod
@@ -134,7 +144,8 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         """Redeems the link of a mail that was sent at sign-up: the address is known to belong to the person, and
         `EmailVerified` is emitted. Where `require_verified_email` is on this creates the account and signs it in.
 
-        Fails with UNAUTHENTICATED, reason LINK_INVALID, when the link is unknown, used, superseded, or older than 24 hours.
+        Fails with UNAUTHENTICATED, reason LINK_INVALID, when the link is unknown, used, superseded, or older than 24 hours;
+        with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has got an account by another link.
         """
 
     @_abc_1.abstractmethod
@@ -143,7 +154,10 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _account_service_pb2.RequestPasswordResetRequest,
         context: _aio.ServicerContext[_account_service_pb2.RequestPasswordResetRequest, _abc.Awaitable[_account_service_pb2.RequestPasswordResetResponse]],
     ) -> _abc.Awaitable[_account_service_pb2.RequestPasswordResetResponse]:
-        """Mails a link to choose a new password, if the address has an account. The answer is the same if it has none."""
+        """Mails a link to choose a new password, if the address has an account. The answer is the same if it has none.
+
+        Fails with RESOURCE_EXHAUSTED, reason SIGN_IN_DELAYED and `RetryInfo`, when many mails to one address were asked for.
+        """
 
     @_abc_1.abstractmethod
     def ResetPassword(
