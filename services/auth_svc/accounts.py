@@ -41,7 +41,7 @@ from services.auth_svc import audit, links, sessions
 from services.auth_svc.emails import email_key
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.mails import Mails
-from services.auth_svc.models import Account, EmailChange, Session, Ticket
+from services.auth_svc.models import NOBODY, Account, EmailChange, Session, Ticket
 from services.auth_svc.origins import Origin, origin_of
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
@@ -57,8 +57,6 @@ from services.chassis.times import timestamp_of
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _BETWEEN_MAILS = timedelta(seconds=60)
-# No account has it: where there is none, statements run with it, so that the time does not tell.
-_NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ class AccountServicer(AccountServiceServicer):
             )
             # From here on the same work for an unknown address, so that the time does not tell.
             user_id = account.user_id if account else None
-            await self.tickets.void(session, user_id or _NOBODY, Purpose.RESET_PASSWORD)
+            await self.tickets.void(session, user_id or NOBODY, Purpose.RESET_PASSWORD)
             purpose = Purpose.RESET_PASSWORD if account else Purpose.NOTHING
             token = self.tickets.give(session, purpose, user_id)
             letter = links.reset_password(self.settings, token)
@@ -449,7 +447,7 @@ class AccountServicer(AccountServiceServicer):
 
     async def _lock(self, session: AsyncSession, user_id: str | None) -> Account | None:
         """The account, unless it is disabled, locked against other changes; sessions may begin meanwhile."""
-        account = await session.get(Account, user_id or _NOBODY, with_for_update={"key_share": True})
+        account = await session.get(Account, user_id or NOBODY, with_for_update={"key_share": True})
         return account if account is not None and account.disable_time is None else None
 
     async def _look(self, token: str, origin: Origin, kind: str, *purposes: Purpose) -> tuple[Purpose, Found]:

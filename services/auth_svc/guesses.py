@@ -166,7 +166,10 @@ class Guesses:
             _Count(
                 f"{what} {subject}",
                 s.guess_free_failures_of_account,
-                s.guess_longest_delay_of_account_seconds,
+                # Who is at the second factor knows the password: that is no stranger who could harm the owner so.
+                s.guess_longest_delay_seconds
+                if what == "second-factor"
+                else s.guess_longest_delay_of_account_seconds,
                 32,
                 True,
             ),

@@ -19,6 +19,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis.db import Id, Time
 
+# No account has this id: where there is none, statements run with it, so that the time does not tell.
+NOBODY = "00000000-0000-0000-0000-000000000000"
+
 
 class Table(DeclarativeBase):
     """Tables that only auth_svc reads and writes."""

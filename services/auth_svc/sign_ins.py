@@ -28,13 +28,13 @@ from meshboard.auth.v1.factor_pb2 import Factor
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.user.v1.internal_user_service_pb2 import GetSignInRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
-from sqlalchemy import select, update
+from sqlalchemy import select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, sessions
 from services.auth_svc.emails import email_key
 from services.auth_svc.guesses import Guesses
-from services.auth_svc.models import Account, Session
+from services.auth_svc.models import NOBODY, Account, Session
 from services.auth_svc.origins import Origin, origin_of
 from services.auth_svc.passkeys import WrongPasskey, user_id_of
 from services.auth_svc.passwords import Passwords
@@ -86,6 +86,7 @@ class AuthServicer(AuthServiceServicer):
         key = email_key(request.email)
         async with self.db() as session:
             account = await session.scalar(select(Account).where(Account.email_key == key))
+            kinds = await self.second_factors.kinds(session, account.user_id if account else NOBODY)
         if account is not None and account.activate_time is None:
             account = None
         device_token = self._device_token(account.user_id if account else "", request.device_token, origin)
@@ -95,35 +96,46 @@ class AuthServicer(AuthServiceServicer):
             attempt.settle(right)
         if account is None or not right:
             await self._refuse(origin, account.user_id if account else "", "CREDENTIALS_WRONG")
-            raise errors.unauthenticated("CREDENTIALS_WRONG", "The address or the password is wrong.")
+            raise _credentials_wrong()
         if account.disable_time:
             await self._refuse(origin, account.user_id, "ACCOUNT_DISABLED")
             raise _account_disabled()
-        await self._keep_hash_strong(account, request.password)
-        async with self.db.begin() as session:
-            kinds = await self.second_factors.kinds(session, account.user_id)
-            if kinds:
-                return await self._ask_for_second_factor(session, account.user_id, kinds)
+        password_hash = await self._keep_hash_strong(account, request.password)
+        if kinds:
+            return await self._ask_for_second_factor(origin, account.user_id, password_hash, kinds)
         return SignInResponse(
             **await self._begin(
                 context,
                 origin,
                 account.user_id,
+                account.last_workspace_id,
                 methods=(PASSWORD,),
                 in_cookies=request.cookies,
                 device_token=device_token,
+                password_hash=password_hash,
             )
         )
 
     async def _ask_for_second_factor(
-        self, session: AsyncSession, user_id: str, kinds: list[Factor.Kind.ValueType]
+        self, origin: Origin, user_id: str, password_hash: str, kinds: list[Factor.Kind.ValueType]
     ) -> SignInResponse:
         response = SignInResponse(factors=kinds)
         remembered: dict[str, Any] = {}
-        if Factor.PASSKEY in kinds:
-            options, remembered = await self.second_factors.challenge(session, user_id)
-            response.passkey_options.CopyFrom(options)
-        response.mfa_token = self.tickets.give(session, Purpose.SECOND_FACTOR, user_id, remembered)
+        async with self.db.begin() as session:
+            # Locked: a change of the password waits for the ticket, and takes it back.
+            same = await session.scalar(
+                select(Account.user_id)
+                .where(Account.user_id == user_id, Account.password_hash == password_hash)
+                .with_for_update(key_share=True)
+            )
+            if same:
+                if Factor.PASSKEY in kinds:
+                    options, remembered = await self.second_factors.challenge(session, user_id)
+                    response.passkey_options.CopyFrom(options)
+                response.mfa_token = self.tickets.give(session, Purpose.SECOND_FACTOR, user_id, remembered)
+        if not same:
+            await self._refuse(origin, user_id, "CREDENTIALS_WRONG")
+            raise _credentials_wrong()
         return response
 
     async def BeginPasskeySignIn(
@@ -166,10 +178,15 @@ class AuthServicer(AuthServiceServicer):
                 "FACTOR_WRONG", "The code or the passkey is wrong, or was used before."
             )
         methods = (PASSWORD,) if purpose is Purpose.SECOND_FACTOR else ()
+        async with self.db() as session:
+            workspace_id = await session.scalar(
+                select(Account.last_workspace_id).where(Account.user_id == proved.user_id)
+            )
         fields = await self._begin(
             context,
             origin,
             proved.user_id,
+            workspace_id,
             methods=(*methods, *proved.methods),
             in_cookies=request.cookies,
             device_token=self._device_token(proved.user_id, request.device_token, origin),
@@ -181,27 +198,35 @@ class AuthServicer(AuthServiceServicer):
         context: Context,
         origin: Origin,
         user_id: str,
+        last_workspace_id: str | None,
         *,
         methods: tuple[str, ...],
         in_cookies: bool,
         device_token: str,
+        password_hash: str = "",
     ) -> dict[str, Any]:
-        """Begins a session in the workspace of the last time, and gives the fields of the answer."""
-        async with self.db() as session:
-            wanted = await session.scalar(select(Account.last_workspace_id).where(Account.user_id == user_id))
-        signed_in = await self.users.GetSignIn(GetSignInRequest(user_id=user_id, workspace_id=wanted or ""))
+        """Begins a session in the workspace of the last time, and gives the fields of the answer.
+
+        `password_hash` is what the password was held against: changed meanwhile, it opens no session any more.
+        """
+        signed_in = await self.users.GetSignIn(
+            GetSignInRequest(user_id=user_id, workspace_id=last_workspace_id or "")
+        )
         workspace_id = signed_in.workspace.workspace_id
         now = self.now()
         async with self.db.begin() as session:
             # The row is locked: an account that is disabled meanwhile gets no session that outlives it.
             account = await session.scalar(
                 update(Account)
-                .where(Account.user_id == user_id)
+                .where(
+                    Account.user_id == user_id,
+                    Account.password_hash == password_hash if password_hash else true(),
+                )
                 .values(last_workspace_id=workspace_id or None)
                 .returning(Account)
             )
-            disabled = account is None or account.disable_time is not None
-            if not disabled:
+            disabled = account is not None and account.disable_time is not None
+            if account is not None and not disabled:
                 begun = sessions.begin(
                     session,
                     user_id,
@@ -226,6 +251,9 @@ class AuthServicer(AuthServiceServicer):
         if disabled:
             await self._refuse(origin, user_id, "ACCOUNT_DISABLED")
             raise _account_disabled()
+        if account is None:
+            await self._refuse(origin, user_id, "CREDENTIALS_WRONG")
+            raise _credentials_wrong()
         return {
             "user": signed_in.user,
             "workspace": signed_in.workspace if workspace_id else None,
@@ -295,9 +323,10 @@ class AuthServicer(AuthServiceServicer):
         token = shown or origin.device_cookie
         return token if self.guesses.knows_device(user_id, token) else ""
 
-    async def _keep_hash_strong(self, account: Account, password: str) -> None:
+    async def _keep_hash_strong(self, account: Account, password: str) -> str:
+        """The hash of the password, made anew if its parameters are not those of now."""
         if not self.passwords.is_outdated(account.password_hash):
-            return
+            return account.password_hash
         rehashed = await self.passwords.hash(password)
         async with self.db.begin() as session:
             await session.execute(
@@ -305,6 +334,7 @@ class AuthServicer(AuthServiceServicer):
                 .where(Account.user_id == account.user_id, Account.password_hash == account.password_hash)
                 .values(password_hash=rehashed)
             )
+        return rehashed
 
     async def _refuse(self, origin: Origin, user_id: str, reason: str) -> None:
         """Notes a sign-in that was refused; for unknown addresses too, so that the time does not tell."""
@@ -334,6 +364,10 @@ def _claimed_user_id(request: CompleteSignInRequest) -> str:
         return user_id_of(request.passkey)
     except WrongPasskey:
         return ""
+
+
+def _credentials_wrong() -> errors.Error:
+    return errors.unauthenticated("CREDENTIALS_WRONG", "The address or the password is wrong.")
 
 
 def _account_disabled() -> errors.Error:

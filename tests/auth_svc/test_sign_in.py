@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from redis.asyncio import Redis
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.models import Account
@@ -121,6 +121,29 @@ async def test_hashes_anew_what_was_hashed_with_other_parameters(services: Servi
         account = await session.get_one(Account, user_id)
     assert account.password_hash.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
     await sign_in(services, signed_up.user.email)
+
+
+async def test_a_password_that_is_changed_meanwhile_opens_nothing(services: Services):
+    email = new_email()
+    signed_up = await services.sign_up(email)
+    async with services.user_sessions.begin() as held:
+        # The sign-in has checked the password, and waits for user_svc.
+        await held.execute(text("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"))
+        signing_in = asyncio.create_task(refused(sign_in(services, email)))
+
+        async def waits() -> bool:
+            async with services.user_sessions() as session:
+                asking = await session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+            return bool(asking)
+
+        await eventually(waits)
+        async with services.sessions.begin() as session:
+            await session.execute(
+                update(Account)
+                .where(Account.user_id == signed_up.user.user_id)
+                .values(password_hash=PasswordHasher(time_cost=1, memory_cost=64).hash("another one"))
+            )
+    assert await signing_in == WRONG
 
 
 async def test_is_refused_while_failures_cannot_be_counted(services: Services, tmp_path: Path):
