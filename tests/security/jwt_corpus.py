@@ -1,7 +1,7 @@
 """Access tokens that must be refused, each made from what a valid one consists of, and some that must be accepted.
 
-Sources: RFC 8725 (best current practices of JWT), RFC 7515 (JWS), RFC 9068 (access tokens), and the flaws that libraries
-for JWT have had.
+Sources: RFC 8725 (best current practices of JWT), RFC 7515 (JWS), RFC 9068 (access tokens), and the flaws that
+libraries for JWT have had.
 """
 
 from __future__ import annotations

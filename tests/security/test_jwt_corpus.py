@@ -3,87 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import aiohttp
 import grpc
-import grpc.aio
 import pytest
-from meshboard.analytics.v1.source_service_pb2 import ListSourcesRequest
-from meshboard.analytics.v1.source_service_pb2_grpc import SourceServiceStub
-from meshboard.auth.v1.auth_service_pb2 import SignOutRequest
-from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
-from meshboard.dashboard.v1.dashboard_service_pb2 import ListDashboardsRequest
-from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
-from meshboard.user.v1.user_service_pb2 import GetMeRequest
-from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 
-from services.chassis.errors import DETAILS_KEY
-from tests.harness import reason_of
 from tests.mesh.people import Answer, Person
 from tests.parts import Mesh
 from tests.security.forging import claims_of, forge_of
 from tests.security.jwt_corpus import BROKEN, REASONS, VALID, Forge
-from tests.security.wire import exchange
+from tests.security.ways import AUTH, GATEWAY, Ways, ways_into
 
 pytestmark = pytest.mark.xdist_group("mesh")
 
-ME = "/v1/users/me"
-GATEWAY, AUTH = "gateway", "auth"
 LARGEST_HEADER = 32_768
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 
 
-@dataclass(frozen=True)
-class Ways:
-    """All ways into the mesh; `calls` are native gRPC, by where they arrive."""
-
-    url: str
-    calls: Mapping[str, tuple[Any, Any]]
-
-    async def with_header(self, token: str) -> Answer:
-        """JSON, with the token in the header."""
-        return await exchange(self.url, "GET", ME, f"Authorization: Bearer {token}")
-
-    async def with_cookie(self, token: str) -> Answer:
-        """JSON, with the token in the cookie."""
-        return await exchange(self.url, "GET", ME, f"Cookie: theme=dark; mb_session={token}")
-
-    async def natively(self, name: str, token: str) -> tuple[grpc.StatusCode, str]:
-        """The code and the reason of a gRPC call: of a method of that service, or through the gateway."""
-        method, request = self.calls[name]
-        try:
-            await method(request, metadata=(("authorization", f"Bearer {token}"),), timeout=10)
-        except grpc.aio.AioRpcError as failure:
-            known = any(key == DETAILS_KEY for key, _ in failure.trailing_metadata() or ())
-            return failure.code(), reason_of(failure) if known else ""
-        return grpc.StatusCode.OK, ""
-
-
 @pytest.fixture(scope="module")
 async def ways(mesh: Mesh) -> AsyncIterator[Ways]:
-    async with AsyncExitStack() as stack:
-
-        async def channel(address: str) -> grpc.aio.Channel:
-            return await stack.enter_async_context(grpc.aio.insecure_channel(address))
-
-        gateway = await channel(mesh.gateway_url.removeprefix("http://"))
-        user, auth = await channel(mesh.address("user")), await channel(mesh.address("auth"))
-        dashboard, analytics = (
-            await channel(mesh.address("dashboard")),
-            await channel(mesh.address("analytics")),
-        )
-        calls = {
-            GATEWAY: (UserServiceStub(gateway).GetMe, GetMeRequest()),
-            AUTH: (AuthServiceStub(auth).SignOut, SignOutRequest()),
-            "user": (UserServiceStub(user).GetMe, GetMeRequest()),
-            "dashboard": (DashboardServiceStub(dashboard).ListDashboards, ListDashboardsRequest()),
-            "analytics": (SourceServiceStub(analytics).ListSources, ListSourcesRequest()),
-        }
-        yield Ways(mesh.gateway_url, calls)
+    async with ways_into(mesh) as ways:
+        yield ways
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +85,10 @@ async def test_a_valid_one_is_accepted_everywhere(
     # A session of its own, because the method of auth_svc ends it.
     person = await Person(http, ways.url).sign_up()
     second = await person.post("/v1/workspaces", {"title": "Second"})
-    own = Forge(
-        **{
-            **{field: getattr(forge, field) for field in forge.__dataclass_fields__},
-            "claims": claims_of(person.account["accessToken"]),
-            "other_workspace_id": second["workspace"]["workspaceId"],
-        }
+    own = replace(
+        forge,
+        claims=claims_of(person.account["accessToken"]),
+        other_workspace_id=second["workspace"]["workspaceId"],
     )
     token = VALID[name](own)
     answers = await asyncio.gather(ways.with_header(token), ways.with_cookie(token))
