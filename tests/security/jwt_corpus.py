@@ -346,6 +346,7 @@ BROKEN: dict[str, Make] = {
     "exp null": lambda f: f.sign(claims={**f.claims, "exp": None}),
     "exp NaN": lambda f: _raw_claim(f, "exp", "NaN"),
     "exp Infinity": lambda f: _raw_claim(f, "exp", "Infinity"),
+    "NaN in what nobody reads": lambda f: _raw_claim(f, "note", "NaN"),
     "exp 1e999": lambda f: _raw_claim(f, "exp", "1e999"),
     "exp negative": lambda f: f.with_claims(exp=-1),
     "exp zero": lambda f: f.with_claims(exp=0),

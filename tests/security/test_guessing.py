@@ -40,7 +40,7 @@ ATTEMPTS = pytest.mark.parametrize("attempts", [200, pytest.param(1000, marks=py
 
 
 @pytest.fixture(scope="module")
-async def services(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Services]:
+async def quick(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Services]:
     """auth_svc with passwords that are quick to check."""
     keys = make_keys(tmp_path_factory.mktemp("guessing-keys"))
     auth, user = await make_both(parts, keys, password_memory_kib=64, password_passes=1)
@@ -99,88 +99,89 @@ async def noted(services: Services, user_id: str) -> int:
 
 
 @ATTEMPTS
-async def test_many_addresses_at_one_account(services: Services, attempts: int):
+async def test_many_addresses_at_one_account(quick: Services, attempts: int):
     email = new_email()
-    signed_up = await services.sign_up(email)
+    signed_up = await quick.sign_up(email)
     device = signed_up.device_token
     first = attempts * 1000
     outcomes: Counter[tuple[grpc.StatusCode, str]] = Counter()
     began = time.monotonic()
     for n in range(attempts):
         source = address(first + n)
-        outcomes[await guess(services, email, source)] += 1
+        outcomes[await guess(quick, email, source)] += 1
         if n % 20 == 0:
-            await owner(services, email, address(first - 1), device)
-            await owner(services, email, source, device)
+            await owner(quick, email, address(first - 1), device)
+            await owner(quick, email, source, device)
     assert outcomes.keys() == {WRONG, DELAYED}
     assert 20 < outcomes[WRONG] <= most(20, time.monotonic() - began)
-    assert await noted(services, signed_up.user.user_id) == outcomes[WRONG]
+    assert await noted(quick, signed_up.user.user_id) == outcomes[WRONG]
     # The right password is no way around the delay, nor is the device of somebody else.
-    await until_counted(services, email, address(first - 4))
-    assert await guess(services, email, address(first - 2), PASSWORD) == DELAYED
-    stranger = await services.sign_up()
-    assert await guess(services, email, address(first - 3), PASSWORD, stranger.device_token) == DELAYED
+    await until_counted(quick, email, address(first - 4))
+    assert await guess(quick, email, address(first - 2), PASSWORD) == DELAYED
+    stranger = await quick.sign_up()
+    assert await guess(quick, email, address(first - 3), PASSWORD, stranger.device_token) == DELAYED
 
 
 @ATTEMPTS
-async def test_one_address_at_many_accounts(services: Services, attempts: int):
+async def test_one_address_at_many_accounts(quick: Services, attempts: int):
     email = new_email()
-    device = (await services.sign_up(email)).device_token
+    device = (await quick.sign_up(email)).device_token
     source = address(attempts * 1000 + 500_000)
     outcomes: Counter[tuple[grpc.StatusCode, str]] = Counter()
     began = time.monotonic()
     for n in range(attempts):
-        outcomes[await guess(services, new_email(), source)] += 1
+        outcomes[await guess(quick, new_email(), source)] += 1
         if n % 20 == 0:
-            await owner(services, email, source, device)
+            await owner(quick, email, source, device)
     assert outcomes.keys() == {WRONG, DELAYED}
     assert 50 < outcomes[WRONG] <= most(50, time.monotonic() - began)
     # An account of the attacker's own forgives nothing: behind the next failure there is a delay again.
     own = new_email()
-    await services.sign_up(own)
+    await quick.sign_up(own)
 
     async def let_in() -> bool:
-        return (await guess(services, own, source, PASSWORD))[0] is grpc.StatusCode.OK
+        return (await guess(quick, own, source, PASSWORD))[0] is grpc.StatusCode.OK
 
     await eventually(let_in)
-    await until_counted(services, new_email(), source)
-    assert await guess(services, new_email(), source) == DELAYED
+    await until_counted(quick, new_email(), source)
+    assert await guess(quick, new_email(), source) == DELAYED
 
 
-async def test_one_address_at_one_account(services: Services):
+async def test_one_address_at_one_account(quick: Services):
     email, source = new_email(), address(100)
-    device = (await services.sign_up(email)).device_token
+    device = (await quick.sign_up(email)).device_token
     began = time.monotonic()
-    outcomes = Counter([await guess(services, email, source) for _ in range(40)])
+    outcomes = Counter([await guess(quick, email, source) for _ in range(40)])
     assert 5 < outcomes[WRONG] <= most(5, time.monotonic() - began)
-    await owner(services, email, source, device)
-    await owner(services, email, address(101), "")
+    await owner(quick, email, source, device)
+    await owner(quick, email, address(101), "")
 
 
-async def test_a_known_device_has_a_count_of_its_own(services: Services):
+async def test_a_known_device_has_a_count_of_its_own(quick: Services):
     email, source = new_email(), address(200)
-    device = (await services.sign_up(email)).device_token
+    device = (await quick.sign_up(email)).device_token
     began = time.monotonic()
-    outcomes = Counter([await guess(services, email, source, device_token=device) for _ in range(40)])
+    outcomes = Counter([await guess(quick, email, source, device_token=device) for _ in range(40)])
     assert 5 < outcomes[WRONG] <= most(5, time.monotonic() - began)
-    assert await guess(services, email, source, PASSWORD, device) == DELAYED
+    assert await guess(quick, email, source, PASSWORD, device) == DELAYED
     # Who has got hold of the device does not keep the owner out elsewhere.
-    await owner(services, email, source, "")
+    await owner(quick, email, source, "")
 
 
 @pytest.mark.parametrize("forged", ["mbd_", "mbd_" + "A" * 64, "A" * 64, ""])
-async def test_a_forged_device_is_none(services: Services, forged: str):
+async def test_a_forged_device_is_none(quick: Services, forged: str):
     email, source = new_email(), address(300 + len(forged))
-    await services.sign_up(email)
+    await quick.sign_up(email)
     for _ in range(6):
-        assert await guess(services, email, source, device_token=forged) == WRONG
-    assert await guess(services, email, source, PASSWORD, forged) == DELAYED
+        assert await guess(quick, email, source, device_token=forged) == WRONG
+    assert await guess(quick, email, source, PASSWORD, forged) == DELAYED
 
 
 @pytest.mark.parametrize(
     ("addresses", "guesses", "through"),
     [
-        (1, 50, 4 + 16),  # at most 16 are under way while fewer than 5 have failed
+        # At most 16 are under way while fewer than 5 have failed. A check takes its time here, as it does in earnest.
+        (1, 50, 4 + 16),
         (200, 200, 19 + 32),
     ],
 )
@@ -208,21 +209,21 @@ async def refused_or_one(services: Services, email: str, source: str) -> bool:
     return outcomes[WRONG] <= 1 and outcomes[WRONG] + outcomes[DELAYED] == 20
 
 
-async def test_whoever_waits_gets_in_on_a_new_device(services: Services):
+async def test_whoever_waits_gets_in_on_a_new_device(quick: Services):
     email = new_email()
-    await services.sign_up(email)
+    await quick.sign_up(email)
     for n in range(21):
-        assert await guess(services, email, address(5000 + n)) == WRONG
+        assert await guess(quick, email, address(5000 + n)) == WRONG
 
     async def let_in() -> bool:
-        return (await guess(services, email, address(6000), PASSWORD))[0] is grpc.StatusCode.OK
+        return (await guess(quick, email, address(6000), PASSWORD))[0] is grpc.StatusCode.OK
 
     await eventually(let_in)
 
 
-async def test_guesses_at_nobody_are_counted_alike(services: Services):
+async def test_guesses_at_nobody_are_counted_alike(quick: Services):
     email, user_id = new_email(), new_id()
-    outcomes = [await guess(services, email, address(7000 + n)) for n in range(30)]
+    outcomes = [await guess(quick, email, address(7000 + n)) for n in range(30)]
     assert outcomes[:21] == [WRONG] * 21
     assert DELAYED in outcomes
-    assert await noted(services, user_id) == 0
+    assert await noted(quick, user_id) == 0
