@@ -10,13 +10,15 @@ import asyncio
 import base64
 import binascii
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from uuid import UUID
 
 import jwt
 import structlog
@@ -40,6 +42,8 @@ SERVICE_TOKEN_TYPE = "mesh+jwt"  # noqa: S105 - a media type
 SERVICE_TOKEN_KEY = "x-meshboard-service-token"  # noqa: S105 - the name of a header
 SERVICE_TOKEN_SECONDS = 60
 MAX_TOKEN_BYTES = 4096
+# Objects and lists in a header or in claims.
+_MAX_CONTAINERS = 32
 _REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "client_id", "sid")
 # Allowed difference of clocks between machines.
 LEEWAY_SECONDS = 5
@@ -168,10 +172,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return keys
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise _Malformed(f"{name} is not JSON")
+
+
 def _json_object(part: str) -> dict[str, Any]:
+    raw = _decode_part(part)
+    if raw.count(b"{") + raw.count(b"[") > _MAX_CONTAINERS:
+        raise _Malformed("nested too deeply")
     try:
-        value = json.loads(_decode_part(part), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        # RFC 7515 section 4 has UTF-8 only; given bytes, `loads` would take UTF-16 and byte order marks too.
+        value = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _Malformed("not JSON") from error
     if not isinstance(value, dict):
         raise _Malformed("not an object")
@@ -214,13 +226,33 @@ def _check_signature(parsed: _Parsed, key: ec.EllipticCurvePublicKey) -> None:
 
 
 def _check_times(claims: dict[str, Any]) -> None:
-    now = time.time()
-    for name in ("exp", "iat", "nbf"):
-        value = claims.get(name, 0 if name == "nbf" else None)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+    """NumericDate (RFC 7519 section 2); all but `exp` lie in the past."""
+    latest = time.time() + LEEWAY_SECONDS
+    for name in ("exp", "iat", "nbf", "auth_time"):
+        value = claims.get(name, 0 if name in {"nbf", "auth_time"} else None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise _Malformed(f"{name} is not a number")
-    if claims["iat"] > now + LEEWAY_SECONDS or claims.get("nbf", 0) > now + LEEWAY_SECONDS:
-        raise _Malformed("not valid yet")
+        if name != "exp" and value > latest:
+            raise _Malformed("not valid yet")
+
+
+def _check_id(value: Any, what: str) -> None:
+    """A UUID in its one spelling: two spellings would be two sessions to who compares text."""
+    try:
+        canonical = isinstance(value, str) and str(UUID(value)) == value
+    except ValueError:
+        canonical = False
+    if not canonical:
+        raise _Malformed(f"{what} is no id")
+
+
+def _check_ids(claims: dict[str, Any]) -> None:
+    for name in ("sub", "sid", "jti"):
+        _check_id(claims[name], name)
+    if claims.get("wid", "") != "":
+        _check_id(claims["wid"], "wid")
+    if not isinstance(claims["client_id"], str):
+        raise _Malformed("client_id is not text")
 
 
 def _optional(claims: dict[str, Any]) -> tuple[tuple[str, ...], str, str]:
@@ -228,12 +260,11 @@ def _optional(claims: dict[str, Any]) -> tuple[tuple[str, ...], str, str]:
     methods, scope, act = claims.get("amr", []), claims.get("scope", ""), claims.get("act", {})
     if not isinstance(methods, list) or not isinstance(scope, str) or not isinstance(act, dict):
         raise _Malformed("a claim has another type")
-    impersonator_id = act.get("sub", "")
-    if not isinstance(impersonator_id, str) or not all(isinstance(method, str) for method in methods):
+    if not all(isinstance(method, str) for method in methods):
         raise _Malformed("not text")
-    if act and not impersonator_id:
-        raise _Malformed("someone unknown acts")
-    return tuple(methods), scope, impersonator_id
+    if act:
+        _check_id(act.get("sub"), "act.sub")
+    return tuple(methods), scope, act.get("sub", "")
 
 
 def _invalid() -> errors.Error:
@@ -287,9 +318,7 @@ class TokenVerifier:
             if claims["iss"] != self._issuer or claims["aud"] != AUDIENCE:
                 raise _Malformed("for someone else")
             _check_times(claims)
-            text = [claims["sub"], claims["sid"], claims.get("wid", ""), claims["jti"]]
-            if not all(isinstance(value, str) for value in text):
-                raise _Malformed("not text")
+            _check_ids(claims)
             methods, scope, impersonator_id = _optional(claims)
         except _Malformed as error:
             log.info("token_refused", why=str(error))

@@ -8,11 +8,11 @@ from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from sqlalchemy import select, update
 
-from services.auth_svc.models import Session
+from services.auth_svc.models import AuditEntryRow, Session
 from services.chassis.db import OutboxRow
 from tests.auth_svc.conftest import Services, bearer, claims_of
 from tests.conditions import eventually
-from tests.harness import refused
+from tests.harness import reason_of, refused
 
 SUPERSEDED = (grpc.StatusCode.ABORTED, "REFRESH_TOKEN_SUPERSEDED")
 REUSED = (grpc.StatusCode.UNAUTHENTICATED, "REFRESH_TOKEN_REUSED")
@@ -87,23 +87,66 @@ async def test_the_other_sessions_of_the_person_live_on(services: Services):
     await refresh(services, other.refresh_token)
 
 
-async def test_many_at_once_with_the_key_get_one_successor(services: Services):
-    signed_up = await services.sign_up()
-    answers = await asyncio.gather(
-        *(refresh(services, signed_up.refresh_token, signed_up.refresh_key) for _ in range(50))
-    )
-    successors = {answer.refresh_token for answer in answers}
-    assert len(successors) == 1
-    await refresh(services, successors.pop())
+ROUNDS = pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.long)])
 
 
-async def test_many_at_once_without_the_key_get_one_successor_too(services: Services):
+@ROUNDS
+async def test_many_at_once_with_the_key_get_one_successor(services: Services, rounds: int):
     signed_up = await services.sign_up()
-    outcomes = await asyncio.gather(
-        *(refresh(services, signed_up.refresh_token) for _ in range(20)), return_exceptions=True
-    )
-    (answer,) = [outcome for outcome in outcomes if isinstance(outcome, RefreshResponse)]
-    await refresh(services, answer.refresh_token)
+    token = signed_up.refresh_token
+    for _ in range(rounds):
+        answers = await asyncio.gather(*(refresh(services, token, signed_up.refresh_key) for _ in range(100)))
+        (successor,) = {answer.refresh_token for answer in answers}
+        token = successor
+    await refresh(services, token)
+
+
+@ROUNDS
+async def test_many_at_once_without_the_key_get_one_successor_too(services: Services, rounds: int):
+    signed_up = await services.sign_up()
+    token = signed_up.refresh_token
+    for _ in range(rounds):
+        outcomes = await asyncio.gather(
+            *(refresh(services, token) for _ in range(100)), return_exceptions=True
+        )
+        (answer,) = [outcome for outcome in outcomes if isinstance(outcome, RefreshResponse)]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
+        assert {(failure.code(), reason_of(failure)) for failure in failures} == {SUPERSEDED}
+        assert len(failures) == 99
+        token = answer.refresh_token
+    await refresh(services, token)
+
+
+@ROUNDS
+async def test_many_at_once_with_an_older_token_end_the_session_once(services: Services, rounds: int):
+    for _ in range(rounds):
+        signed_up = await services.sign_up()
+        second = await refresh(services, signed_up.refresh_token)
+        third = await refresh(services, second.refresh_token)
+        outcomes = await asyncio.gather(
+            *(refused(refresh(services, signed_up.refresh_token, signed_up.refresh_key)) for _ in range(10))
+        )
+        assert sorted(outcomes, key=str) == sorted([REUSED, *[INVALID] * 9], key=str)
+        assert await refused(refresh(services, third.refresh_token)) == INVALID
+
+
+async def test_an_old_token_is_noted(services: Services):
+    signed_up = await services.sign_up()
+    second = await refresh(services, signed_up.refresh_token)
+    await refresh(services, second.refresh_token)
+    metadata = (("x-meshboard-address", "192.0.2.66"),)
+    again = services.auth.Refresh(RefreshRequest(refresh_token=signed_up.refresh_token), metadata=metadata)
+    assert await refused(again) == REUSED
+    async with services.sessions() as session:
+        entries = await session.scalars(
+            select(AuditEntryRow).where(
+                AuditEntryRow.kind == "session.ended", AuditEntryRow.subject_id == signed_up.user.user_id
+            )
+        )
+        (entry,) = entries.all()
+    assert entry.session_id == claims_of(signed_up.access_token)["sid"]
+    assert entry.details["cause"] == "REFRESH_TOKEN_REUSED"
+    assert (entry.outcome, entry.address) == ("DONE", "192.0.2.66")
 
 
 @pytest.mark.parametrize("change", ["cut", "flip", "foreign", "prefix", "empty", "access"])
