@@ -7,6 +7,7 @@ with Device Cookies"). Unknown accounts count like known ones. How many guesses 
 one, where a delay has been reached. Without Redis nobody can tell, and guesses are refused until it is back.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -41,7 +42,7 @@ return 0
 """
 # ARGV: free failures, longest delay in seconds, how long failures are remembered.
 _FAIL = """
-redis.call('DECR', KEYS[3])
+if tonumber(redis.call('GET', KEYS[3]) or '0') > 0 then redis.call('DECR', KEYS[3]) end
 local failures = redis.call('INCR', KEYS[1])
 redis.call('EXPIRE', KEYS[1], tonumber(ARGV[2]) + tonumber(ARGV[3]))
 local beyond = failures - tonumber(ARGV[1])
@@ -52,7 +53,7 @@ return failures
 """
 # ARGV: whether failures are forgiven.
 _LEAVE = """
-redis.call('DECR', KEYS[3])
+if tonumber(redis.call('GET', KEYS[3]) or '0') > 0 then redis.call('DECR', KEYS[3]) end
 if ARGV[1] == '1' then redis.call('DEL', KEYS[1], KEYS[2]) end
 return 0
 """
@@ -104,7 +105,12 @@ class Guesses:
         Raises RESOURCE_EXHAUSTED (SIGN_IN_DELAYED) while a delay lasts, UNAVAILABLE without Redis.
         """
         counts = self._counts(what, subject, origin, device_token)
-        await self._begin(counts)
+        try:
+            await self._begin(counts)
+        except asyncio.CancelledError:
+            # Who goes away while Redis is asked must not leave a place taken.
+            await asyncio.shield(self._finish(counts, None))
+            raise
         attempt = Attempt()
         try:
             yield attempt
@@ -125,10 +131,7 @@ class Guesses:
 
     def device_token(self, user_id: str) -> str:
         """Shows from now on that a device is known to the account."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return (
-            DEVICE_PREFIX + base64.urlsafe_b64encode(nonce + self._mac(user_id, nonce)).rstrip(b"=").decode()
-        )
+        return self._spell(user_id, secrets.token_bytes(_NONCE_BYTES))
 
     def knows_device(self, user_id: str, token: str) -> bool:
         """Whether the token was given to a device for this account."""
@@ -136,10 +139,13 @@ class Guesses:
             raw = base64.urlsafe_b64decode(token.removeprefix(DEVICE_PREFIX) + "==")
         except (binascii.Error, ValueError):
             return False
-        return hmac.compare_digest(raw[_NONCE_BYTES:], self._mac(user_id, raw[:_NONCE_BYTES]))
+        # To the letter: failures are counted by the token, which must not have a second spelling.
+        spelled = self._spell(user_id, raw[:_NONCE_BYTES])
+        return hmac.compare_digest(spelled.encode(), token.encode())
 
-    def _mac(self, user_id: str, nonce: bytes) -> bytes:
-        return hmac.digest(self._key, nonce + user_id.encode(), "sha256")
+    def _spell(self, user_id: str, nonce: bytes) -> str:
+        mac = hmac.digest(self._key, nonce + user_id.encode(), "sha256")
+        return DEVICE_PREFIX + base64.urlsafe_b64encode(nonce + mac).rstrip(b"=").decode()
 
     def _counts(self, what: str, subject: str, origin: Origin, device_token: str) -> list[_Count]:
         s = self._settings

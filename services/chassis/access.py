@@ -146,8 +146,6 @@ class Access:
             return auth.ANYONE
         scheme, _, token = metadata.get("authorization", "").partition(" ")
         if not token or scheme.lower() != "bearer":
-            token = _cookie(metadata.get("cookie", ""), "mb_session")
-        if not token:
             raise errors.unauthenticated("TOKEN_MISSING", "The call needs an access token.")
         claims = await self._tokens.verify(token)
         await self._revocations.check(claims.session_id)
@@ -353,11 +351,3 @@ def _workspace_of(rule: Rule, request: message.Message, metadata: Metadata) -> s
             "WORKSPACE_AMBIGUOUS", "The path and the X-Workspace-Id header name different workspaces."
         )
     return header
-
-
-def _cookie(header: str, name: str) -> str:
-    for pair in header.split(";"):
-        key, _, value = pair.strip().partition("=")
-        if key == name:
-            return value
-    return ""
