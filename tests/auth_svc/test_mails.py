@@ -8,6 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from pydantic import ValidationError
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -117,6 +118,31 @@ async def test_a_mail_to_nobody_is_thrown_away(post: Post):
         await post.add("a@example.org")
         await eventually(post.is_empty)
     assert [mail["to"] for mail in post.box.mails] == ["a@example.org"]
+
+
+async def test_a_mail_that_cannot_be_made_holds_up_no_other(post: Post):
+    await post.add("a@example.org\r\nBcc: everyone@example.org")
+    async with post.db.begin() as session:  # of another master key
+        Mails(Seals([b"o" * 32])).add(session, now(), "b@example.org", "Hello", "World")
+    await post.add("c@example.org")
+    async with mailboxes.serving(post.box), post.sending():
+        await eventually(lambda: bool(post.box.mails))
+        await eventually(lambda: post.was_tried(1))
+    assert {mail["to"] for mail in post.box.mails} == {"c@example.org"}
+    assert await post.count() == 2
+
+
+async def test_is_measured(post: Post):
+    def sent() -> float:
+        return REGISTRY.get_sample_value("meshboard_mails_total", {"outcome": "sent"}) or 0
+
+    before = sent()
+    await post.add("a@example.org")
+    async with post.sending():
+        await eventually(lambda: REGISTRY.get_sample_value("meshboard_mails_waiting") == 1)
+        async with mailboxes.serving(post.box):
+            await eventually(lambda: sent() == before + 1)
+    assert (REGISTRY.get_sample_value("meshboard_mails_total", {"outcome": "failed"}) or 0) >= 1
 
 
 async def test_mails_wait_for_a_server_that_is_away(post: Post, caplog: Any, capfd: Any):
