@@ -27,7 +27,7 @@ from uuid_utils.compat import uuid7
 
 from services.auth_svc.models import Mail
 from services.auth_svc.settings import AuthSettings
-from services.chassis.sealing import Seals, WrongKey
+from services.chassis.sealing import Seals
 
 log = structlog.get_logger(__name__)
 
@@ -125,7 +125,7 @@ async def _send(
             async with asyncio.timeout(_SEND_SECONDS):
                 await _deliver(settings, row, content)
             _outcomes.labels("sent").inc()
-    except (aiosmtplib.SMTPException, OSError, TimeoutError, ValueError, WrongKey) as error:
+    except Exception as error:  # whatever it is, it must hold up no other mail
         await _put_back(db, row, error, now())
         return
     async with db.begin() as session:

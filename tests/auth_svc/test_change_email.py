@@ -56,6 +56,9 @@ async def test_changes_the_address_when_both_links_are_redeemed(
 ):
     signed_up, new = await services.sign_up(), new_email()
     old = signed_up.user.email
+    # What user_svc remembers of the person is to be forgotten.
+    me = await services.users.GetMe(GetMeRequest(), metadata=bearer(signed_up.access_token))
+    assert me.user.email == old
     await change(services, signed_up, new)
     tokens = await links_of(mailbox, old, new)
     assert new in mailbox.of(old, "Approve")[0].get_content()

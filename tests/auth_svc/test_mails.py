@@ -8,7 +8,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from aiosmtpd.smtp import SMTP, AuthResult
+from prometheus_client import REGISTRY
+from pydantic import SecretStr, ValidationError
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -60,7 +62,7 @@ class Post:
 
     async def was_tried(self, times: int = 1) -> bool:
         async with self.db() as session:
-            return bool(await session.scalar(select(func.min(Mail.try_count))) >= times)  # type: ignore[operator]
+            return (await session.scalar(select(func.min(Mail.try_count))) or 0) >= times
 
     async def age(self, **columns: timedelta) -> None:
         async with self.db.begin() as session:
@@ -117,6 +119,31 @@ async def test_a_mail_to_nobody_is_thrown_away(post: Post):
         await post.add("a@example.org")
         await eventually(post.is_empty)
     assert [mail["to"] for mail in post.box.mails] == ["a@example.org"]
+
+
+async def test_a_mail_that_cannot_be_made_holds_up_no_other(post: Post):
+    await post.add("a@example.org\r\nBcc: everyone@example.org")
+    async with post.db.begin() as session:  # of another master key
+        Mails(Seals([b"o" * 32])).add(session, now(), "b@example.org", "Hello", "World")
+    await post.add("c@example.org")
+    async with mailboxes.serving(post.box), post.sending():
+        await eventually(lambda: bool(post.box.mails))
+        await eventually(lambda: post.was_tried(1))
+    assert {mail["to"] for mail in post.box.mails} == {"c@example.org"}
+    assert await post.count() == 2
+
+
+async def test_is_measured(post: Post):
+    def sent() -> float:
+        return REGISTRY.get_sample_value("meshboard_mails_total", {"outcome": "sent"}) or 0
+
+    before = sent()
+    await post.add("a@example.org")
+    async with post.sending():
+        await eventually(lambda: REGISTRY.get_sample_value("meshboard_mails_waiting") == 1)
+        async with mailboxes.serving(post.box):
+            await eventually(lambda: sent() == before + 1)
+    assert (REGISTRY.get_sample_value("meshboard_mails_total", {"outcome": "failed"}) or 0) >= 1
 
 
 async def test_mails_wait_for_a_server_that_is_away(post: Post, caplog: Any, capfd: Any):
@@ -212,9 +239,21 @@ def test_another_kind_of_server_is_refused_at_the_start_without_its_password(pos
 
 
 async def test_a_password_is_not_shown_to_a_server_without_tls(post: Post):
+    shown: list[object] = []
+
+    def authenticate(*arguments: object) -> AuthResult:
+        shown.append(arguments)
+        return AuthResult(success=True)
+
+    def protocol() -> asyncio.Protocol:
+        return SMTP(post.box, hostname="localhost", authenticator=authenticate, auth_require_tls=False)
+
     url = post.box.url.replace("//", "//user:canary@")
-    post.settings = post.settings.model_copy(update={"smtp_url": type(post.settings.smtp_url)(url)})
-    async with mailboxes.serving(post.box), post.sending():
+    post.settings = post.settings.model_copy(update={"smtp_url": SecretStr(url)})
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", post.box.port)
+    async with post.sending():
         await post.add("a@example.org")
-        await eventually(post.was_tried)
+        await eventually(lambda: post.was_tried(2))  # the first try has ended
+    server.close()
+    assert shown == []
     assert post.box.mails == []
