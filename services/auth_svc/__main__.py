@@ -1,19 +1,25 @@
 """auth_svc: `python -m services.auth_svc`."""
 
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
+from meshboard.auth.v1.impersonation_service_pb2_grpc import add_ImpersonationServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
+from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
+from meshboard.auth.v1.usable_key_pb2 import UsableKey
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
 from services.auth_svc import reaper
-from services.auth_svc.consumers import on_member_removed, on_user_updated
+from services.auth_svc.consumers import on_user_updated
 from services.auth_svc.guesses import Guesses
+from services.auth_svc.impersonations import ImpersonationServicer
 from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.mails import Mails
+from services.auth_svc.memberships import Memberships
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
+from services.auth_svc.service_accounts import ServiceAccountServicer
 from services.auth_svc.sessions import own_sessions
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.sign_ins import AuthServicer
@@ -21,6 +27,7 @@ from services.auth_svc.sign_ups import SignUps
 from services.auth_svc.signing_keys import SigningKeys
 from services.auth_svc.tickets import Tickets
 from services.auth_svc.tokens import Tokens
+from services.auth_svc.usable_keys import REMEMBER_SECONDS, UsableKeys
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
@@ -29,6 +36,7 @@ from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
 from services.chassis.sealing import Seals
 from services.chassis.server import Server, main
@@ -48,7 +56,8 @@ async def serve(settings: AuthSettings) -> None:
     user_peer = Peer("user", settings.user_address, service_tokens)
     users = user_peer.stub(InternalUserServiceStub)
 
-    rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
+    fetch_rights = trust.rights_of(user_peer)
+    rights = await trust.follow_rights(bus, fetch_rights)
     revocations = await trust.follow_revocations(bus, *own_sessions(sessions, settings, now))
     verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
     access = Access(verifier, service_tokens, revocations, rights, recent_seconds=settings.recent_seconds)
@@ -76,11 +85,29 @@ async def serve(settings: AuthSettings) -> None:
         alive=alive,
         now=now,
     )
+    usable_keys = UsableKeys(
+        sessions, CachedMessages(cache, "keys", UsableKey, ttl_seconds=REMEMBER_SECONDS), alive
+    )
+    pages = Pages(settings.derived_key("page tokens"))
+    service_accounts = ServiceAccountServicer(
+        db=sessions,
+        users=users,
+        guesses=guesses,
+        tokens=tokens,
+        pages=pages,
+        keys=usable_keys,
+        now=now,
+        new_id=new_id,
+    )
+    impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, alive, now)
+    memberships = Memberships(usable_keys, alive, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,
         [
             lambda server: add_AuthServiceServicer_to_server(sign_ins, server),
+            lambda server: add_ServiceAccountServiceServicer_to_server(service_accounts, server),
+            lambda server: add_ImpersonationServiceServicer_to_server(impersonations, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
         ],
         access,
@@ -90,12 +117,22 @@ async def serve(settings: AuthSettings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "auth").run(),
-            consume(bus, sessions, "auth", {UserUpdated: on_user_updated, MemberRemoved: on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "auth",
+                {
+                    UserUpdated: on_user_updated,
+                    MemberRemoved: memberships.on_member_removed,
+                    MemberUpdated: memberships.on_member_updated,
+                },
+            ),
             keys.follow(),
-            reaper.run(sessions, settings, now),
+            reaper.run(sessions, settings, users, now),
         )
     finally:
         await server.stop()
+        await usable_keys.close()
         passwords.close()
         await user_peer.close()
         await redis.aclose()

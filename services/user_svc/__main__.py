@@ -44,10 +44,11 @@ async def serve(settings: Settings) -> None:
     access = Access(verifier, tokens, revocations, rights)
 
     pages = Pages(settings.derived_key("page tokens"))
-    users = UserServicer(sessions, CachedMessages(cache, "me", GetMeResponse), now)
+    me = CachedMessages(cache, "me", GetMeResponse)
+    users = UserServicer(sessions, me, now)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
-    internal_users = InternalUserServicer(sessions, fetch_rights, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
     server = Server(
         settings,
         [
