@@ -13,7 +13,9 @@ import jwt
 import pytest
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse, SignUpRequest, SignUpResponse
 from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
+from meshboard.auth.v1.impersonation_service_pb2_grpc import ImpersonationServiceStub
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
+from meshboard.auth.v1.service_account_service_pb2_grpc import ServiceAccountServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -38,6 +40,8 @@ class Services:
     keys: Path
     auth: AuthServiceStub
     internal_auth: InternalAuthServiceStub
+    service_accounts: ServiceAccountServiceStub
+    impersonations: ImpersonationServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
     sessions: async_sessionmaker[AsyncSession]
@@ -144,6 +148,8 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             keys=keys,
             auth=AuthServiceStub(auth_channel),
             internal_auth=InternalAuthServiceStub(auth_channel),
+            service_accounts=ServiceAccountServiceStub(auth_channel),
+            impersonations=ImpersonationServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),
             sessions=sessions,
