@@ -319,6 +319,7 @@ class ServiceAccountServicer(ServiceAccountServiceServicer):
                 subject_id=key.service_account_id if key else "",
                 workspace_id=key.workspace_id if key else "",
                 api_key_id=key.api_key_id if key else "",
+                prefix=api_key[: api_keys.SHOWN_CHARACTERS],
             )
 
 
