@@ -99,8 +99,8 @@ async def serve(settings: AuthSettings) -> None:
         now=now,
         new_id=new_id,
     )
-    impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, alive, now)
-    memberships = Memberships(usable_keys, alive, now)
+    impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, now)
+    memberships = Memberships(usable_keys, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,

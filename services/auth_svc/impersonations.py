@@ -10,7 +10,6 @@ import grpc.aio
 from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.auth.v1.impersonation_service_pb2 import StartImpersonationRequest, StartImpersonationResponse
 from meshboard.auth.v1.impersonation_service_pb2_grpc import ImpersonationServiceServicer
-from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -21,7 +20,6 @@ from services.auth_svc.sessions import Begun
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.tokens import Tokens
 from services.chassis import auth, errors
-from services.chassis.cache import CachedMessages
 from services.chassis.rights import Fetch
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -32,13 +30,12 @@ DEFAULT_SECONDS = 3600
 
 @dataclass(frozen=True)
 class ImpersonationServicer(ImpersonationServiceServicer):
-    """`fetch_rights` asks user_svc; `alive` is what CheckSession remembers of sessions."""
+    """`fetch_rights` asks user_svc."""
 
     db: async_sessionmaker[AsyncSession]
     settings: AuthSettings
     fetch_rights: Fetch
     tokens: Tokens
-    alive: CachedMessages[CheckSessionResponse]
     now: Callable[[], datetime]
 
     async def StartImpersonation(
@@ -136,10 +133,10 @@ class ImpersonationServicer(ImpersonationServiceServicer):
         try:
             await self._compare(user_id)
         except errors.Error:
-            session_id = begun.session.session_id
             async with self.db.begin() as session:
-                await sessions.revoke(session, session_id, SessionRevoked.IMPERSONATION_ENDED, self.now())
-            await self.alive.invalidate(session_id)
+                await sessions.revoke(
+                    session, begun.session.session_id, SessionRevoked.IMPERSONATION_ENDED, self.now()
+                )
             raise
 
     async def _note_refusal(self, user_id: str, origin: Origin, reason: str) -> None:
@@ -149,10 +146,8 @@ class ImpersonationServicer(ImpersonationServiceServicer):
             )
 
 
-async def end_impersonations(
-    session: AsyncSession, workspace_id: str, user_id: str, now: datetime
-) -> list[str]:
-    """Ends the sessions in a workspace in which a user impersonates others or is impersonated; gives their ids."""
+async def end_impersonations(session: AsyncSession, workspace_id: str, user_id: str, now: datetime) -> None:
+    """Ends the sessions in a workspace in which a user impersonates others or is impersonated."""
     found = await session.scalars(
         select(Session.session_id)
         .where(
@@ -164,7 +159,5 @@ async def end_impersonations(
         )
         .order_by(Session.session_id)
     )
-    session_ids = list(found)
-    for session_id in session_ids:
+    for session_id in found.all():
         await sessions.revoke(session, session_id, SessionRevoked.IMPERSONATION_ENDED, now)
-    return session_ids

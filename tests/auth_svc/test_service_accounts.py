@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -24,10 +25,20 @@ from sqlalchemy import select
 
 from services.auth_svc import models
 from services.auth_svc.reaper import reap_service_accounts
-from services.chassis import auth
+from services.auth_svc.service_accounts import retire
+from services.chassis import auth, errors
 from services.chassis.clients import Peer
 from services.user_svc import models as user_models
-from tests.auth_svc.conftest import Services, bearer, claims_of
+from services.user_svc.__main__ import serve as serve_user
+from tests.auth_svc.conftest import (
+    Services,
+    bearer,
+    claims_of,
+    connected,
+    make_both,
+    running,
+    running_auth,
+)
 from tests.auth_svc.machines import (
     Machine,
     Person,
@@ -41,7 +52,8 @@ from tests.auth_svc.machines import (
     set_disabled,
 )
 from tests.conditions import eventually
-from tests.harness import new_id, refused, service_metadata
+from tests.harness import make_keys, new_id, refused, service_metadata
+from tests.parts import Parts
 
 ABSENT = (grpc.StatusCode.NOT_FOUND, "SERVICE_ACCOUNT_NOT_FOUND")
 KEY_INVALID = (grpc.StatusCode.UNAUTHENTICATED, "API_KEY_INVALID")
@@ -193,6 +205,50 @@ async def test_what_nobody_resumes_is_cleared_away_with_its_membership(services:
     assert set(await members(services, owner)) == {owner.user_id, whole.service_account_id}
     anew = await create(services, owner, request_id="a")
     assert anew.service_account_id != left.service_account_id
+
+
+async def test_while_user_svc_is_away(parts: Parts, tmp_path: Path):
+    keys = make_keys(tmp_path / "keys")
+    auth_settings, user_settings = await make_both(parts, keys)
+    async with running_auth(auth_settings), connected(auth_settings, user_settings, keys) as services:
+        async with running(serve_user, user_settings):
+            owner = await owner_of(services)
+            made = await machine(services, owner)
+            token = await exchange(services, made.secret)
+        # Rights cannot be told, so that nothing is begun; what was begun is finished by user_svc's return.
+        outcome = await refused(create(services, owner, request_id="once"))
+        assert outcome == (grpc.StatusCode.UNAVAILABLE, "DEPENDENCY_UNAVAILABLE")
+        async with services.sessions.begin() as session:
+            row = await session.get_one(
+                models.ServiceAccount, (owner.workspace_id, made.account.service_account_id)
+            )
+            ended = await retire(session, row, datetime.now(UTC))
+        assert [key.session_id for key in ended] == [claims_of(token)["sid"]]
+        peer = Peer("user", user_settings.listen, auth.ServiceTokens("auth", keys))
+        users = peer.stub(InternalUserServiceStub)
+        with pytest.raises(errors.Error):
+            await reap_service_accounts(services.sessions, auth_settings, users, datetime.now(UTC))
+        assert await row_of(services, made.account) is not None
+
+        async with running(serve_user, user_settings):
+
+            async def cleared() -> bool:
+                try:
+                    await reap_service_accounts(services.sessions, auth_settings, users, datetime.now(UTC))
+                except errors.Error:
+                    return False
+                return await row_of(services, made.account) is None
+
+            await eventually(cleared)
+
+            async def only_the_owner() -> bool:
+                try:
+                    return set(await members(services, owner)) == {owner.user_id}
+                except grpc.aio.AioRpcError:
+                    return False
+
+            await eventually(only_the_owner)
+        await peer.close()
 
 
 async def test_gets_and_lists_those_of_the_workspace(services: Services):
