@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -36,7 +37,7 @@ from tests.harness import new_id, refused, status_of
 ABSENT = (grpc.StatusCode.NOT_FOUND, "SERVICE_ACCOUNT_NOT_FOUND")
 
 
-def creating(owner: Person, account_id: str, **fields: object) -> CreateApiKeyRequest:
+def creating(owner: Person, account_id: str, **fields: Any) -> CreateApiKeyRequest:
     return CreateApiKeyRequest(
         **{
             "workspace_id": owner.workspace_id,
@@ -47,7 +48,7 @@ def creating(owner: Person, account_id: str, **fields: object) -> CreateApiKeyRe
     )
 
 
-async def add(services: Services, owner: Person, account_id: str, **fields: object) -> CreateApiKeyResponse:
+async def add(services: Services, owner: Person, account_id: str, **fields: Any) -> CreateApiKeyResponse:
     return await services.service_accounts.CreateApiKey(
         creating(owner, account_id, **fields), metadata=owner.metadata
     )

@@ -3,6 +3,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -60,7 +61,7 @@ KEY_INVALID = (grpc.StatusCode.UNAUTHENTICATED, "API_KEY_INVALID")
 
 
 def updating(
-    owner: Person, account: ServiceAccount, *paths: str, **fields: object
+    owner: Person, account: ServiceAccount, *paths: str, **fields: Any
 ) -> UpdateServiceAccountRequest:
     wanted = ServiceAccount(service_account_id=account.service_account_id, **fields)
     request = UpdateServiceAccountRequest(workspace_id=owner.workspace_id, service_account=wanted)
@@ -255,7 +256,8 @@ async def test_gets_and_lists_those_of_the_workspace(services: Services):
     owner, other = await owner_of(services), await owner_of(services)
     created = [await create(services, owner, title=f"T{number}") for number in range(3)]
     foreign = await create(services, other)
-    listed, token = [], ""
+    listed: list[ServiceAccount] = []
+    token = ""
     while True:
         page = await services.service_accounts.ListServiceAccounts(
             ListServiceAccountsRequest(workspace_id=owner.workspace_id, page_size=2, page_token=token),
@@ -314,7 +316,7 @@ async def test_of_many_new_titles_the_same_one_stays_in_both_places(services: Se
     ],
 )
 async def test_updates_that_are_refused(
-    services: Services, paths: tuple[str, ...], fields: dict[str, str], outcome: tuple[grpc.StatusCode, str]
+    services: Services, paths: tuple[str, ...], fields: dict[str, Any], outcome: tuple[grpc.StatusCode, str]
 ):
     owner = await owner_of(services)
     account = await create(services, owner)

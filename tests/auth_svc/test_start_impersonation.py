@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -282,7 +282,7 @@ async def change_role(services: Services, played: Cast, user_id: str, role: str)
     )
 
 
-ENDS: dict[str, Callable[[Services, Cast], Coroutine[Any, Any, object]]] = {
+ENDS: dict[str, Callable[[Services, Cast], Awaitable[object]]] = {
     "sign-out": lambda s, c: s.auth.SignOut(SignOutRequest(), metadata=bearer(c.session.access_token)),
     "admin-signs-out": lambda s, c: s.auth.SignOut(SignOutRequest(), metadata=c.admin.metadata),
     "admin-is-disabled": lambda s, c: disable(s, c.admin.user_id),
