@@ -24,9 +24,10 @@ from services.chassis.times import timestamp_of
 
 log = structlog.get_logger(__name__)
 
-# Less than two seconds with the tenth that the cache adds: then a process has forgotten a key that has ended, whatever
-# else is away. It also keeps what is signed for an ended key within what `sessions.list_revoked` looks back.
-REMEMBER_SECONDS = 1.8
+# So short that a process which hears nothing gives up an ended key within two seconds. Redis keeps a value for this
+# long and a tenth, and who reads it there at the last moment keeps it as long again. What is signed meanwhile for the
+# ended session stays within what `sessions.list_revoked` looks back.
+REMEMBER_SECONDS = 0.8
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,4 @@
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -213,13 +214,13 @@ async def test_a_warm_exchange_makes_no_statement(services: Services):
     made = await machine(services, owner)
     await exchange(services, made.secret)
     await noted(services, made)
-    await exchange(services, made.secret)  # loads it anew, if the machine was slow
+    begun = time.monotonic()
     with statements() as found:
-        tokens = {await exchange(services, made.secret) for _ in range(20)}
-    assert len(tokens) == 20
-    # One when the key had to be read anew meanwhile, one when the minute has changed.
-    assert [statement for statement in found if not statement.startswith(("SELECT", "UPDATE"))] == []
-    assert len(found) <= 2
+        tokens = {await exchange(services, made.secret) for _ in range(40)}
+    assert len(tokens) == 40
+    # A key is read anew from time to time; a use is noted once a minute, by an UPDATE and an INSERT.
+    reads = 1 + (time.monotonic() - begun) / (0.9 * REMEMBER_SECONDS)
+    assert len(found) <= reads + 2
 
 
 async def test_uses_are_noted_once_a_minute(services: Services):
