@@ -3,24 +3,30 @@
 from meshboard.auth.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.factor_service_pb2_grpc import add_FactorServiceServicer_to_server
+from meshboard.auth.v1.impersonation_service_pb2_grpc import add_ImpersonationServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
+from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
+from meshboard.auth.v1.usable_key_pb2 import UsableKey
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
 from services.auth_svc import mails as mail_sending
 from services.auth_svc import reaper
 from services.auth_svc.accounts import AccountServicer
-from services.auth_svc.consumers import on_member_removed, on_user_updated
+from services.auth_svc.consumers import on_user_updated
 from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
+from services.auth_svc.impersonations import ImpersonationServicer
 from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.mails import Mails
+from services.auth_svc.memberships import Memberships
 from services.auth_svc.own_sessions import SessionServicer
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
+from services.auth_svc.service_accounts import ServiceAccountServicer
 from services.auth_svc.sessions import sessions_in_table
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.sign_ins import AuthServicer
@@ -28,6 +34,7 @@ from services.auth_svc.sign_ups import SignUps
 from services.auth_svc.signing_keys import SigningKeys
 from services.auth_svc.tickets import Tickets
 from services.auth_svc.tokens import Tokens
+from services.auth_svc.usable_keys import REMEMBER_SECONDS, UsableKeys
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
@@ -56,7 +63,8 @@ async def serve(settings: AuthSettings) -> None:
     user_peer = Peer("user", settings.user_address, service_tokens)
     users = user_peer.stub(InternalUserServiceStub)
 
-    rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
+    fetch_rights = trust.rights_of(user_peer)
+    rights = await trust.follow_rights(bus, fetch_rights)
     revocations = await trust.follow_revocations(bus, *sessions_in_table(sessions, settings, now))
     verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
     access = Access(verifier, service_tokens, revocations, rights, recent_seconds=settings.recent_seconds)
@@ -111,6 +119,21 @@ async def serve(settings: AuthSettings) -> None:
         now=now,
         new_id=new_id,
     )
+    usable_keys = UsableKeys(
+        sessions, CachedMessages(cache, "keys", UsableKey, ttl_seconds=REMEMBER_SECONDS), alive
+    )
+    service_accounts = ServiceAccountServicer(
+        db=sessions,
+        users=users,
+        guesses=guesses,
+        tokens=tokens,
+        pages=pages,
+        keys=usable_keys,
+        now=now,
+        new_id=new_id,
+    )
+    impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, now)
+    memberships = Memberships(usable_keys, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     server = Server(
         settings,
@@ -119,6 +142,8 @@ async def serve(settings: AuthSettings) -> None:
             lambda server: add_SessionServiceServicer_to_server(own_sessions, server),
             lambda server: add_FactorServiceServicer_to_server(factors, server),
             lambda server: add_AccountServiceServicer_to_server(accounts, server),
+            lambda server: add_ServiceAccountServiceServicer_to_server(service_accounts, server),
+            lambda server: add_ImpersonationServiceServicer_to_server(impersonations, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
         ],
         access,
@@ -128,13 +153,23 @@ async def serve(settings: AuthSettings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "auth").run(),
-            consume(bus, sessions, "auth", {UserUpdated: on_user_updated, MemberRemoved: on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "auth",
+                {
+                    UserUpdated: on_user_updated,
+                    MemberRemoved: memberships.on_member_removed,
+                    MemberUpdated: memberships.on_member_updated,
+                },
+            ),
             keys.follow(),
             mail_sending.run(sessions, settings, mails, now),
-            reaper.run(sessions, settings, now),
+            reaper.run(sessions, settings, users, now),
         )
     finally:
         await server.stop()
+        await usable_keys.close()
         passwords.close()
         await user_peer.close()
         await redis.aclose()

@@ -16,6 +16,7 @@ from meshboard.auth.v1.internal_auth_service_pb2 import (
     SetAccountDisabledResponse,
 )
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceServicer
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, sessions
@@ -48,13 +49,20 @@ class InternalAuthServicer(InternalAuthServiceServicer):
         return response
 
     async def CheckSession(self, request: CheckSessionRequest, context: Context) -> CheckSessionResponse:
-        async def load() -> CheckSessionResponse:
-            return CheckSessionResponse(
-                alive=await sessions.is_alive(self.db, request.session_id, self.now())
-            )
-
         session_id = request.session_id.lower()
-        return await self.alive.get(session_id, load) or await load()
+        remembered = await self.alive.get(session_id, lambda: self._load(session_id))
+        return remembered or await self._look(session_id)
+
+    async def _load(self, session_id: str) -> CheckSessionResponse | None:
+        """What may be remembered: nothing of a session of impersonation, because it ends with others."""
+        async with self.db() as session:
+            impersonator_id = await session.scalar(
+                select(Session.impersonator_id).where(Session.session_id == session_id)
+            )
+        return None if impersonator_id else await self._look(session_id)
+
+    async def _look(self, session_id: str) -> CheckSessionResponse:
+        return CheckSessionResponse(alive=await sessions.is_alive(self.db, session_id, self.now()))
 
     async def SetAccountDisabled(
         self, request: SetAccountDisabledRequest, context: Context

@@ -185,17 +185,23 @@ class RecoveryCode(Table):
 
 
 class ServiceAccount(Table):
-    """A member of a workspace that is a program. `version` is the etag."""
+    """A member of a workspace that is a program. `version` is the etag.
+
+    Nobody sees an account without `activate_time`: it is not a member yet, or not for long. `update_time` is then when
+    making it was last tried.
+    """
 
     __tablename__ = "service_accounts"
     __table_args__ = (
         UniqueConstraint("service_account_id", name="service_accounts_id_once"),
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="service_accounts_request_once"),
+        Index("service_accounts_pending", "update_time", postgresql_where=text("activate_time IS NULL")),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     service_account_id: Mapped[Id] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(Text)
+    activate_time: Mapped[Time | None]
     disable_time: Mapped[Time | None]
     version: Mapped[int] = mapped_column(server_default=text("1"))
     creator_id: Mapped[Id]

@@ -1,4 +1,4 @@
-"""Clears away what is no longer of use: sign-ups that were not finished, tickets that nobody has
+"""Clears away what is no longer of use: sign-ups and service accounts that were not finished, tickets that nobody has
 redeemed, and sessions long after their end."""
 
 import asyncio
@@ -7,13 +7,15 @@ from datetime import datetime, timedelta
 
 import structlog
 from meshboard.auth.v1.events_pb2 import AccountDiscarded
-from sqlalchemy import delete, or_
+from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.auth_svc.models import Account, EndedKey, Session, Ticket
+from services.auth_svc.models import Account, EndedKey, ServiceAccount, Session, Ticket
+from services.auth_svc.service_accounts import clear
 from services.auth_svc.settings import AuthSettings
-from services.chassis import outbox
+from services.chassis import errors, outbox
 
 log = structlog.get_logger(__name__)
 
@@ -22,13 +24,17 @@ _KEEP_ENDED_SESSIONS = timedelta(days=7)
 
 
 async def run(
-    db: async_sessionmaker[AsyncSession], settings: AuthSettings, now: Callable[[], datetime]
+    db: async_sessionmaker[AsyncSession],
+    settings: AuthSettings,
+    users: InternalUserServiceStub,
+    now: Callable[[], datetime],
 ) -> None:
     """Reaps every minute until it is cancelled; any number of replicas may do so at once."""
     while True:
         try:
             await reap(db, settings, now())
-        except (OSError, TimeoutError, SQLAlchemyError) as error:
+            await reap_service_accounts(db, settings, users, now())
+        except (OSError, TimeoutError, SQLAlchemyError, errors.Error) as error:
             log.warning("reaping_failed", error=repr(error))
         await asyncio.sleep(_ROUND_SECONDS)
 
@@ -50,3 +56,26 @@ async def reap(db: async_sessionmaker[AsyncSession], settings: AuthSettings, now
         )
         await session.execute(delete(EndedKey).where(EndedKey.revoke_time < ended))
         await session.execute(delete(Ticket).where(Ticket.expire_time <= now))
+
+
+async def reap_service_accounts(
+    db: async_sessionmaker[AsyncSession],
+    settings: AuthSettings,
+    users: InternalUserServiceStub,
+    now: datetime,
+) -> None:
+    """One round of service accounts: what was not finished when it was made, or when it was deleted."""
+    stale = now - timedelta(seconds=settings.pending_account_seconds)
+    pending = ServiceAccount.activate_time.is_(None)
+    async with db.begin() as session:
+        # Nobody resumes them from here on.
+        await session.execute(
+            update(ServiceAccount)
+            .where(pending, ServiceAccount.update_time < stale)
+            .values(disable_time=now, request_id=None)
+        )
+        left = await session.scalars(
+            select(ServiceAccount).where(pending, ServiceAccount.disable_time.is_not(None))
+        )
+    for account in left.all():
+        await clear(db, users, account)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc.aio
 import jwt
+from meshboard.auth.v1.usable_key_pb2 import UsableKey
 from uuid_utils.compat import uuid7
 
 from services.auth_svc import refresh_tokens
 from services.auth_svc.guesses import Guesses
-from services.auth_svc.models import ApiKey, Session
+from services.auth_svc.models import Session
 from services.auth_svc.origins import Origin
 from services.auth_svc.refresh_tokens import RefreshToken
 from services.auth_svc.sessions import Begun, Going
@@ -74,17 +75,20 @@ class Tokens:
         names = ((ACCESS_COOKIE, "/"), (REFRESH_COOKIE, _REFRESH_PATH), (REFRESH_KEY_COOKIE, _REFRESH_PATH))
         await _send_cookies(context, [_cookie(name, "", 0, path) for name, path in names])
 
-    def of_api_key(self, key: ApiKey) -> str:
-        """An access token of a service account."""
-        return self._sign(
+    def of_api_key(self, key: UsableKey) -> tuple[str, int]:
+        """An access token of a service account, and for how many seconds it is valid."""
+        seconds = self._seconds(key.expire_time.ToDatetime(UTC) if key.HasField("expire_time") else None)
+        access_token = self._sign(
             {
                 "sub": key.service_account_id,
                 "client_id": key.api_key_id,
                 "sid": key.session_id,
                 "wid": key.workspace_id,
                 "scope": " ".join(key.scopes) or FULL_SCOPE,
-            }
+            },
+            seconds,
         )
+        return access_token, seconds
 
     def access_token(self, row: Session | Going) -> str:
         """An access token of the session."""
@@ -99,15 +103,22 @@ class Tokens:
         }
         if row.impersonator_id:
             claims["act"] = {"sub": row.impersonator_id}
-        return self._sign(claims)
+        return self._sign(claims, self._seconds(row.end_time))
 
-    def _sign(self, claims: dict[str, Any]) -> str:
+    def _seconds(self, end_time: datetime | None) -> int:
+        """For how long an access token is valid that does not outlive `end_time`."""
+        seconds = self.settings.access_token_seconds
+        if end_time is None:
+            return seconds
+        return max(0, min(seconds, int((end_time - self.now()).total_seconds())))
+
+    def _sign(self, claims: dict[str, Any], seconds: int) -> str:
         """A token of RFC 9068."""
         key, issued = self.keys.current(), int(self.now().timestamp())
         of_all = {
             "iss": self.settings.public_url,
             "aud": AUDIENCE,
-            "exp": issued + self.settings.access_token_seconds,
+            "exp": issued + seconds,
             "iat": issued,
             "jti": str(uuid7()),
         }
@@ -121,7 +132,7 @@ class Tokens:
     async def _answer(
         self, context: Context, row: Session | Going, secrets: dict[str, str]
     ) -> dict[str, Any]:
-        seconds = self.settings.access_token_seconds
+        seconds = self._seconds(row.end_time)
         access_token = self.access_token(row)
         if not row.in_cookies:
             return {"access_token": access_token, "expires_in_seconds": seconds, **secrets}

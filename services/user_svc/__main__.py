@@ -56,7 +56,7 @@ async def serve(settings: Settings) -> None:
     users = UserServicer(sessions, me, now)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
-    internal_users = InternalUserServicer(sessions, fetch_rights, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
     server = Server(
         settings,
         [

@@ -22,29 +22,30 @@ from meshboard.user.v1.internal_user_service_pb2 import (
     RemoveServiceUserResponse,
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
+from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors, outbox
+from services.chassis.cache import CachedMessages
 from services.chassis.rights import Fetch
 from services.user_svc.convert import member_to_pb, rights_to_pb, user_to_pb, workspace_to_pb
-from services.user_svc.models import Member, Team, User, Workspace
+from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
-from services.user_svc.workspaces import add_workspace, require_role
-
-SERVICE_ACCOUNT = "SERVICE_ACCOUNT"
+from services.user_svc.workspaces import OWNER, add_workspace, owner_role_reserved, require_role
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
 class InternalUserServicer(InternalUserServiceServicer):
-    """Answers the other services from the tables, without a cache: they have their own."""
+    """Answers the other services from the tables, without a cache: they have their own. `me` is that of GetMe."""
 
     db: async_sessionmaker[AsyncSession]
     fetch_rights: Fetch
+    me: CachedMessages[GetMeResponse]
     now: Callable[[], datetime]
 
     async def CreateUser(self, request: CreateUserRequest, context: Context) -> CreateUserResponse:
@@ -96,20 +97,23 @@ class InternalUserServicer(InternalUserServiceServicer):
             user = await session.get(User, request.user_id, with_for_update=True)
             if user is None:
                 user = await self._add_service_user(session, request, now)
-            elif user.kind != SERVICE_ACCOUNT or not await session.get(
-                Member, (request.workspace_id, request.user_id)
-            ):
+            elif user.kind != SERVICE_ACCOUNT:
                 raise _ids_taken()
+            elif not await session.get(Member, (request.workspace_id, request.user_id)):
+                raise errors.not_found("MEMBER_NOT_FOUND", "The service account is no member any more.")
             elif user.display_name != request.display_name:
                 user.display_name, user.update_time = request.display_name, now
                 user.version += 1
                 outbox.add(session, events_pb2.UserUpdated(user=user_to_pb(user)))
+        await self.me.invalidate(user.user_id)
         return PutServiceUserResponse(user=user_to_pb(user))
 
     async def _add_service_user(
         self, session: AsyncSession, request: PutServiceUserRequest, now: datetime
     ) -> User:
         require_role(request.role)
+        if request.role == OWNER:
+            raise owner_role_reserved()
         user = User(
             user_id=request.user_id,
             display_name=request.display_name,

@@ -16,6 +16,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from services.chassis.db import Id, Time
 
 MAX_TEAM_DEPTH = 8
+# Of a user; otherwise a PERSON.
+SERVICE_ACCOUNT = "SERVICE_ACCOUNT"
 
 
 class Table(DeclarativeBase):

@@ -35,7 +35,7 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.rights import ROLES
 from services.user_svc.convert import member_to_pb, workspace_to_pb
-from services.user_svc.models import Member, User, Workspace
+from services.user_svc.models import SERVICE_ACCOUNT, Member, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
 
@@ -146,7 +146,11 @@ class WorkspaceServicer(WorkspaceServiceServicer):
             await lock_rights(session, caller.workspace_id)
             await _require_owner_for(session, request.role)
             user = await session.get(User, request.user_id)
-            if user is None:
+            # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
+            if user is None or (
+                user.kind == SERVICE_ACCOUNT
+                and not await session.get(Member, (caller.workspace_id, user.user_id))
+            ):
                 raise user_not_found(request.user_id)
             member = await session.scalar(
                 insert(Member)
@@ -192,6 +196,8 @@ class WorkspaceServicer(WorkspaceServiceServicer):
             await lock_rights(session, workspace_id)
             member, user = await _find_member(session, workspace_id, request.user_id)
             if member.role != request.role:
+                if request.role == OWNER and user.kind == SERVICE_ACCOUNT:
+                    raise owner_role_reserved()
                 await _require_owner_for(session, request.role, member.role)
                 await _require_another_owner(session, member)
                 member.role = request.role
@@ -277,9 +283,15 @@ async def _require_owner_for(session: AsyncSession, *roles: str) -> None:
     if OWNER in roles:
         member = await session.get(Member, (caller.workspace_id, caller.user_id))
         if member is None or member.role != OWNER:
-            raise errors.permission_denied(
-                "OWNER_ROLE_RESERVED", "Only an owner can give or take the role of an owner."
-            )
+            raise owner_role_reserved()
+
+
+def owner_role_reserved() -> errors.Error:
+    """What is said to who may not give or take the role of an owner."""
+    return errors.permission_denied(
+        "OWNER_ROLE_RESERVED",
+        "Only an owner can give or take the role of an owner, and only people can have it.",
+    )
 
 
 async def _require_another_owner(session: AsyncSession, member: Member) -> None:

@@ -16,7 +16,9 @@ from meshboard.auth.v1.account_service_pb2_grpc import AccountServiceStub
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse, SignUpRequest, SignUpResponse
 from meshboard.auth.v1.auth_service_pb2_grpc import AuthServiceStub
 from meshboard.auth.v1.factor_service_pb2_grpc import FactorServiceStub
+from meshboard.auth.v1.impersonation_service_pb2_grpc import ImpersonationServiceStub
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
+from meshboard.auth.v1.service_account_service_pb2_grpc import ServiceAccountServiceStub
 from meshboard.auth.v1.session_service_pb2_grpc import SessionServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
@@ -47,6 +49,8 @@ class Services:
     factors: FactorServiceStub
     accounts: AccountServiceStub
     internal_auth: InternalAuthServiceStub
+    service_accounts: ServiceAccountServiceStub
+    impersonations: ImpersonationServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
     sessions: async_sessionmaker[AsyncSession]
@@ -162,6 +166,8 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             factors=FactorServiceStub(auth_channel),
             accounts=AccountServiceStub(auth_channel),
             internal_auth=InternalAuthServiceStub(auth_channel),
+            service_accounts=ServiceAccountServiceStub(auth_channel),
+            impersonations=ImpersonationServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),
             sessions=sessions,

@@ -2,13 +2,10 @@
 
 from collections.abc import Awaitable
 
-import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
-from meshboard.auth.v1.auth_service_pb2 import CompleteSignInRequest, RefreshRequest
-from meshboard.user.v1.internal_user_service_pb2 import PutServiceUserRequest
-from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
+from meshboard.auth.v1.auth_service_pb2 import CompleteSignInRequest, RefreshRequest, SignUpResponse
 from meshboard.user.v1.workspace_pb2 import Workspace
 from meshboard.user.v1.workspace_service_pb2 import (
     AddMemberRequest,
@@ -18,17 +15,12 @@ from meshboard.user.v1.workspace_service_pb2 import (
     UpdateWorkspaceRequest,
     UpdateWorkspaceResponse,
 )
-from redis.asyncio import Redis
 
-from services.auth_svc.guesses import Guesses
-from services.auth_svc.models import ApiKey
-from services.auth_svc.signing_keys import SigningKeys
-from services.auth_svc.tokens import Tokens
-from services.chassis.times import now
+from tests.auth_svc import machines
 from tests.auth_svc.conftest import Services, bearer, claims_of
 from tests.auth_svc.people import Metadata, Person, code_of, new_person, outcomes_of
 from tests.conditions import eventually
-from tests.harness import new_id, refused, service_metadata
+from tests.harness import refused
 
 REQUIRED = (StatusCode.PERMISSION_DENIED, "SECOND_FACTOR_REQUIRED")
 
@@ -122,34 +114,10 @@ async def test_who_has_none_cannot_require_one(services: Services, owner: Person
 
 async def test_lets_service_accounts_in(services: Services, owner: Person):
     await owner.add_totp()
+    workspace_id = workspace_of(owner)
+    admin = machines.Person(owner.user_id, workspace_id, SignUpResponse(), owner.metadata)
+    robot = await machines.machine(services, admin, "viewer")
     await set_rule(owner, True)
-    workspace_id, robot_id = workspace_of(owner), new_id()
-    async with grpc.aio.insecure_channel(services.user_settings.listen) as channel:
-        await InternalUserServiceStub(channel).PutServiceUser(
-            PutServiceUserRequest(
-                user_id=robot_id, workspace_id=workspace_id, display_name="Robot", role="viewer"
-            ),
-            metadata=service_metadata(services.keys, "auth", "user"),
-        )
-    token = await token_of_api_key(services, robot_id, workspace_id)
+    token = await machines.exchange(services, robot.secret)
     assert "amr" not in claims_of(token)
     await get(services, workspace_id, bearer(token))
-
-
-async def token_of_api_key(services: Services, user_id: str, workspace_id: str) -> str:
-    """What a service account is given for its key."""
-    settings = services.auth_settings
-    keys = SigningKeys(services.sessions, settings, now)
-    await keys.load()
-    redis = Redis.from_url(settings.redis_url)
-    guesses = Guesses(redis, settings, settings.derived_key("device-tokens"))
-    tokens = Tokens(settings, keys, guesses, settings.derived_keys("refresh-tokens"), now)
-    key = ApiKey(
-        workspace_id=workspace_id,
-        service_account_id=user_id,
-        api_key_id=new_id(),
-        session_id=new_id(),
-        scopes=[],
-    )
-    await redis.aclose()
-    return tokens.of_api_key(key)

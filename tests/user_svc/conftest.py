@@ -110,10 +110,11 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
         RightsCache(fetch_rights, lambda: False),
     )
     pages = Pages(settings.derived_key("page tokens"))
-    users = UserServicer(sessions, CachedMessages(cache, "me", GetMeResponse), now)
+    me = CachedMessages(cache, "me", GetMeResponse)
+    users = UserServicer(sessions, me, now)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
-    internal_users = InternalUserServicer(sessions, fetch_rights, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
     registrations = [
         lambda server: add_UserServiceServicer_to_server(users, server),
         lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),

@@ -95,6 +95,7 @@ def upgrade() -> None:
             workspace_id uuid NOT NULL,
             service_account_id uuid NOT NULL,
             title text NOT NULL,
+            activate_time timestamptz,
             disable_time timestamptz,
             version integer NOT NULL DEFAULT 1,
             creator_id uuid NOT NULL,
@@ -106,6 +107,9 @@ def upgrade() -> None:
             CONSTRAINT service_accounts_request_once UNIQUE (workspace_id, creator_id, request_id)
         )
     """)
+    op.execute(
+        "CREATE INDEX service_accounts_pending ON service_accounts (update_time) WHERE activate_time IS NULL"
+    )
     op.execute("""
         CREATE TABLE api_keys (
             workspace_id uuid NOT NULL,

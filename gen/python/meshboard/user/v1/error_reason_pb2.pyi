@@ -39,7 +39,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     TEAM_TOO_DEEP: _ErrorReason.ValueType  # 7
     """FAILED_PRECONDITION: teams nest at most 8 deep."""
     OWNER_ROLE_RESERVED: _ErrorReason.ValueType  # 9
-    """PERMISSION_DENIED: only an owner can give or take the role of an owner."""
+    """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
     USER_ID_TAKEN: _ErrorReason.ValueType  # 10
     """ALREADY_EXISTS: the ids belong to another user or workspace."""
 
@@ -63,7 +63,7 @@ TEAM_NOT_FOUND: ErrorReason.ValueType  # 6
 TEAM_TOO_DEEP: ErrorReason.ValueType  # 7
 """FAILED_PRECONDITION: teams nest at most 8 deep."""
 OWNER_ROLE_RESERVED: ErrorReason.ValueType  # 9
-"""PERMISSION_DENIED: only an owner can give or take the role of an owner."""
+"""PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
 USER_ID_TAKEN: ErrorReason.ValueType  # 10
 """ALREADY_EXISTS: the ids belong to another user or workspace."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -83,7 +83,8 @@ class InternalUserServiceServicer:
         """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
         `UserCreated` and `MemberAdded`; or gives an existing one another name. The role of an existing one stays.
 
-        Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there.
+        Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there; with PERMISSION_DENIED, reason
+        OWNER_ROLE_RESERVED, for that of an owner; with NOT_FOUND, reason MEMBER_NOT_FOUND, when it is no member any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,8 @@ class InternalUserServiceStub:
     """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
     `UserCreated` and `MemberAdded`; or gives an existing one another name. The role of an existing one stays.
 
-    Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there.
+    Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there; with PERMISSION_DENIED, reason
+    OWNER_ROLE_RESERVED, for that of an owner; with NOT_FOUND, reason MEMBER_NOT_FOUND, when it is no member any more.
     """
     RemoveServiceUser: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.RemoveServiceUserRequest, _internal_user_service_pb2.RemoveServiceUserResponse]
     """Removes a service account from its workspace, and emits `MemberRemoved`. A repeat changes nothing."""
@@ -63,7 +64,8 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
         `UserCreated` and `MemberAdded`; or gives an existing one another name. The role of an existing one stays.
 
-        Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there.
+        Fails with INVALID_ARGUMENT, reason ROLE_UNKNOWN, for a role that is not there; with PERMISSION_DENIED, reason
+        OWNER_ROLE_RESERVED, for that of an owner; with NOT_FOUND, reason MEMBER_NOT_FOUND, when it is no member any more.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,68 @@
+"""What ends when somebody leaves a workspace or gets another role there: impersonation, and service accounts."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated
+from sqlalchemy import event as events
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.auth_svc import audit
+from services.auth_svc.consumers import on_member_removed
+from services.auth_svc.impersonations import end_impersonations
+from services.auth_svc.models import ServiceAccount
+from services.auth_svc.origins import Origin
+from services.auth_svc.service_accounts import retire
+from services.auth_svc.usable_keys import Ended, UsableKeys
+from services.chassis import outbox
+
+
+@dataclass(frozen=True)
+class Memberships:
+    """Consumes events of members."""
+
+    keys: UsableKeys
+    now: Callable[[], datetime]
+    _forgetting: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def on_member_removed(self, session: AsyncSession, event: MemberRemoved) -> None:
+        """Ends impersonation by and of the member; a service account ends with its membership."""
+        await on_member_removed(session, event)
+        await end_impersonations(session, event.workspace_id, event.user_id, self.now())
+        await self._delete_service_account(session, event)
+
+    async def on_member_updated(self, session: AsyncSession, event: MemberUpdated) -> None:
+        """Ends impersonation by and of a member with another role: one may now have more rights than the other."""
+        member = event.member
+        await end_impersonations(session, member.workspace_id, member.user.user_id, self.now())
+
+    async def _delete_service_account(self, session: AsyncSession, event: MemberRemoved) -> None:
+        identity = (event.workspace_id, event.user_id)
+        account = await session.get(ServiceAccount, identity, with_for_update=True)
+        if account is None:
+            return
+        now = self.now()
+        if account.activate_time is not None:  # else it was deleted here, or nobody has ever seen it
+            audit.record(
+                session,
+                "service_account.deleted",
+                Origin(),
+                now,
+                actor_id=outbox.actor.get().partition(",")[0],
+                subject_id=event.user_id,
+                workspace_id=event.workspace_id,
+            )
+        self._forget_later(session, await retire(session, account, now))
+        await session.delete(account)
+
+    def _forget_later(self, session: AsyncSession, ended: list[Ended]) -> None:
+        """Forgets keys once the transaction has committed."""
+
+        def start(_: object) -> None:
+            task = asyncio.get_running_loop().create_task(self.keys.forget(ended))
+            self._forgetting.add(task)
+            task.add_done_callback(self._forgetting.discard)
+
+        events.listen(session.sync_session, "after_commit", start, once=True)
