@@ -1,5 +1,6 @@
 """auth_svc: `python -m services.auth_svc`."""
 
+from meshboard.auth.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
@@ -8,6 +9,9 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserService
 from redis.asyncio import Redis
 
 from services.auth_svc import reaper
+from services.auth_svc.audit_chain import Sealer, chain_keys
+from services.auth_svc.audit_entries import AuditServicer
+from services.auth_svc.audited_events import audited
 from services.auth_svc.consumers import on_member_removed, on_user_updated
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.internal_sessions import InternalAuthServicer
@@ -29,6 +33,7 @@ from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
+from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
 from services.chassis.sealing import Seals
 from services.chassis.server import Server, main
@@ -50,7 +55,8 @@ async def serve(settings: AuthSettings) -> None:
 
     rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
     revocations = await trust.follow_revocations(bus, *own_sessions(sessions, settings, now))
-    verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
+    verifier = await trust.follow_keys(bus, settings.public_url, keys.public_keys)
+    await keys.listen(bus)
     access = Access(verifier, service_tokens, revocations, rights, recent_seconds=settings.recent_seconds)
 
     passwords = Passwords(settings)
@@ -77,11 +83,13 @@ async def serve(settings: AuthSettings) -> None:
         now=now,
     )
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
+    audit_entries = AuditServicer(sessions, Pages(settings.derived_key("page tokens")))
     server = Server(
         settings,
         [
             lambda server: add_AuthServiceServicer_to_server(sign_ins, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
+            lambda server: add_AuditServiceServicer_to_server(audit_entries, server),
         ],
         access,
         ready=[lambda: db.ready(sessions)],
@@ -90,7 +98,13 @@ async def serve(settings: AuthSettings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "auth").run(),
-            consume(bus, sessions, "auth", {UserUpdated: on_user_updated, MemberRemoved: on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "auth",
+                audited({UserUpdated: on_user_updated, MemberRemoved: on_member_removed}),
+            ),
+            Sealer(sessions, chain_keys(settings), now).run(),
             keys.follow(),
             reaper.run(sessions, settings, now),
         )

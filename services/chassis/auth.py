@@ -259,9 +259,15 @@ class TokenVerifier:
         self._ttl = ttl_seconds
         self._size = size
         self._keys: Keys = {}
+        self._retired: set[str] = set()
         self._fetch_time = float("-inf")
         self._fetching = asyncio.Lock()
         self._verified: OrderedDict[str, tuple[Claims, str]] = OrderedDict()
+
+    def retire(self, key_id: str) -> None:
+        """Refuses what this key has signed from now on, also while the key set that is fetched still has it."""
+        self._retired.add(key_id)
+        self._keys.pop(key_id, None)
 
     async def verify(self, token: str) -> Claims:
         """The claims of the token; raises UNAUTHENTICATED (TOKEN_INVALID or TOKEN_EXPIRED)."""
@@ -325,7 +331,8 @@ class TokenVerifier:
             if time.monotonic() - self._fetch_time < age:
                 return  # someone else has just done it
             try:
-                self._keys = await self._fetch_keys()
+                fetched = await self._fetch_keys()
+                self._keys = {key_id: key for key_id, key in fetched.items() if key_id not in self._retired}
             except errors.Error:
                 log.warning("keys_not_fetched")
                 if not self._keys:
