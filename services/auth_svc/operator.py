@@ -294,9 +294,9 @@ async def run(settings: AuthSettings, arguments: argparse.Namespace) -> int:
 def main() -> None:
     """Ends with the command's exit code."""
     arguments = parser().parse_args()
-    # stdout is for answers; what happened is in the audit log.
+    # stdout is for answers; what was done is in the audit log, and what failed is said plainly.
     structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     raise SystemExit(asyncio.run(run(load(AuthSettings), arguments)))
