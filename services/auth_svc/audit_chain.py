@@ -23,7 +23,7 @@ from uuid import UUID
 
 import structlog
 from meshboard.auth.v1.events_pb2 import AuditEntrySealed, AuditHeadPublished
-from sqlalchemy import delete, func, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -257,11 +257,17 @@ async def _find_unsealed(
     milliseconds = (UUID(new_id()).int >> 80) - int(patience_seconds * 1000)  # RFC 9562, section 5.7
     newest = str(UUID(int=milliseconds << 80))
     while True:
+        # The range holds for the seals as well: else Postgres reads them from the beginning, for each chunk.
+        in_both = and_(
+            AuditSeal.audit_entry_id == AuditEntryRow.audit_entry_id,
+            AuditSeal.audit_entry_id > last,
+            AuditSeal.audit_entry_id < newest,
+        )
         async with db() as session:
             found = (
                 await session.execute(
                     select(AuditEntryRow.audit_entry_id, AuditSeal.position)
-                    .outerjoin(AuditSeal, AuditSeal.audit_entry_id == AuditEntryRow.audit_entry_id)
+                    .outerjoin(AuditSeal, in_both)
                     .where(AuditEntryRow.audit_entry_id > last, AuditEntryRow.audit_entry_id < newest)
                     .order_by(AuditEntryRow.audit_entry_id)
                     .limit(_CHUNK)
