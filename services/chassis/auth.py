@@ -317,6 +317,8 @@ class TokenVerifier:
         return verified
 
     async def _key(self, key_id: str) -> ec.EllipticCurvePublicKey:
+        if key_id in self._retired:
+            raise _Malformed("retired key")
         age = time.monotonic() - self._fetch_time
         if age >= self._ttl or (key_id not in self._keys and age >= 1):
             await self._refresh(age)
