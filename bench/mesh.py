@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cli.envoy_config import REPOSITORY
-from cli.main import read_state
 from cli.parts import launch, surroundings
-from cli.stack import Stack, stack_of
+from cli.stack import Stack, read_state, stack_of
 
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0

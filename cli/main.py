@@ -20,8 +20,9 @@ from typing import Any
 import click
 
 from cli import mails as landed
-from cli import parts
+from cli import operate, parts
 from cli.envoy_config import DEFAULT_PORT, REPOSITORY
+from cli.operate import data_option
 from cli.parts import Part, PartMissing
 from cli.processes import is_running, memory_bytes
 from cli.stack import (
@@ -30,21 +31,13 @@ from cli.stack import (
     DataFolderRefused,
     Stack,
     about,
+    read_state,
     settings_of,
     stack_of,
 )
 from cli.supervisor import AlreadyRuns, PortInUse, StartFailed, Supervisor, is_free, sweep
 
 DOWN_SECONDS = 15.0
-
-data_option = click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
-    default=REPOSITORY / ".data",
-    show_default=".data in the repository",
-    envvar="MESHBOARD_DATA",
-    help="Folder of the data, logs and secrets.",
-)
 
 output_option = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
@@ -219,6 +212,11 @@ def token(data: Path) -> None:
         click.echo(asyncio.run(demo.sign_in(state["gateway_url"], data)))
     except demo.DemoFailedError as error:
         raise click.ClickException(str(error)) from None
+
+
+main.add_command(operate.audit)
+main.add_command(operate.accounts)
+main.add_command(operate.keys)
 
 
 # --- looking at it ----------------------------------------------------------------------------------------
@@ -431,15 +429,6 @@ def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str
         raise click.ClickException(str(error)) from None
     click.echo(file.read_text() if output == "json" else figures.table(measured))
     say(f"Written to {file}")
-
-
-def read_state(data: Path) -> dict[str, Any] | None:
-    """Returns the content of state.json, None when nothing runs on the folder."""
-    try:
-        state: dict[str, Any] = json.loads((data / "run" / "state.json").read_text())
-    except FileNotFoundError:
-        return None
-    return state
 
 
 def free_port(start: int) -> int:

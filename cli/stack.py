@@ -75,6 +75,10 @@ class Stack:
         return self.data_dir / "run"
 
     @property
+    def master_key_file(self) -> Path:
+        return self.data_dir / "secrets" / "master.key"
+
+    @property
     def socket_dir(self) -> Path:
         return parts.socket_directory(self.run_dir)
 
@@ -162,7 +166,7 @@ class Stack:
             "MESHBOARD_EVENT_STORE_URL": event_store_url,
             "MESHBOARD_WORKERS": str(self.workers),
             "MESHBOARD_KEYS_DIR": str(self.data_dir / "secrets" / "keys"),
-            "MESHBOARD_MASTER_KEY_FILE": str(self.data_dir / "secrets" / "master.key"),
+            "MESHBOARD_MASTER_KEY_FILE": str(self.master_key_file),
             "MESHBOARD_PUBLIC_URL": self.public_url,
             **{f"MESHBOARD_{name.upper()}_ADDRESS": f"127.0.0.1:{self.port_of(name)}" for name in SERVICES},
         }
@@ -217,9 +221,8 @@ class Stack:
         for name in SERVICES:
             if not (folder / f"{name}.pub.pem").exists():
                 write_key(folder, name)
-        master = self.data_dir / "secrets" / "master.key"
-        if not master.exists():
-            parts.write_private(master, base64.b64encode(secrets.token_bytes(32)).decode())
+        if not self.master_key_file.exists():
+            parts.write_private(self.master_key_file, base64.b64encode(secrets.token_bytes(32)).decode())
 
     def write_gateway(self) -> None:
         """Writes the gateway's configuration for this mesh."""
@@ -280,6 +283,15 @@ def stack_of(data_dir: Path, state: Mapping[str, Any]) -> Stack:
         limits=state["limits"],
         environment=settings_of(os.environ),
     )
+
+
+def read_state(data: Path) -> dict[str, Any] | None:
+    """Returns the content of state.json, None when nothing runs on the folder."""
+    try:
+        state: dict[str, Any] = json.loads((data / "run" / "state.json").read_text())
+    except FileNotFoundError:
+        return None
+    return state
 
 
 def about(stack: Stack) -> dict[str, object]:

@@ -50,7 +50,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
     revocations = await trust.follow_revocations(bus, *trust.sessions_of(auth_peer))
     access = Access(
-        auth.TokenVerifier(settings.public_url, trust.keys_of(auth_peer)),
+        await trust.follow_keys(bus, settings.public_url, trust.keys_of(auth_peer)),
         tokens,
         revocations,
         rights,

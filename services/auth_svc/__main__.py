@@ -1,6 +1,7 @@
 """auth_svc: `python -m services.auth_svc`."""
 
 from meshboard.auth.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
+from meshboard.auth.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.factor_service_pb2_grpc import add_FactorServiceServicer_to_server
 from meshboard.auth.v1.impersonation_service_pb2_grpc import add_ImpersonationServiceServicer_to_server
@@ -16,6 +17,9 @@ from redis.asyncio import Redis
 from services.auth_svc import mails as mail_sending
 from services.auth_svc import reaper
 from services.auth_svc.accounts import AccountServicer
+from services.auth_svc.audit_chain import Sealer, chain_keys
+from services.auth_svc.audit_entries import AuditServicer
+from services.auth_svc.audited_events import audited
 from services.auth_svc.consumers import on_user_updated
 from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
@@ -66,7 +70,8 @@ async def serve(settings: AuthSettings) -> None:
     fetch_rights = trust.rights_of(user_peer)
     rights = await trust.follow_rights(bus, fetch_rights)
     revocations = await trust.follow_revocations(bus, *sessions_in_table(sessions, settings, now))
-    verifier = auth.TokenVerifier(settings.public_url, keys.public_keys)
+    verifier = await trust.follow_keys(bus, settings.public_url, keys.public_keys)
+    await keys.listen(bus)
     access = Access(verifier, service_tokens, revocations, rights, recent_seconds=settings.recent_seconds)
 
     passwords = Passwords(settings)
@@ -135,6 +140,7 @@ async def serve(settings: AuthSettings) -> None:
     impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, now)
     memberships = Memberships(usable_keys, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
+    audit_entries = AuditServicer(sessions, pages)
     server = Server(
         settings,
         [
@@ -145,6 +151,7 @@ async def serve(settings: AuthSettings) -> None:
             lambda server: add_ServiceAccountServiceServicer_to_server(service_accounts, server),
             lambda server: add_ImpersonationServiceServicer_to_server(impersonations, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
+            lambda server: add_AuditServiceServicer_to_server(audit_entries, server),
         ],
         access,
         ready=[lambda: db.ready(sessions)],
@@ -157,12 +164,15 @@ async def serve(settings: AuthSettings) -> None:
                 bus,
                 sessions,
                 "auth",
-                {
-                    UserUpdated: on_user_updated,
-                    MemberRemoved: memberships.on_member_removed,
-                    MemberUpdated: memberships.on_member_updated,
-                },
+                audited(
+                    {
+                        UserUpdated: on_user_updated,
+                        MemberRemoved: memberships.on_member_removed,
+                        MemberUpdated: memberships.on_member_updated,
+                    }
+                ),
             ),
+            Sealer(sessions, chain_keys(settings), now).run(),
             keys.follow(),
             mail_sending.run(sessions, settings, mails, now),
             reaper.run(sessions, settings, users, now),

@@ -6,12 +6,14 @@ from datetime import datetime
 from typing import Any
 
 import structlog
+from meshboard.auth.v1.audit_pb2 import AuditEntry
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from services.auth_svc.models import AuditEntryRow
+from services.auth_svc.models import AuditEntryRow, AuditUnsealed
 from services.auth_svc.origins import Origin
 from services.chassis import auth
+from services.chassis.times import timestamp_of
 
 log = structlog.get_logger("audit", log="audit")
 
@@ -26,6 +28,7 @@ def record(
     *,
     reason: str = "",
     actor_id: str | None = None,
+    impersonator_id: str | None = None,
     subject_id: str = "",
     workspace_id: str | None = None,
     session_id: str | None = None,
@@ -36,24 +39,49 @@ def record(
     A `reason`, that of the error, says that the act was refused. Who acts, in which session and workspace, is the
     caller if nothing else is said. Details hold no secrets and no addresses of mail.
     """
-    claims = auth.caller().claims
+    caller = auth.caller()
+    claims = caller.claims
     if actor_id is None:
-        actor_id = claims.user_id if claims else ""
+        actor_id = claims.user_id if claims else f"service:{caller.service}" if caller.service else ""
+    if impersonator_id is None:
+        impersonator_id = claims.impersonator_id if claims else ""
     if session_id is None:
         session_id = claims.session_id if claims else ""
     if workspace_id is None:
-        workspace_id = auth.caller().workspace or (claims.workspace_id if claims else "")
+        workspace_id = caller.workspace or (claims.workspace_id if claims else "")
     entry: dict[str, Any] = {
         "kind": kind,
         "outcome": REFUSED if reason else DONE,
         "reason": reason,
         "actor_id": actor_id,
-        "impersonator_id": claims.impersonator_id if claims else "",
+        "impersonator_id": impersonator_id,
         "subject_id": subject_id,
         "workspace_id": workspace_id or None,
         "session_id": session_id,
         "address": origin.address,
         "details": details,
     }
-    session.add(AuditEntryRow(audit_entry_id=str(uuid7()), time=now, **entry))
+    audit_entry_id = str(uuid7())
+    session.add(AuditEntryRow(audit_entry_id=audit_entry_id, time=now, **entry))
+    session.add(AuditUnsealed(audit_entry_id=audit_entry_id))
     log.info(kind, **{name: value for name, value in entry.items() if name != "kind"})
+
+
+def entry_to_pb(row: AuditEntryRow, position: int | None) -> AuditEntry:
+    """The entry at its position in the chain; None when it has none yet."""
+    entry = AuditEntry(
+        audit_entry_id=row.audit_entry_id,
+        position=position or 0,
+        time=timestamp_of(row.time),
+        kind=row.kind,
+        outcome=AuditEntry.Outcome.Value(row.outcome),
+        reason=row.reason,
+        actor_id=row.actor_id,
+        impersonator_id=row.impersonator_id,
+        subject_id=row.subject_id,
+        workspace_id=row.workspace_id or "",
+        session_id=row.session_id,
+        address=row.address,
+    )
+    entry.details.update(row.details)
+    return entry

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, sessions
 from services.auth_svc.models import Account, Session
-from services.auth_svc.origins import origin_of
+from services.auth_svc.origins import Origin, origin_of
 from services.auth_svc.settings import AuthSettings
 from services.chassis import errors
 from services.chassis.cache import CachedMessages
@@ -69,25 +69,32 @@ class InternalAuthServicer(InternalAuthServiceServicer):
     ) -> SetAccountDisabledResponse:
         now = self.now()
         async with self.db.begin() as session:
-            ended = await set_disabled(session, request.user_id, request.disabled, now)
+            ended = await set_disabled(session, request.user_id, request.disabled, now, origin_of(context))
             if ended is None:
                 raise errors.not_found("RESOURCE_NOT_FOUND", "There is no such account.")
-            kind = "account.disabled" if request.disabled else "account.enabled"
-            audit.record(session, kind, origin_of(context), now, subject_id=request.user_id)
         for row in ended:
             await self.alive.invalidate(row.session_id)
         return SetAccountDisabledResponse()
 
 
 async def set_disabled(
-    session: AsyncSession, user_id: str, disabled: bool, now: datetime
+    session: AsyncSession,
+    user_id: str,
+    disabled: bool,
+    now: datetime,
+    origin: Origin,
+    *,
+    actor_id: str | None = None,
 ) -> list[Session] | None:
-    """Disables or enables an account, and gives the sessions that this has ended; None when there is no account."""
+    """Disables or enables an account, and gives the sessions that this has ended; None when there is no account.
+
+    `actor_id` is who does it, the caller if nothing is said.
+    """
     account = await session.get(Account, user_id, with_for_update=True)
     if account is None:
         return None
-    if not disabled:
-        account.disable_time = None
-        return []
-    account.disable_time = account.disable_time or now
-    return await sessions.revoke_all(session, user_id, SessionRevoked.DISABLED, now)
+    if disabled != (account.disable_time is not None):
+        account.disable_time = now if disabled else None
+        kind = "account.disabled" if disabled else "account.enabled"
+        audit.record(session, kind, origin, now, actor_id=actor_id, subject_id=user_id)
+    return await sessions.revoke_all(session, user_id, SessionRevoked.DISABLED, now) if disabled else []

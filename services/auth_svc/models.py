@@ -256,6 +256,7 @@ class AuditEntryRow(Table):
     __tablename__ = "audit_entries"
     __table_args__ = (
         Index("audit_entries_by_workspace", "workspace_id", text("time DESC"), text("audit_entry_id DESC")),
+        Index("audit_entries_by_actor", "actor_id", text("time DESC"), text("audit_entry_id DESC")),
         Index("audit_entries_by_subject", "subject_id", text("time DESC"), text("audit_entry_id DESC")),
     )
 
@@ -271,6 +272,14 @@ class AuditEntryRow(Table):
     session_id: Mapped[str] = mapped_column(Text)
     address: Mapped[str] = mapped_column(Text)
     details: Mapped[dict[str, Any]] = mapped_column(JSONB)
+
+
+class AuditUnsealed(Table):
+    """An entry that waits for its place in the chain."""
+
+    __tablename__ = "audit_unsealed"
+
+    audit_entry_id: Mapped[Id] = mapped_column(primary_key=True)
 
 
 class AuditSeal(Table):

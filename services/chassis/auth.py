@@ -290,9 +290,15 @@ class TokenVerifier:
         self._ttl = ttl_seconds
         self._size = size
         self._keys: Keys = {}
+        self._retired: set[str] = set()
         self._fetch_time = float("-inf")
         self._fetching = asyncio.Lock()
         self._verified: OrderedDict[str, tuple[Claims, str]] = OrderedDict()
+
+    def retire(self, key_id: str) -> None:
+        """Refuses what this key has signed from now on, also while the key set that is fetched still has it."""
+        self._retired.add(key_id)
+        self._keys.pop(key_id, None)
 
     async def verify(self, token: str) -> Claims:
         """The claims of the token; raises UNAUTHENTICATED (TOKEN_INVALID or TOKEN_EXPIRED)."""
@@ -340,6 +346,8 @@ class TokenVerifier:
         return verified
 
     async def _key(self, key_id: str) -> ec.EllipticCurvePublicKey:
+        if key_id in self._retired:
+            raise _Malformed("retired key")
         age = time.monotonic() - self._fetch_time
         if age >= self._ttl or (key_id not in self._keys and age >= 1):
             await self._refresh(age)
@@ -354,7 +362,8 @@ class TokenVerifier:
             if time.monotonic() - self._fetch_time < age:
                 return  # someone else has just done it
             try:
-                self._keys = await self._fetch_keys()
+                fetched = await self._fetch_keys()
+                self._keys = {key_id: key for key_id, key in fetched.items() if key_id not in self._retired}
             except errors.Error:
                 log.warning("keys_not_fetched")
                 if not self._keys:

@@ -74,6 +74,15 @@ class Received:
     headers: Headers
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A message that a stream holds, at its place in it."""
+
+    sequence: int
+    payload: bytes
+    headers: Headers
+
+
 class Bus:
     """One connection, which comes back by itself for ever, also to a server that has lost its streams."""
 
@@ -208,6 +217,16 @@ class Bus:
             await self._jetstream.update_stream(config)
 
     # Stored messages
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        """Gives the newest message of a subject that the stream holds, if any. Raises BusError."""
+        try:
+            message = await self._jetstream.get_last_msg(stream, subject)
+        except nats.js.errors.NotFoundError:
+            return None
+        except nats.errors.Error as error:
+            raise BusError(f"stream {stream}: {error}") from error
+        return Stored(message.seq or 0, message.data or b"", message.headers or {})
 
     async def publish(
         self,

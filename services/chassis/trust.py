@@ -22,7 +22,7 @@ from meshboard.auth.v1 import (
 from meshboard.user.v1 import events_pb2 as user_events_pb2
 from meshboard.user.v1 import internal_user_service_pb2, internal_user_service_pb2_grpc, workspace_pb2
 
-from services.chassis.auth import FetchKeys, Revocations, public_key_from_jwk
+from services.chassis.auth import FetchKeys, Revocations, TokenVerifier, public_key_from_jwk
 from services.chassis.bus import Bus, Received
 from services.chassis.clients import Peer
 from services.chassis.rights import Fetch, Rights, RightsCache
@@ -81,6 +81,17 @@ def rights_from_pb(rights: workspace_pb2.Rights) -> Rights:
         version=rights.version,
         second_factor_required=rights.second_factor_required,
     )
+
+
+async def follow_keys(bus: Bus, issuer: str, fetch: FetchKeys) -> TokenVerifier:
+    """Verifies by the keys of auth_svc, without those that it has announced to be gone."""
+    verifier = TokenVerifier(issuer, fetch)
+
+    def retired(message: Received) -> None:
+        verifier.retire(auth_events_pb2.SigningKeyRetired.FromString(message.payload).key_id)
+
+    await bus.listen(auth_events_pb2.SigningKeyRetired.DESCRIPTOR.full_name, retired)
+    return verifier
 
 
 async def follow_revocations(bus: Bus, load: Load, ask: Ask) -> Revocations:

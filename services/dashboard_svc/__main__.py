@@ -37,7 +37,7 @@ async def serve(settings: Settings) -> None:
     user_peer = Peer("user", settings.user_address, tokens)
     analytics_peer = Peer("analytics", settings.analytics_address, tokens)
     access = Access(
-        auth.TokenVerifier(settings.public_url, trust.keys_of(auth_peer)),
+        await trust.follow_keys(bus, settings.public_url, trust.keys_of(auth_peer)),
         tokens,
         await trust.follow_revocations(bus, *trust.sessions_of(auth_peer)),
         await trust.follow_rights(bus, trust.rights_of(user_peer)),

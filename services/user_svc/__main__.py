@@ -48,7 +48,7 @@ async def serve(settings: Settings) -> None:
     fetch_rights = rights_of(sessions)
     rights = await trust.follow_rights(bus, fetch_rights)
     revocations = await trust.follow_revocations(bus, *trust.sessions_of(auth_peer))
-    verifier = auth.TokenVerifier(settings.public_url, trust.keys_of(auth_peer))
+    verifier = await trust.follow_keys(bus, settings.public_url, trust.keys_of(auth_peer))
     access = Access(verifier, tokens, revocations, rights)
 
     pages = Pages(settings.derived_key("page tokens"))

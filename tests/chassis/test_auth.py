@@ -240,6 +240,17 @@ async def test_a_retired_key_is_refused_once_it_is_gone(identity: Identity):
 # Service tokens
 
 
+async def test_a_key_that_was_announced_as_retired_is_refused_while_it_is_still_served(identity: Identity):
+    verifier = auth.TokenVerifier(ISSUER, identity.fetch_keys, ttl_seconds=0)
+    token = identity.token()
+    await verifier.verify(token)
+    verifier.retire(identity.key_id)
+    for known in (token, identity.token()):
+        with pytest.raises(errors.Error) as caught:
+            await verifier.verify(known)
+        assert caught.value.reason == "TOKEN_INVALID"
+
+
 def test_services_know_each_other(identity: Identity):
     token = auth.ServiceTokens("dashboard", identity.keys).issue("user")
     assert auth.ServiceTokens("user", identity.keys).verify(token) == "dashboard"

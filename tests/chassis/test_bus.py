@@ -49,6 +49,16 @@ async def test_the_same_id_is_stored_once(bus: Bus, stream: str) -> None:
     assert await bus.sequences(stream) == (1, 1)
 
 
+async def test_the_last_message_of_a_subject(bus: Bus, stream: str) -> None:
+    assert await bus.last(stream, f"{stream}.a") is None
+    await bus.publish(f"{stream}.a", b"1")
+    await bus.publish(f"{stream}.a", b"2", headers={"Number": "2"})
+    await bus.publish(f"{stream}.b", b"3")
+    last = await bus.last(stream, f"{stream}.a")
+    assert last is not None
+    assert (last.sequence, last.payload, last.headers["Number"]) == (2, b"2", "2")
+
+
 async def test_publish_without_a_stream_fails(bus: Bus) -> None:
     with pytest.raises(BusError):
         await bus.publish(f"nowhere.{uuid4().hex}", b"", timeout=0.3)

@@ -79,11 +79,13 @@ def test_commands_exist(name: str):
             assert command in COMMANDS, f"{name}: ./dev {command}"
             if command == "test":
                 continue
+            found = main.commands[command]
+            if isinstance(found, click.Group):
+                word = rest.split()[0] if rest.split() else ""
+                assert word in found.commands, f"{name}: ./dev {command}{rest}"
+                found = found.commands[word]
             known = {
-                option
-                for each in main.commands[command].params
-                if isinstance(each, click.Option)
-                for option in each.opts
+                option for each in found.params if isinstance(each, click.Option) for option in each.opts
             }
             used = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest))
             assert used <= known | {"--help"}, f"{name}: ./dev {command}{rest}"

@@ -159,8 +159,12 @@ def upgrade() -> None:
         "CREATE INDEX audit_entries_by_workspace ON audit_entries (workspace_id, time DESC, audit_entry_id DESC)"
     )
     op.execute(
+        "CREATE INDEX audit_entries_by_actor ON audit_entries (actor_id, time DESC, audit_entry_id DESC)"
+    )
+    op.execute(
         "CREATE INDEX audit_entries_by_subject ON audit_entries (subject_id, time DESC, audit_entry_id DESC)"
     )
+    op.execute("CREATE TABLE audit_unsealed (audit_entry_id uuid PRIMARY KEY)")
     op.execute("""
         CREATE TABLE audit_seals (
             position bigint PRIMARY KEY,

@@ -72,7 +72,7 @@ class AuditEntry(_message.Message):
     reason: _builtins.str
     """The reason of the error, when it did not."""
     actor_id: _builtins.str
-    """Who acted: a person, a service account, or `service:<name>`; empty for strangers."""
+    """Who acted: a person, a service account, `service:<name>`, or `operator`; empty for strangers."""
     impersonator_id: _builtins.str
     """The admin who acted as `actor_id`, when somebody was impersonated."""
     subject_id: _builtins.str

@@ -72,7 +72,9 @@ class AuditServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListOwnAuditEntries(self, request, context):
-        """Lists what happened to the caller's own account, the newest first.
+        """Lists what the caller did, and what happened to the caller's own account, in any workspace; the newest first.
+
+        Of acts of others it does not say in which workspace and session, nor from which address.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

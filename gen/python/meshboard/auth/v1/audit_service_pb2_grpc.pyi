@@ -24,7 +24,10 @@ class AuditServiceStub:
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListAuditEntriesRequest, _audit_service_pb2.ListAuditEntriesResponse]
     """Lists the entries of a workspace, the newest first: what members did in it, and how they signed in to it."""
     ListOwnAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListOwnAuditEntriesRequest, _audit_service_pb2.ListOwnAuditEntriesResponse]
-    """Lists what happened to the caller's own account, the newest first."""
+    """Lists what the caller did, and what happened to the caller's own account, in any workspace; the newest first.
+
+    Of acts of others it does not say in which workspace and session, nor from which address.
+    """
     ExportAuditEntries: _aio.UnaryStreamMultiCallable[_audit_service_pb2.ExportAuditEntriesRequest, _audit_service_pb2.ExportAuditEntriesResponse]
     """Streams the sealed entries of a workspace, the oldest first, and ends with the newest one."""
 
@@ -50,7 +53,10 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.ListOwnAuditEntriesRequest,
         context: _aio.ServicerContext[_audit_service_pb2.ListOwnAuditEntriesRequest, _abc.Awaitable[_audit_service_pb2.ListOwnAuditEntriesResponse]],
     ) -> _abc.Awaitable[_audit_service_pb2.ListOwnAuditEntriesResponse]:
-        """Lists what happened to the caller's own account, the newest first."""
+        """Lists what the caller did, and what happened to the caller's own account, in any workspace; the newest first.
+
+        Of acts of others it does not say in which workspace and session, nor from which address.
+        """
 
     @_abc_1.abstractmethod
     def ExportAuditEntries(

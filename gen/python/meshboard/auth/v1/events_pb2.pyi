@@ -255,7 +255,7 @@ class AuditEntrySealed(_message.Message):
     AUDIT_ENTRY_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     seal: _builtins.bytes
-    """Its seal: HMAC-SHA256."""
+    """Its seal: 4 bytes that name the key, then HMAC-SHA256."""
     @_builtins.property
     def audit_entry(self) -> _audit_pb2.AuditEntry:
         """The entry."""
@@ -286,7 +286,7 @@ class AuditHeadPublished(_message.Message):
     position: _builtins.int
     """The position of the last entry."""
     seal: _builtins.bytes
-    """Its seal: HMAC-SHA256."""
+    """Its seal: 4 bytes that name the key, then HMAC-SHA256."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it was published."""
@@ -305,3 +305,25 @@ class AuditHeadPublished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditHeadPublished: _TypeAlias = AuditHeadPublished  # noqa: Y015
+
+@_typing.final
+class SigningKeyRetired(_message.Message):
+    """A key that access tokens were signed with is gone before its time: its tokens are refused from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """The key: what `kid` in the header of its tokens says."""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SigningKeyRetired: _TypeAlias = SigningKeyRetired  # noqa: Y015

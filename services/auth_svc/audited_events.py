@@ -1,0 +1,126 @@
+"""What happens in other services and matters to security, as entries of the audit log."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import Message
+from meshboard.analytics.v1.events_pb2 import (
+    SourceCreated,
+    SourceDeleted,
+    SourceGrantCreated,
+    SourceGrantDeleted,
+    WriteKeyRotated,
+)
+from meshboard.dashboard.v1.events_pb2 import (
+    DashboardCreated,
+    DashboardDeleted,
+    DashboardGrantCreated,
+    DashboardGrantDeleted,
+)
+from meshboard.user.v1.events_pb2 import (
+    MemberAdded,
+    MemberRemoved,
+    MemberUpdated,
+    TeamCreated,
+    TeamMemberAdded,
+    TeamMemberRemoved,
+    WorkspaceCreated,
+    WorkspaceUpdated,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.auth_svc import audit
+from services.auth_svc.origins import Origin
+from services.chassis import inbox, outbox
+from services.chassis.inbox import Handler
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The kind of the entry, the field that names the account acted upon, and its details by field."""
+
+    kind: str
+    subject: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+_GRANT = {
+    "grant_id": "grant.grant_id",
+    "role": "grant.role",
+    "effect": "grant.effect",
+    "team_id": "grant.subject.team_id",
+    "everyone": "grant.subject.workspace",
+}
+
+AUDITED: Mapping[type[Message], Rule] = {
+    WorkspaceCreated: Rule("workspace.created", "", {"title": "workspace.title"}),
+    WorkspaceUpdated: Rule(
+        "workspace.updated",
+        "",
+        {"title": "workspace.title", "require_second_factor": "workspace.require_second_factor"},
+    ),
+    MemberAdded: Rule("member.added", "member.user.user_id", {"role": "member.role"}),
+    MemberUpdated: Rule("member.updated", "member.user.user_id", {"role": "member.role"}),
+    MemberRemoved: Rule("member.removed", "user_id"),
+    TeamCreated: Rule("team.created", "", {"team_id": "team.team_id", "title": "team.title"}),
+    TeamMemberAdded: Rule("team_member.added", "user_id", {"team_id": "team_id"}),
+    TeamMemberRemoved: Rule("team_member.removed", "user_id", {"team_id": "team_id"}),
+    DashboardCreated: Rule("dashboard.created", "", {"dashboard_id": "dashboard.dashboard_id"}),
+    DashboardDeleted: Rule("dashboard.deleted", "", {"dashboard_id": "dashboard_id"}),
+    DashboardGrantCreated: Rule(
+        "grant.created", "grant.subject.user_id", {"dashboard_id": "dashboard_id", **_GRANT}
+    ),
+    DashboardGrantDeleted: Rule(
+        "grant.deleted", "", {"dashboard_id": "dashboard_id", "grant_id": "grant_id"}
+    ),
+    SourceCreated: Rule("source.created", "", {"source_id": "source.source_id"}),
+    SourceDeleted: Rule("source.deleted", "", {"source_id": "source_id"}),
+    WriteKeyRotated: Rule("write_key.rotated", "", {"source_id": "source_id"}),
+    SourceGrantCreated: Rule("grant.created", "grant.subject.user_id", {"source_id": "source_id", **_GRANT}),
+    SourceGrantDeleted: Rule("grant.deleted", "", {"source_id": "source_id", "grant_id": "grant_id"}),
+}
+
+
+def audited(handlers: Mapping[type[Message], Handler]) -> dict[type[Message], Handler]:
+    """These handlers, and an entry for each event of AUDITED, in one transaction where an event has both."""
+    every: dict[type[Message], Handler] = {**dict.fromkeys(AUDITED, record_event), **handlers}
+    return {
+        message_type: _both(handler) if message_type in AUDITED and message_type in handlers else handler
+        for message_type, handler in every.items()
+    }
+
+
+def _both(handler: Handler) -> Handler:
+    async def handle(session: AsyncSession, event: Message) -> None:
+        await record_event(session, event)
+        await handler(session, event)
+
+    return handle
+
+
+async def record_event(session: AsyncSession, event: Message) -> None:
+    """Adds the entry of an event that is being consumed; who caused it stands in the event's headers."""
+    rule, about = AUDITED[type(event)], inbox.current.get()
+    actor_id, _, impersonator_id = about.headers.get(outbox.ACTOR, "").partition(",")
+    details = {name: _value(event, path) for name, path in rule.details.items()}
+    audit.record(
+        session,
+        rule.kind,
+        Origin(),
+        about.store_time,
+        actor_id=actor_id,
+        impersonator_id=impersonator_id,
+        subject_id=_value(event, rule.subject) if rule.subject else "",
+        workspace_id=about.workspace_id,
+        **{name: value for name, value in details.items() if value or name == "require_second_factor"},
+    )
+
+
+def _value(message: Any, path: str) -> Any:
+    """The value of a field by its path; of an enum its name."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        message = getattr(message, parent)
+    value, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
+    return enum.values_by_number[value].name if enum else value

@@ -1,0 +1,162 @@
+"""Entries for what happens in other services."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+from google.protobuf.message import Message
+from meshboard.analytics.v1.events_pb2 import SourceGrantCreated, WriteKeyRotated
+from meshboard.dashboard.v1.events_pb2 import DashboardGrantCreated, DashboardGrantDeleted
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated, WorkspaceUpdated
+from meshboard.user.v1.grant_pb2 import Grant, Subject
+from meshboard.user.v1.user_pb2 import User
+from meshboard.user.v1.workspace_pb2 import Member, Workspace
+from meshboard.user.v1.workspace_service_pb2 import (
+    AddMemberRequest,
+    CreateWorkspaceRequest,
+    RemoveMemberRequest,
+    UpdateMemberRequest,
+)
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.auth_svc.audited_events import AUDITED, audited, record_event
+from services.auth_svc.models import AuditEntryRow
+from services.chassis import inbox
+from services.chassis.inbox import Event
+from tests.auth_svc.conftest import Services, bearer
+from tests.conditions import eventually
+from tests.harness import new_id
+
+TIME = datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
+WORKSPACE, ACTOR, ADMIN, USER, THING = (new_id() for _ in range(5))
+
+
+@pytest.fixture
+def consumed() -> Iterator[None]:
+    """What the inbox says of the event, of which somebody is cause in the name of somebody else."""
+    token = inbox.current.set(Event(new_id(), WORKSPACE, {"Actor": f"{ACTOR},{ADMIN}"}, 1, TIME))
+    yield
+    inbox.current.reset(token)
+
+
+async def entry_of(services: Services, event: Message) -> AuditEntryRow:
+    async with services.sessions() as session:
+        await record_event(session, event)
+        entry = next(row for row in session.new if isinstance(row, AuditEntryRow))
+        session.expunge_all()
+        return entry
+
+
+@pytest.mark.usefixtures("consumed")
+@pytest.mark.parametrize(
+    ("event", "kind", "subject_id", "details"),
+    [
+        (
+            MemberUpdated(member=Member(user=User(user_id=USER, display_name="Ada"), role="admin")),
+            "member.updated",
+            USER,
+            {"role": "admin"},
+        ),
+        (MemberRemoved(workspace_id=WORKSPACE, user_id=USER), "member.removed", USER, {}),
+        (
+            WorkspaceUpdated(workspace=Workspace(title="Shop")),
+            "workspace.updated",
+            "",
+            {"title": "Shop", "require_second_factor": False},
+        ),
+        (
+            DashboardGrantCreated(
+                dashboard_id=THING,
+                grant=Grant(grant_id="g", role="editor", effect=Grant.DENY, subject=Subject(user_id=USER)),
+            ),
+            "grant.created",
+            USER,
+            {"dashboard_id": THING, "grant_id": "g", "role": "editor", "effect": "DENY"},
+        ),
+        (
+            SourceGrantCreated(
+                source_id=THING,
+                grant=Grant(grant_id="g", role="viewer", effect=Grant.ALLOW, subject=Subject(workspace=True)),
+            ),
+            "grant.created",
+            "",
+            {"source_id": THING, "grant_id": "g", "role": "viewer", "effect": "ALLOW", "everyone": True},
+        ),
+        (
+            DashboardGrantDeleted(dashboard_id=THING, grant_id="g"),
+            "grant.deleted",
+            "",
+            {"dashboard_id": THING, "grant_id": "g"},
+        ),
+        (WriteKeyRotated(source_id=THING), "write_key.rotated", "", {"source_id": THING}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Message) else "",
+)
+async def test_an_event_becomes_an_entry(
+    services: Services, event: Message, kind: str, subject_id: str, details: dict[str, object]
+):
+    entry = await entry_of(services, event)
+    assert (entry.kind, entry.subject_id, entry.details) == (kind, subject_id, details)
+    assert (entry.actor_id, entry.impersonator_id) == (ACTOR, ADMIN)
+    assert (entry.workspace_id, entry.time, entry.outcome) == (WORKSPACE, TIME, "DONE")
+
+
+@pytest.mark.usefixtures("consumed")
+@pytest.mark.parametrize("kind", AUDITED, ids=lambda kind: kind.DESCRIPTOR.name)
+async def test_the_fields_of_each_rule_exist(services: Services, kind: type[Message]):
+    assert (await entry_of(services, kind())).kind == AUDITED[kind].kind
+
+
+@pytest.mark.usefixtures("consumed")
+async def test_a_handler_of_the_same_event_works_too(services: Services):
+    heard: list[Message] = []
+
+    async def handler(session: AsyncSession, event: Message) -> None:
+        heard.append(event)
+
+    handlers = audited({MemberRemoved: handler, UserUpdated: handler})
+    assert set(handlers) == {*AUDITED, UserUpdated}
+    async with services.sessions() as session:
+        await handlers[MemberRemoved](session, MemberRemoved())
+        await handlers[UserUpdated](session, UserUpdated())
+        await handlers[MemberUpdated](session, MemberUpdated())
+        kinds = [row.kind for row in session.new if isinstance(row, AuditEntryRow)]
+        session.expunge_all()
+    assert heard == [MemberRemoved(), UserUpdated()]
+    assert sorted(kinds) == ["member.removed", "member.updated"]
+
+
+async def test_who_did_what_to_members_is_known(services: Services):
+    owner, guest = await services.sign_up(), await services.sign_up()
+    metadata = bearer(owner.access_token)
+    shared = await services.workspaces.CreateWorkspace(
+        CreateWorkspaceRequest(title="Shared"), metadata=metadata
+    )
+    workspace_id, user_id = shared.workspace.workspace_id, guest.user.user_id
+    await services.workspaces.AddMember(
+        AddMemberRequest(workspace_id=workspace_id, user_id=user_id, role="viewer"), metadata=metadata
+    )
+    await services.workspaces.UpdateMember(
+        UpdateMemberRequest(workspace_id=workspace_id, user_id=user_id, role="editor"), metadata=metadata
+    )
+    await services.workspaces.RemoveMember(
+        RemoveMemberRequest(workspace_id=workspace_id, user_id=user_id), metadata=metadata
+    )
+    expected = {
+        ("workspace.created", "", ""),
+        ("member.added", owner.user.user_id, "owner"),
+        ("member.added", user_id, "viewer"),
+        ("member.updated", user_id, "editor"),
+        ("member.removed", user_id, ""),
+    }
+
+    async def arrived() -> bool:
+        async with services.sessions() as session:
+            rows = list(
+                await session.scalars(select(AuditEntryRow).where(AuditEntryRow.workspace_id == workspace_id))
+            )
+        assert {row.actor_id for row in rows} <= {owner.user.user_id}
+        return {(row.kind, row.subject_id, row.details.get("role", "")) for row in rows} == expected
+
+    await eventually(arrived)
