@@ -198,3 +198,19 @@ async def services(
         connected(auth, user, keys) as both,
     ):
         yield both
+
+
+@pytest.fixture
+async def settings(parts: Parts, tmp_path: Path) -> AuthSettings:
+    """Settings with a database and keys of their own, for what needs no service."""
+    url = await parts.fresh_database("auth")
+    await db.migrate(url, "services.auth_svc")
+    return make_settings(AuthSettings, parts, make_keys(tmp_path / "keys"), url)
+
+
+@pytest.fixture
+async def sessions(settings: AuthSettings) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
+    """The database of `settings`."""
+    pool = db.connect(settings.postgres_url)
+    yield pool
+    await db.engine(pool).dispose()

@@ -7,7 +7,6 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from meshboard.auth.v1.events_pb2 import AuditEntrySealed, AuditHeadPublished
@@ -24,8 +23,7 @@ from services.chassis.bus import DOMAIN, Bus
 from services.chassis.db import OutboxRow
 from services.chassis.times import now
 from tests.conditions import eventually
-from tests.harness import make_keys, make_settings, new_id
-from tests.parts import Parts
+from tests.harness import new_id
 
 
 @dataclass
@@ -98,13 +96,6 @@ class Chain:
         """The chain."""
         async with self.sessions() as session:
             return list(await session.scalars(select(AuditSeal).order_by(AuditSeal.position)))
-
-
-@pytest.fixture
-async def settings(parts: Parts, tmp_path: Path) -> AuthSettings:
-    url = await parts.fresh_database("auth")
-    await db.migrate(url, "services.auth_svc")
-    return make_settings(AuthSettings, parts, make_keys(tmp_path / "keys"), url)
 
 
 @pytest.fixture

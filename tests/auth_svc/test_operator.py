@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,13 @@ from services.auth_svc.models import AuditEntryRow
 from services.auth_svc.origins import Origin
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.signing_keys import SigningKeys
-from services.chassis import db
 from services.chassis.db import OutboxRow
 from services.chassis.times import now
 from tests.auth_svc.conftest import Services, bearer
 from tests.conditions import eventually
-from tests.harness import make_keys, make_settings, new_id, refused
-from tests.parts import Parts
+from tests.harness import new_id, refused
 
 Sessions = async_sessionmaker[AsyncSession]
-
-
-@pytest.fixture
-async def settings(parts: Parts, tmp_path: Path) -> AuthSettings:
-    url = await parts.fresh_database("auth")
-    await db.migrate(url, "services.auth_svc")
-    return make_settings(AuthSettings, parts, make_keys(tmp_path / "keys"), url)
-
-
-@pytest.fixture
-async def sessions(settings: AuthSettings) -> AsyncIterator[Sessions]:
-    pool = db.connect(settings.postgres_url)
-    yield pool
-    await db.engine(pool).dispose()
 
 
 class Operator:

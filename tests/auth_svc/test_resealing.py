@@ -2,8 +2,6 @@
 
 import base64
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import select
@@ -16,28 +14,12 @@ from services.auth_svc.resealing import COLUMNS, Count, reseal
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.signing_keys import SigningKeys
 from services.auth_svc.tickets import Purpose, Tickets
-from services.chassis import db
 from services.chassis.sealing import Seals
 from services.chassis.times import now
-from tests.harness import make_keys, make_settings, new_id
-from tests.parts import Parts
+from tests.harness import new_id
 
 Sessions = async_sessionmaker[AsyncSession]
 TICKETS, MAILS = 7, 5
-
-
-@pytest.fixture
-async def settings(parts: Parts, tmp_path: Path) -> AuthSettings:
-    url = await parts.fresh_database("auth")
-    await db.migrate(url, "services.auth_svc")
-    return make_settings(AuthSettings, parts, make_keys(tmp_path / "keys"), url)
-
-
-@pytest.fixture
-async def sessions(settings: AuthSettings) -> AsyncIterator[Sessions]:
-    pool = db.connect(settings.postgres_url)
-    yield pool
-    await db.engine(pool).dispose()
 
 
 def tickets_of(settings: AuthSettings) -> Tickets:

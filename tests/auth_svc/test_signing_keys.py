@@ -1,7 +1,7 @@
 import asyncio
 import base64
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,13 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.auth_svc.resealing import reseal
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.signing_keys import LastKey, SigningKeys
-from services.chassis import db
 from services.chassis.bus import Bus
 from services.chassis.db import OutboxRow
 from tests.auth_svc.conftest import Services, bearer
 from tests.conditions import eventually
-from tests.harness import make_keys, make_settings, reason_of
-from tests.parts import Parts
+from tests.harness import make_keys, reason_of
 
 Sessions = async_sessionmaker[AsyncSession]
 HOUR = timedelta(hours=1)
@@ -37,20 +35,6 @@ class Clock:
 
     def __call__(self) -> datetime:
         return self.time
-
-
-@pytest.fixture
-async def settings(parts: Parts, tmp_path: Path) -> AuthSettings:
-    url = await parts.fresh_database("auth")
-    await db.migrate(url, "services.auth_svc")
-    return make_settings(AuthSettings, parts, make_keys(tmp_path / "keys"), url)
-
-
-@pytest.fixture
-async def sessions(settings: AuthSettings) -> AsyncIterator[Sessions]:
-    pool = db.connect(settings.postgres_url)
-    yield pool
-    await db.engine(pool).dispose()
 
 
 async def test_replicas_that_start_at_once_make_one_key(settings: AuthSettings, sessions: Sessions):
