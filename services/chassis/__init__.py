@@ -1,9 +1,1 @@
 """What every service shares; no word of any business is in it."""
-
-import os
-import tempfile
-
-# prometheus-client decides when it is imported whether several processes share the counters. This package is
-# imported before any of its modules, so whichever of them a service imports first, this comes before.
-if int(os.environ.get("MESHBOARD_WORKERS") or 1) > 1:
-    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="meshboard-metrics-"))

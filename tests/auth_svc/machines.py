@@ -111,11 +111,11 @@ async def outcome_in_workspace(services: Services, token: str, workspace_id: str
 
 
 async def audited(services: Services, subject_id: str) -> list[AuditEntryRow]:
-    """The audit entries about somebody, the oldest first."""
+    """The audit entries about somebody, the oldest first, without those of user_svc's events, which come when they come."""
     async with services.sessions() as session:
         rows = await session.scalars(
             select(AuditEntryRow)
-            .where(AuditEntryRow.subject_id == subject_id)
+            .where(AuditEntryRow.subject_id == subject_id, ~AuditEntryRow.kind.like("member.%"))
             .order_by(AuditEntryRow.time, AuditEntryRow.audit_entry_id)
         )
         return list(rows)

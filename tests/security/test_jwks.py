@@ -34,6 +34,7 @@ from tests.auth_svc.conftest import (
 from tests.conditions import eventually
 from tests.harness import make_keys, new_id, reason_of, refused
 from tests.parts import Parts
+from tests.parts import running as running_parts
 
 INVALID = (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID")
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "DEPENDENCY_UNAVAILABLE")
@@ -54,6 +55,13 @@ class Own:
     async def start_auth(self) -> None:
         """Runs auth_svc again."""
         await self.auth.enter_async_context(running_auth(self.services.auth_settings))
+
+
+@pytest.fixture(scope="module")
+async def parts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Parts]:
+    """Servers of their own: on a NATS that is shared, another auth_svc's heartbeat would be taken for this one's."""
+    async with running_parts(tmp_path_factory.mktemp("jwks")) as servers:
+        yield servers
 
 
 @pytest.fixture
