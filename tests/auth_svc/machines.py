@@ -111,7 +111,7 @@ async def outcome_in_workspace(services: Services, token: str, workspace_id: str
 
 
 async def audited(services: Services, subject_id: str) -> list[AuditEntryRow]:
-    """The audit entries about somebody, the oldest first, without those of user_svc's events, which come when they come."""
+    """The audit entries about somebody, the oldest first, without those of user_svc's events, which come later."""
     async with services.sessions() as session:
         rows = await session.scalars(
             select(AuditEntryRow)
