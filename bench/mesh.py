@@ -139,6 +139,19 @@ class Account:
         """The password of the account."""
         return self._credentials["password"]
 
+    def create_api_key(self) -> str:
+        """An API key of a new service account."""
+        self.authorization()
+        workspaces = json.loads(
+            _request(
+                self._connection, "GET", "/v1/workspaces", b"", {"Authorization": f"Bearer {self.token}"}
+            )
+        )
+        path = f"/v1/workspaces/{workspaces['workspaces'][0]['workspaceId']}/serviceAccounts"
+        made = self._call(path, {"title": "Load", "role": "viewer"}, token=self.token)
+        keys = f"{path}/{made['serviceAccount']['serviceAccountId']}/apiKeys"
+        return str(self._call(keys, {"title": "Load"}, token=self.token)["secret"])
+
     def sign_in(self) -> str:
         """The refresh token of another session."""
         return str(self._call("/v1/auth:signIn", self._credentials, token="")["refreshToken"])

@@ -1,4 +1,5 @@
-"""Sign-ins against what argon2 alone allows; others' calls meanwhile; refreshes against the same SQL by asyncpg alone.
+"""Sign-ins against what argon2 alone allows; others' calls meanwhile; refreshes against the same SQL by asyncpg alone;
+API keys, and sign-ins, beside Keycloak where that is present.
 
 Subjects and baselines take turns. The load comes from processes of its own, on the same cores.
 """
@@ -10,12 +11,14 @@ import base64
 import hashlib
 import multiprocessing
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -23,8 +26,10 @@ import grpc.aio
 import uvloop
 from argon2 import PasswordHasher
 from meshboard.auth.v1.auth_service_pb2 import RefreshRequest, RefreshResponse, SignInRequest
+from meshboard.auth.v1.service_account_service_pb2 import ExchangeApiKeyRequest
 from meshboard.auth.v1.session_service_pb2 import ListSessionsRequest
 
+from bench import keycloak
 from bench.figures import Figure, percentile, ratios
 from bench.load import CONNECTIONS, LIMIT_SECONDS, Generator, Load, LoadFailedError, Sent
 from bench.mesh import Account, Mesh
@@ -32,6 +37,7 @@ from bench.processes import Meter
 
 SIGN_IN = "/meshboard.auth.v1.AuthService/SignIn"
 REFRESH = "/meshboard.auth.v1.AuthService/Refresh"
+EXCHANGE = "/meshboard.auth.v1.ServiceAccountService/ExchangeApiKey"
 OTHER = "/meshboard.auth.v1.SessionService/ListSessions"
 CONCURRENCY = 8
 THREADS = max(1, (os.cpu_count() or 1) // 2)  # the default of the setting `password_threads`
@@ -47,6 +53,7 @@ def measure(
     p99: dict[str, list[float]] = defaultdict(list)
     url = mesh.environment("auth_svc")["MESHBOARD_POSTGRES_URL"]
     chains, rows = ([account.sign_in() for _ in range(16)] for _ in range(2))
+    api_key = account.create_api_key()
     hashed = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1).hash(account.password)
     for number in range(rounds):
         rates["argon2"].append(_alone(_hash, hashed, account.password, seconds).per_second)
@@ -66,6 +73,10 @@ def measure(
         (sent, chains), spent = _metered(mesh, partial(_chain, mesh.address("auth"), chains, count))
         rates["refresh"].append(sent.per_second)
         cpu["refresh"].append(spent / sent.requests * 1e3)
+        exchanges = max(500, int(_send(_exchanges(mesh, api_key, 500)).per_second * seconds))
+        sent, spent = _metered(mesh, partial(_send, _exchanges(mesh, api_key, exchanges)))
+        rates["exchange"].append(sent.per_second)
+        cpu["exchange"].append(spent / sent.requests * 1e3)
         say(
             f"round {number + 1}: {rates['sign_in'][-1]:.0f} sign-ins/s (argon2 {rates['argon2'][-1]:.0f}), "
             f"{rates['refresh'][-1]:.0f} refreshes/s (SQL {rates['sql'][-1]:.0f})"
@@ -97,6 +108,44 @@ def measure(
             at_least=0.4,
         ),
         Figure(name="auth/refresh CPU of auth_svc", rounds=tuple(cpu["refresh"]), unit="ms/call"),
+        _rate("API key exchange", rates["exchange"]),
+        Figure(name="auth/API key exchange CPU of auth_svc", rounds=tuple(cpu["exchange"]), unit="ms/call"),
+        *_beside_keycloak(cpu, rounds=rounds, say=say),
+    ]
+
+
+def _beside_keycloak(cpu: dict[str, list[float]], *, rounds: int, say: Callable[[str], None]) -> list[Figure]:
+    """Tokens and sign-ins for a CPU second, ours to Keycloak's."""
+    if not keycloak.is_present():
+        return []
+    say("starting Keycloak …")
+    spent: dict[str, list[float]] = defaultdict(list)
+    with (
+        tempfile.TemporaryDirectory(prefix="meshboard-keycloak-") as folder,
+        keycloak.running(Path(folder)) as peer,
+    ):
+        meter = Meter({"keycloak": peer.pid})
+        _send(peer.client_tokens(3000))  # Java compiles what is called often
+        _send(peer.sign_ins(50))
+        for _ in range(rounds):
+            for name, load in (("exchange", peer.client_tokens(2000)), ("sign_in", peer.sign_ins(60))):
+                meter.start()
+                sent = _send(load)
+                spent[name].append(meter.stop()["keycloak"] / sent.requests * 1e3)
+    return [
+        Figure(name="auth/Keycloak client token CPU", rounds=tuple(spent["exchange"]), unit="ms/call"),
+        Figure(name="auth/Keycloak sign-in CPU", rounds=tuple(spent["sign_in"]), unit="ms/call"),
+        Figure(
+            name="auth/API key exchanges per CPU second to Keycloak's client tokens",
+            rounds=ratios(spent["exchange"], cpu["exchange"]),
+            unit="",
+            at_least=5,
+        ),
+        Figure(
+            name="auth/sign-ins per CPU second to Keycloak's",
+            rounds=ratios(spent["sign_in"], cpu["sign_in"]),
+            unit="",
+        ),
     ]
 
 
@@ -123,6 +172,18 @@ def _sign_ins(mesh: Mesh, account: Account, count: int) -> Load:
         protocol="grpc",
         address=mesh.address("auth"),
         path=SIGN_IN,
+        headers=(),
+        bodies=partial(_repeat, body, count),
+        concurrency=CONCURRENCY,
+    )
+
+
+def _exchanges(mesh: Mesh, api_key: str, count: int) -> Load:
+    body = ExchangeApiKeyRequest(api_key=api_key).SerializeToString()
+    return Load(
+        protocol="grpc",
+        address=mesh.address("auth"),
+        path=EXCHANGE,
         headers=(),
         bodies=partial(_repeat, body, count),
         concurrency=CONCURRENCY,
