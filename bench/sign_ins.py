@@ -39,7 +39,7 @@ SIGN_IN = "/meshboard.auth.v1.AuthService/SignIn"
 REFRESH = "/meshboard.auth.v1.AuthService/Refresh"
 EXCHANGE = "/meshboard.auth.v1.ServiceAccountService/ExchangeApiKey"
 OTHER = "/meshboard.auth.v1.SessionService/ListSessions"
-CONCURRENCY = 8
+CONCURRENCY = 12
 THREADS = max(1, (os.cpu_count() or 1) // 2)  # the default of the setting `password_threads`
 OTHERS_PER_SECOND = 50.0
 

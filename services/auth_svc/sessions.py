@@ -2,12 +2,12 @@
 
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 
 from meshboard.auth.v1.events_pb2 import SessionRevoked, SignedIn
-from sqlalchemy import Integer, bindparam, func, or_, select, update
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
@@ -18,7 +18,7 @@ from services.auth_svc.refresh_tokens import RefreshToken, fingerprint
 from services.auth_svc.settings import AuthSettings
 from services.chassis import outbox
 from services.chassis.auth import LEEWAY_SECONDS
-from services.chassis.db import at_once
+from services.chassis.db import fetch_at_once
 from services.chassis.times import timestamp_of
 from services.chassis.trust import Ask, Load
 
@@ -141,24 +141,15 @@ class Going:
     impersonator_id: str | None
 
 
-# Made once: building a statement costs more than running it.
-_EXCHANGE_NEWEST = (
-    update(Session)
-    .where(
-        Session.family_hash == bindparam("of_family"),
-        Session.generation == bindparam("held", type_=Integer),
-        Session.revoke_time.is_(None),
-        Session.expire_time > bindparam("present"),
-    )
-    .values(
-        generation=Session.generation + 1,
-        last_use_time=bindparam("present"),
-        expire_time=func.least(bindparam("idle_end", type_=Session.expire_time.type), Session.end_time),
-        user_agent=bindparam("by"),
-        address=bindparam("from_address"),
-    )
-    .returning(*(getattr(Session, each.name) for each in fields(Going)))
-)
+# As text, for the driver itself: building and compiling it with SQLAlchemy took longer than running it.
+_EXCHANGE_NEWEST = """
+    UPDATE sessions
+    SET generation = generation + 1, last_use_time = $3, expire_time = least($4, end_time),
+        user_agent = $5, address = $6
+    WHERE family_hash = $1 AND generation = $2 AND revoke_time IS NULL AND expire_time > $3
+    RETURNING user_id::text, session_id::text, workspace_id::text, methods, auth_time, expire_time, end_time,
+        in_cookies, impersonator_id::text
+"""
 
 
 async def exchange_newest(
@@ -170,16 +161,16 @@ async def exchange_newest(
     now: datetime,
 ) -> Going | None:
     """Exchanges the newest refresh token of a session, in one statement; None for any other one (see `exchange`)."""
-    parameters = {
-        "of_family": fingerprint(token.family),
-        "held": token.generation,
-        "present": now,
-        "idle_end": now + timedelta(seconds=settings.session_seconds),
-        "by": origin.user_agent,
-        "from_address": origin.address,
-    }
-    async with at_once(db) as connection:
-        row = (await connection.execute(_EXCHANGE_NEWEST, parameters)).one_or_none()
+    row = await fetch_at_once(
+        db,
+        _EXCHANGE_NEWEST,
+        fingerprint(token.family),
+        token.generation,
+        now,
+        now + timedelta(seconds=settings.session_seconds),
+        origin.user_agent,
+        origin.address,
+    )
     return Going(*row) if row is not None else None
 
 
