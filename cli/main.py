@@ -418,7 +418,7 @@ def doctor(port: int, data: Path) -> None:
 def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str) -> None:
     """Measure a mesh: rates, delays, start-up and memory; all of them, or those in NAMES.
 
-    Everything runs on this machine, the load too, in about eight minutes. The figures are also written to
+    Everything runs on this machine, the load too, in about fourteen minutes. The figures are also written to
     bench/results.
     """
     suite = importlib.import_module("bench.suite")
