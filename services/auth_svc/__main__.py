@@ -28,6 +28,7 @@ from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.mails import Mails
 from services.auth_svc.memberships import Memberships
 from services.auth_svc.own_sessions import SessionServicer
+from services.auth_svc.password_resets import PasswordResets
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.service_accounts import ServiceAccountServicer
@@ -174,7 +175,9 @@ async def serve(settings: AuthSettings) -> None:
             ),
             Sealer(sessions, chain_keys(settings), now).run(),
             keys.follow(),
-            mail_sending.run(sessions, settings, mails, now),
+            mail_sending.run(
+                sessions, settings, mails, PasswordResets(settings, tickets, mails, now).write, now
+            ),
             reaper.run(sessions, settings, users, now),
         )
     finally:

@@ -244,29 +244,10 @@ class AccountServicer(AccountServiceServicer):
     async def RequestPasswordReset(
         self, request: RequestPasswordResetRequest, context: Context
     ) -> RequestPasswordResetResponse:
-        origin, now = origin_of(context), self.now()
+        origin = origin_of(context)
         await self._count_mail(request.email, origin)
         async with self.db.begin() as session:
-            account = await session.scalar(
-                select(Account)
-                .where(
-                    Account.email_key == email_key(request.email),
-                    Account.activate_time.is_not(None),
-                    Account.disable_time.is_(None),
-                )
-                .with_for_update(key_share=True)
-            )
-            # From here on the same work for an unknown address, so that the time does not tell.
-            user_id = account.user_id if account else None
-            await self.tickets.void(session, user_id or NOBODY, Purpose.RESET_PASSWORD)
-            purpose = Purpose.RESET_PASSWORD if account else Purpose.NOTHING
-            token = self.tickets.give(session, purpose, user_id)
-            letter = links.reset_password(self.settings, token)
-            # To the address of the account, whatever spelling has found it.
-            self.mails.add(session, now, account.email if account else "", *letter)
-            audit.record(
-                session, "password_reset.requested", origin, now, actor_id="", subject_id=user_id or ""
-            )
+            self.mails.add_reset(session, self.now(), request.email, origin.address)
         return RequestPasswordResetResponse()
 
     async def ResetPassword(self, request: ResetPasswordRequest, context: Context) -> ResetPasswordResponse:

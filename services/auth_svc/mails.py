@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import format_datetime, parseaddr
+from random import SystemRandom
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -44,6 +45,11 @@ _waiting = Gauge("meshboard_mails_waiting", "Mails that wait to be sent.", multi
 _outcomes = Counter("meshboard_mails", "Tries to send a mail: sent, failed or given_up.", ["outcome"])
 
 
+_chance = SystemRandom()
+
+WriteReset = Callable[[AsyncSession, str, str], Awaitable[None]]
+
+
 @dataclass(frozen=True)
 class Mails:
     """`seals` encrypt mails while they wait; `added` is set when one was committed in this process."""
@@ -52,28 +58,44 @@ class Mails:
     added: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, session: AsyncSession, now: datetime, to: str, subject: str, text: str) -> None:
-        """Has a mail sent once the transaction has committed; to "" it is thrown away, at the same cost."""
-        content = json.dumps({"to": to, "subject": subject, "text": text})
+        """Has a mail sent once the transaction has committed."""
+        self._add(session, now, {"to": to, "subject": subject, "text": text})
+
+    def add_reset(self, session: AsyncSession, now: datetime, email: str, address: str) -> None:
+        """Has it looked into, once the transaction has committed, who may get a link for a new password.
+
+        At some moment of the next second: what that costs must not be felt by the caller's next call.
+        """
+        later = now + timedelta(seconds=_chance.random())
+        self._add(session, now, {"reset": email, "address": address}, try_time=later)
+
+    def _add(
+        self, session: AsyncSession, now: datetime, content: dict[str, str], try_time: datetime | None = None
+    ) -> None:
         session.add(
             Mail(
                 mail_id=str(uuid7()),
-                sealed_mail=self.seals.seal(content.encode(), _CONTEXT),
+                sealed_mail=self.seals.seal(json.dumps(content).encode(), _CONTEXT),
                 create_time=now,
-                try_time=now,
+                try_time=try_time or now,
             )
         )
         event.listen(session.sync_session, "after_commit", lambda _: self.added.set(), once=True)
 
     def read(self, row: Mail) -> dict[str, str]:
-        """`to`, `subject` and `text` of a mail. Raises WrongKey."""
+        """`to`, `subject` and `text` of a mail, or `reset` and `address` of what is asked for. Raises WrongKey."""
         content: dict[str, str] = json.loads(self.seals.open(row.sealed_mail, _CONTEXT))
         return content
 
 
 async def run(
-    db: async_sessionmaker[AsyncSession], settings: AuthSettings, mails: Mails, now: Callable[[], datetime]
+    db: async_sessionmaker[AsyncSession],
+    settings: AuthSettings,
+    mails: Mails,
+    write_reset: WriteReset,
+    now: Callable[[], datetime],
 ) -> None:
-    """Sends until it is cancelled; any number of replicas may do so at once."""
+    """Sends until it is cancelled; any number of replicas may do so at once. `write_reset` writes what is asked for."""
     next_measure = 0.0
     while True:
         mails.added.clear()
@@ -84,7 +106,9 @@ async def run(
                 async with db() as session:
                     _waiting.set(await session.scalar(select(func.count()).select_from(Mail)) or 0)
             claimed = await _claim(db, now())
-            await asyncio.gather(*(_send(db, settings, mails, row, now) for row in claimed))
+            await asyncio.gather(
+                *(_send(db, settings, mails, row, write_reset=write_reset, now=now) for row in claimed)
+            )
         except (OSError, TimeoutError, SQLAlchemyError) as error:
             log.warning("mails_wait_for_postgres", error=repr(error))
         if len(claimed) < _BATCH:
@@ -117,14 +141,20 @@ async def _send(
     settings: AuthSettings,
     mails: Mails,
     row: Mail,
+    *,
+    write_reset: WriteReset,
     now: Callable[[], datetime],
 ) -> None:
     try:
         content = mails.read(row)
-        if content["to"]:
-            async with asyncio.timeout(_SEND_SECONDS):
-                await _deliver(settings, row, content)
-            _outcomes.labels("sent").inc()
+        if "reset" in content:
+            async with db.begin() as session:
+                await session.execute(delete(Mail).where(Mail.mail_id == row.mail_id))
+                await write_reset(session, content["reset"], content["address"])
+            return
+        async with asyncio.timeout(_SEND_SECONDS):
+            await _deliver(settings, row, content)
+        _outcomes.labels("sent").inc()
     except Exception as error:  # whatever it is, it must hold up no other mail
         await _put_back(db, row, error, now())
         return
