@@ -35,7 +35,7 @@ class Purpose(Enum):
     PASSKEY_SIGN_IN = ("passkey-sign-in", 300)
     ADD_TOTP = ("add-totp", 600)
     ADD_PASSKEY = ("add-passkey", 600)
-    # Written for an address without an account, so that asking costs the same; nobody has its token.
+    # Written where an address turns out to be taken, so that asking costs the same; nobody has its token.
     NOTHING = ("nothing", 0)
 
     @property
