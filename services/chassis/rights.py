@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -33,24 +33,42 @@ _VIEWER = frozenset(
         "sources.query",
         "dashboards.list",
         "dashboards.view",
+        "folders.list",
+        "folders.view",
+        "roles.view",
     }
 )
-_EDITOR = _VIEWER | {"sources.create", "sources.edit", "dashboards.create", "dashboards.edit"}
+_EDITOR = _VIEWER | {
+    "sources.create",
+    "sources.edit",
+    "dashboards.create",
+    "dashboards.edit",
+    "folders.create",
+    "folders.edit",
+}
 _ADMIN = _EDITOR | {
     "workspaces.edit",
     "members.edit",
+    "members.manage",
     "teams.create",
     "teams.edit",
+    "teams.delete",
+    "invitations.view",
+    "invitations.edit",
+    "roles.edit",
+    "access.explain",
     "sources.delete",
     "sources.grant",
     "dashboards.delete",
     "dashboards.grant",
+    "folders.delete",
+    "folders.grant",
     "service_accounts.view",
     "service_accounts.edit",
     "members.impersonate",
     "audit.view",
 }
-_OWNER = _ADMIN | {"workspaces.delete"}
+_OWNER = _ADMIN | {"workspaces.delete", "workspaces.transfer"}
 
 # The built-in roles, each with all that the one before it has.
 ROLES: dict[str, frozenset[str]] = {"viewer": _VIEWER, "editor": _EDITOR, "admin": _ADMIN, "owner": _OWNER}
@@ -62,7 +80,8 @@ _BELOW = dict(zip(ROLES, [frozenset[str](), *ROLES.values()], strict=False))
 class Rights:
     """What user_svc says of a user in a workspace. `version` grows with each change of rights in the workspace.
 
-    `second_factor_required` says that the workspace wants its members to have signed in with one.
+    `second_factor_required` says that the workspace wants its members to have signed in with one. `roles` are the
+    custom roles of the workspace, by name.
     """
 
     user_id: str
@@ -72,6 +91,7 @@ class Rights:
     team_ids: frozenset[str]
     version: int
     second_factor_required: bool = False
+    roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

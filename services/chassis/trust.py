@@ -80,6 +80,7 @@ def rights_from_pb(rights: workspace_pb2.Rights) -> Rights:
         team_ids=frozenset(rights.team_ids),
         version=rights.version,
         second_factor_required=rights.second_factor_required,
+        roles={role.name: frozenset(role.permissions) for role in rights.custom_roles},
     )
 
 

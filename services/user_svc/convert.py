@@ -65,4 +65,8 @@ def rights_to_pb(rights: Rights) -> workspace_pb2.Rights:
         team_ids=sorted(rights.team_ids),
         version=rights.version,
         second_factor_required=rights.second_factor_required,
+        custom_roles=[
+            workspace_pb2.Rights.CustomRole(name=name, permissions=sorted(permissions))
+            for name, permissions in sorted(rights.roles.items())
+        ],
     )

@@ -35,7 +35,7 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.rights import ROLES
 from services.user_svc.convert import member_to_pb, workspace_to_pb
-from services.user_svc.models import SERVICE_ACCOUNT, Member, User, Workspace
+from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, TeamMember, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
 
@@ -254,6 +254,14 @@ async def add_workspace(
     added = events_pb2.MemberAdded(member=member_to_pb(member, owner))
     outbox.add(session, added, workspace_id=workspace_id)
     return workspace
+
+
+async def delete_workspace(session: AsyncSession, workspace_id: str) -> None:
+    """Deletes a workspace with its teams and members, and tells of it; other services delete what they have in it."""
+    await lock_rights(session, workspace_id)
+    for table in (TeamMember, Team, Member, Workspace):
+        await session.execute(delete(table).where(table.workspace_id == workspace_id))
+    outbox.add(session, events_pb2.WorkspaceDeleted(workspace_id=workspace_id), workspace_id=workspace_id)
 
 
 def require_role(role: str) -> None:

@@ -26,7 +26,7 @@ from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,18 +41,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKSPACECREATED']._serialized_end=316
   _globals['_WORKSPACEUPDATED']._serialized_start=318
   _globals['_WORKSPACEUPDATED']._serialized_end=396
-  _globals['_MEMBERADDED']._serialized_start=398
-  _globals['_MEMBERADDED']._serialized_end=462
-  _globals['_MEMBERUPDATED']._serialized_start=464
-  _globals['_MEMBERUPDATED']._serialized_end=530
-  _globals['_MEMBERREMOVED']._serialized_start=532
-  _globals['_MEMBERREMOVED']._serialized_end=607
-  _globals['_TEAMCREATED']._serialized_start=609
-  _globals['_TEAMCREATED']._serialized_end=667
-  _globals['_TEAMMEMBERADDED']._serialized_start=669
-  _globals['_TEAMMEMBERADDED']._serialized_end=771
-  _globals['_TEAMMEMBERREMOVED']._serialized_start=773
-  _globals['_TEAMMEMBERREMOVED']._serialized_end=877
-  _globals['_RIGHTSCHANGED']._serialized_start=879
-  _globals['_RIGHTSCHANGED']._serialized_end=955
+  _globals['_WORKSPACEDELETED']._serialized_start=398
+  _globals['_WORKSPACEDELETED']._serialized_end=451
+  _globals['_MEMBERADDED']._serialized_start=453
+  _globals['_MEMBERADDED']._serialized_end=517
+  _globals['_MEMBERUPDATED']._serialized_start=519
+  _globals['_MEMBERUPDATED']._serialized_end=585
+  _globals['_MEMBERREMOVED']._serialized_start=587
+  _globals['_MEMBERREMOVED']._serialized_end=662
+  _globals['_TEAMCREATED']._serialized_start=664
+  _globals['_TEAMCREATED']._serialized_end=722
+  _globals['_TEAMMEMBERADDED']._serialized_start=724
+  _globals['_TEAMMEMBERADDED']._serialized_end=826
+  _globals['_TEAMMEMBERREMOVED']._serialized_start=828
+  _globals['_TEAMMEMBERREMOVED']._serialized_end=932
+  _globals['_RIGHTSCHANGED']._serialized_start=934
+  _globals['_RIGHTSCHANGED']._serialized_end=1010
 # @@protoc_insertion_point(module_scope)

@@ -115,6 +115,28 @@ class WorkspaceUpdated(_message.Message):
 Global___WorkspaceUpdated: _TypeAlias = WorkspaceUpdated  # noqa: Y015
 
 @_typing.final
+class WorkspaceDeleted(_message.Message):
+    """A workspace is gone, with its members and teams. The services that own something in it delete that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkspaceDeleted: _TypeAlias = WorkspaceDeleted  # noqa: Y015
+
+@_typing.final
 class MemberAdded(_message.Message):
     """A user became a member of a workspace."""
 

@@ -160,6 +160,32 @@ class Rights(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CustomRole(_message.Message):
+        """A custom role."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        PERMISSIONS_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Its name."""
+        @_builtins.property
+        def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Its permissions, sorted."""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            permissions: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "permissions", b"permissions"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     USER_ID_FIELD_NUMBER: _builtins.int
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
@@ -167,6 +193,7 @@ class Rights(_message.Message):
     TEAM_IDS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SECOND_FACTOR_REQUIRED_FIELD_NUMBER: _builtins.int
+    CUSTOM_ROLES_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user."""
     workspace_id: _builtins.str
@@ -185,6 +212,10 @@ class Rights(_message.Message):
     def team_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The teams that the user is in, and all teams above them, sorted."""
 
+    @_builtins.property
+    def custom_roles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rights.CustomRole]:
+        """The custom roles of the workspace, which grants may name, sorted by name."""
+
     def __init__(
         self,
         *,
@@ -195,10 +226,11 @@ class Rights(_message.Message):
         team_ids: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.int = ...,
         second_factor_required: _builtins.bool = ...,
+        custom_roles: _abc.Iterable[Global___Rights.CustomRole] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["custom_roles", b"custom_roles", "permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
