@@ -1,0 +1,274 @@
+"""Every RPC, by every kind of caller, for every kind of target, on every way in, against a table written by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import asyncpg
+import grpc.aio
+import pytest
+
+from services.chassis.access import WORKSPACE_HEADER
+from services.chassis.auth import SERVICES
+from tests.mesh.people import Person
+from tests.parts import Mesh, running_mesh
+from tests.security import world
+from tests.security.calling import BY_NAME, as_json, has_route, natively, owner_of
+from tests.security.matrix import MATRIX, OK, Anyone, In, On, Row, Services, SignedIn
+from tests.security.world import ROLES, World
+
+pytestmark = pytest.mark.xdist_group("matrix")
+
+# What an RPC that is refused may still write: refusals are audited, sessions and keys remember their last use, and
+# services go on with what they do in the background.
+BACKGROUND = re.compile(r"audit_.*|sessions|api_keys|inbox|outbox|alembic_version|mails|tickets|search_queue")
+
+
+@pytest.fixture(scope="module")
+async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
+    async with running_mesh(tmp_path_factory.mktemp("matrix"), limits=False) as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    jar = aiohttp.DummyCookieJar()
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(timeout=timeout, cookie_jar=jar) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+async def everybody(mesh: Mesh, http: aiohttp.ClientSession) -> World:
+    return await world.build(mesh, http)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The three ways to call an RPC."""
+
+    http: aiohttp.ClientSession
+    url: str
+    gateway: grpc.aio.Channel
+    services: Mapping[str, grpc.aio.Channel]
+
+    async def call(self, name: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, str]:
+        """The outcomes by way."""
+        calls = {
+            "service": natively(self.services[owner_of(name)], name, body, headers),
+            "gateway": natively(self.gateway, name, body, headers),
+        }
+        if has_route(name):
+            calls["json"] = as_json(self.http, self.url, name, body, headers)
+        return dict(zip(calls, await asyncio.gather(*calls.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+async def ways(mesh: Mesh, http: aiohttp.ClientSession) -> AsyncIterator[Ways]:
+    async with AsyncExitStack() as stack:
+
+        async def channel(address: str) -> grpc.aio.Channel:
+            return await stack.enter_async_context(grpc.aio.insecure_channel(address))
+
+        gateway = await channel(mesh.gateway_url.removeprefix("http://"))
+        services = {service: await channel(mesh.address(service)) for service in SERVICES}
+        yield Ways(http, mesh.gateway_url, gateway, services)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call, and what may come of it."""
+
+    caller: str
+    target: str
+    headers: Mapping[str, str]
+    expected: tuple[str, ...]
+
+    @property
+    def passes(self) -> bool:
+        return self.target == "own" and self.expected not in REFUSED
+
+
+REFUSED = {
+    (reason,) for reason in ("TOKEN_MISSING", "PERMISSION_MISSING", "SCOPE_MISSING", "PERSON_REQUIRED")
+}
+
+
+def test_every_rpc_has_its_place_in_the_matrix():
+    assert sorted(MATRIX) == sorted(BY_NAME)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+async def test_callers_get_what_the_matrix_says(name: str, everybody: World, ways: Ways, mesh: Mesh):
+    row = MATRIX[name]
+    every = list(cells(row, everybody))
+    refused = [cell for cell in every if not cell.passes]
+    before = await traces(mesh)
+    problems = await check_all(name, row, refused, everybody, ways)
+    assert not problems, "\n".join(problems)
+    assert await traces(mesh) == before, "a refused call left a trace"
+    problems = await check_all(name, row, [cell for cell in every if cell.passes], everybody, ways)
+    assert not problems, "\n".join(problems)
+
+
+def cells(row: Row, everybody: World) -> Iterable[Cell]:
+    """The calls that the row says something about."""
+    match row:
+        case Services():
+            return  # see below
+        case Anyone():
+            yield Cell("anonymous", "own", {}, row.passes)
+        case SignedIn():
+            yield Cell("anonymous", "own", {}, ("TOKEN_MISSING",))
+            yield Cell("key", "own", bearer(everybody.key_token), (row.key,))
+            for role in ROLES:
+                yield Cell(role, "own", everybody.members[role].headers, row.passes)
+        case In() | On():
+            for target in everybody.targets:
+                yield from _cells_at(row, target, everybody)
+
+
+def _cells_at(row: In | On, target: str, everybody: World) -> Iterable[Cell]:
+    inside = {WORKSPACE_HEADER: everybody.targets[target]["workspace"]}
+    if isinstance(row, In) and not row.absent and target in {"sibling", "foreign", "deleted", "absent"}:
+        return
+    yield Cell("anonymous", target, inside, ("TOKEN_MISSING",))
+    for role, sign in zip(ROLES, row.members, strict=True):
+        headers = {**everybody.members[role].headers, **inside}
+        yield Cell(role, target, headers, _expected(row, sign, target))
+    key = row.passes if row.key == OK else (row.key,)
+    if row.key == OK and target != "own":
+        key = _expected(row, "+", target)
+    elif target in {"elsewhere", "nowhere"} and row.key == "SCOPE_MISSING":
+        key = ("WORKSPACE_NOT_FOUND",)
+    yield Cell("key", target, {**bearer(everybody.key_token), **inside}, key)
+
+
+def _expected(row: In | On, sign: str, target: str) -> tuple[str, ...]:
+    if target in {"elsewhere", "nowhere"}:
+        return ("WORKSPACE_NOT_FOUND",)
+    if isinstance(row, On):
+        if target != "own" or sign == "0":
+            return (row.absent,)
+    elif target == "sibling" and sign == "+":
+        return row.passes
+    elif target != "own" and sign == "+":
+        return (row.absent,)
+    return row.passes if sign == "+" else ("PERMISSION_MISSING",)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+async def check_all(name: str, row: Row, every: Iterable[Cell], everybody: World, ways: Ways) -> list[str]:
+    """What is not as the matrix says; a few calls at once."""
+    gate = asyncio.Semaphore(6)
+
+    async def one(cell: Cell) -> list[str]:
+        async with gate:
+            return await check(name, row, cell, everybody, ways)
+
+    return [problem for found in await asyncio.gather(*map(one, every)) for problem in found]
+
+
+async def check(name: str, row: Row, cell: Cell, everybody: World, ways: Ways) -> list[str]:
+    """What is not as the matrix says."""
+    assert not isinstance(row, Services)
+    body = filled(row.request, everybody.targets[cell.target], everybody.targets["absent"])
+    if isinstance(row, SignedIn) and row.ends and cell.passes and cell.caller in ROLES:
+        return await _check_end(name, cell, everybody, ways)
+    outcomes = await ways.call(name, body, cell.headers)
+    return [
+        f"{cell.caller} at {cell.target} by {way}: {outcome}, not {' or '.join(cell.expected)}"
+        for way, outcome in outcomes.items()
+        if outcome not in cell.expected
+        # Envoy's own answers to native gRPC carry no details.
+        and not (way == "gateway" and cell.expected == ("TOKEN_MISSING",) and outcome == "UNAUTHENTICATED")
+    ]
+
+
+async def _check_end(name: str, cell: Cell, everybody: World, ways: Ways) -> list[str]:
+    """Each way with a session of its own, because the call ends it."""
+    person, problems = everybody.members[cell.caller], []
+    calls: dict[str, Callable[[Mapping[str, str]], Awaitable[str]]] = {
+        "service": lambda headers: natively(ways.services[owner_of(name)], name, {}, headers),
+        "gateway": lambda headers: natively(ways.gateway, name, {}, headers),
+        "json": lambda headers: as_json(ways.http, ways.url, name, {}, headers),
+    }
+    for way, call in calls.items():
+        fresh = Person(ways.http, ways.url)
+        signed_in = await fresh.post("/v1/auth:signIn", {"email": person.email, "password": person.password})
+        if (outcome := await call(bearer(signed_in["accessToken"]))) not in cell.expected:
+            problems.append(f"{cell.caller} by {way}: {outcome}")
+    return problems
+
+
+@pytest.mark.parametrize("name", [name for name, row in MATRIX.items() if isinstance(row, Services)])
+async def test_internal_rpcs_are_for_the_named_services(name: str, everybody: World, ways: Ways):
+    row = MATRIX[name]
+    assert isinstance(row, Services)
+    body = filled(row.request, everybody.targets["own"], everybody.targets["absent"])
+    channel, owner = ways.services[owner_of(name)], owner_of(name)
+    callers = {
+        "anonymous": {},
+        "owner": everybody.members["owner"].headers,
+        "key": bearer(everybody.key_token),
+        **{service: everybody.service_headers(service, owner) for service in SERVICES},
+    }
+    for caller, headers in callers.items():
+        outcome = await natively(channel, name, body, headers)
+        assert outcome in (row.passes if caller in row.callers else ("CALLER_NOT_ALLOWED",)), caller
+        # At the gateway there is no such method, whoever calls.
+        assert await natively(ways.gateway, name, body, headers) in {"ROUTE_UNKNOWN", "UNIMPLEMENTED"}, caller
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in MATRIX.items() if isinstance(row, SignedIn | In | On)]
+)
+async def test_a_service_alone_is_nobody(name: str, everybody: World, ways: Ways):
+    row = MATRIX[name]
+    assert isinstance(row, SignedIn | In | On)
+    body = filled(row.request, everybody.targets["own"], everybody.targets["absent"])
+    headers = everybody.service_headers("analytics", owner_of(name))
+    assert await natively(ways.services[owner_of(name)], name, body, headers) == "TOKEN_MISSING"
+
+
+def filled(request: Any, things: Mapping[str, str], absent: Mapping[str, str]) -> Any:
+    """The request with ids in place of names."""
+    text = json.dumps(request)
+    return json.loads(
+        re.sub(
+            r"{(\w+)}",
+            lambda match: absent["dashboard"] if match[1] == "absent" else things[match[1]],
+            text,
+        )
+    )
+
+
+async def traces(mesh: Mesh) -> dict[str, str]:
+    """A digest of each table of each service that calls could have changed."""
+    found = {}
+    environments = {part.name: part.env for part in mesh.stack.parts()}
+    for service in SERVICES:
+        connection = await asyncpg.connect(environments[f"{service}_svc"]["MESHBOARD_POSTGRES_URL"])
+        try:
+            names = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+            for (table,) in names:
+                if not BACKGROUND.fullmatch(table):
+                    found[f"{service}.{table}"] = await connection.fetchval(
+                        f"SELECT md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) FROM {table} t"
+                    )
+            found[f"{service} events"] = str(
+                await connection.fetchval("SELECT count(*) FROM outbox WHERE subject NOT LIKE '%.Audit%'")
+            )
+        finally:
+            await connection.close()
+    return found
