@@ -38,7 +38,7 @@ async def natively(
     request = json_format.ParseDict(dict(body), request_type())
     path = f"/{method.containing_service.full_name}/{method.name}"
     codec = (request_type.SerializeToString, response_type.FromString)
-    options = {"metadata": tuple(headers.items()), "timeout": SECONDS}
+    options: dict[str, Any] = {"metadata": tuple(headers.items()), "timeout": SECONDS}
     try:
         if method.server_streaming:
             stream = channel.unary_stream(path, *codec)(request, **options)
