@@ -64,9 +64,9 @@ class Person:
         assert answer.status == 200, answer
         return answer.body
 
-    async def sign_up(self) -> Person:
+    async def sign_up(self, **more: str) -> Person:
         """Makes an account, and carries its token from now on."""
-        credentials = {"email": self.email, "password": self.password, "displayName": "Someone"}
+        credentials = {"email": self.email, "password": self.password, "displayName": "Someone", **more}
         self.account = await self.post("/v1/auth:signUp", credentials)
         self.headers["authorization"] = f"Bearer {self.account['accessToken']}"
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -25,15 +26,20 @@ SECONDS = 20
 
 
 def owner_of(name: str) -> str:
-    """The service that answers an RPC."""
+    """The service that the package of an RPC belongs to."""
     return name.partition(".")[0]
+
+
+def method_of(name: str) -> MethodDescriptor:
+    """The method of a name, without what stands behind a `#`."""
+    return BY_NAME[name.partition("#")[0]]
 
 
 async def natively(
     channel: grpc.aio.Channel, name: str, body: Mapping[str, Any], headers: Mapping[str, str]
 ) -> str:
     """OK, or the reason (the code where there is none) of a gRPC call; of a stream its first message counts."""
-    method = BY_NAME[name]
+    method = method_of(name)
     request_type, response_type = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
     request = json_format.ParseDict(dict(body), request_type())
     path = f"/{method.containing_service.full_name}/{method.name}"
@@ -54,12 +60,12 @@ async def natively(
 
 def has_route(name: str) -> bool:
     """Whether there is JSON for it."""
-    return BY_NAME[name].GetOptions().Extensions[annotations_pb2.http].WhichOneof("pattern") is not None
+    return method_of(name).GetOptions().Extensions[annotations_pb2.http].WhichOneof("pattern") is not None
 
 
-def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str], str]:
-    """The verb, the path, the query and the JSON body of a request."""
-    rule = BY_NAME[name].GetOptions().Extensions[annotations_pb2.http]
+def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str], str | bytes]:
+    """The verb, the path, the query and the body of a request."""
+    rule = method_of(name).GetOptions().Extensions[annotations_pb2.http]
     verb = str(rule.WhichOneof("pattern"))
     rest = json.loads(json.dumps(body))
 
@@ -73,8 +79,15 @@ def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str
     path = re.sub(r"{([\w.]+)}", take, getattr(rule, verb))
     if rule.body == "*":
         return verb.upper(), path, {}, json.dumps(rest)
+    if rule.body and _is_file(name, rule.body):
+        return verb.upper(), path, {}, base64.b64decode(rest[rule.body]["data"])
     data = json.dumps(rest.pop(rule.body)) if rule.body else ""
     return verb.upper(), path, {name: _text(value) for name, value in rest.items()}, data
+
+
+def _is_file(name: str, field: str) -> bool:
+    body = method_of(name).input_type.fields_by_name[field].message_type
+    return body is not None and body.full_name == "google.api.HttpBody"
 
 
 def _text(value: Any) -> str:
@@ -86,10 +99,11 @@ async def as_json(
 ) -> str:
     """OK, or the reason of a JSON call; of a stream the first line counts."""
     verb, path, query, data = http_of(name, body)
-    sent = {"content-type": "application/json", **headers}
+    kind = "application/octet-stream" if isinstance(data, bytes) else "application/json"
+    sent = {"content-type": kind, **headers}
     async with http.request(verb, url + path, params=query, data=data or None, headers=sent) as response:
         if response.status == 200:
-            if BY_NAME[name].server_streaming:
+            if method_of(name).server_streaming:
                 await response.content.readline()
             return "OK"
         answer = await response.json()

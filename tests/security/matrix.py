@@ -2,10 +2,12 @@
 
 Members are, in this order: a guest (a custom role that may see the workspace and nothing in it), a viewer, an editor,
 an admin and an owner. For each stands a sign: `+` the call gets past the access rules, `-` the caller lacks the
-permission, `0` the answer is that of something absent.
+permission, `~` the caller lacks it too, but is told so only of a thing that is there, `0` the answer is that of
+something absent.
 
 Requests are as JSON; `{dashboard}` and the like stand for an id of the target: the own thing, the sibling team's (which
-the whole workspace is denied), another workspace's, a deleted one, one that never was.
+the whole workspace is denied), another workspace's, a deleted one, one that never was. What stands behind a `#` in a
+name tells rows of one RPC apart.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class In:
     """An RPC in a workspace, which the path, the header or the token names.
 
     `absent` is what is said, to who gets past the access rules, of a thing in the workspace that is not there; "" for
-    RPCs that name none. `elsewhere` is what is said of a workspace that the caller is not in.
+    RPCs that name none. `scope_is_late` says that the method checks the scope of a key itself. `ends` says that the call ends the caller's membership.
     """
 
     request: Body
@@ -58,7 +60,8 @@ class In:
     passes: tuple[str, ...] = (OK,)
     absent: str = ""
     key: str = "SCOPE_MISSING"
-    elsewhere: str = "WORKSPACE_NOT_FOUND"
+    scope_is_late: bool = False
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Services:
     request: Body
     callers: frozenset[str]
     passes: tuple[str, ...] = (OK,)
+    # Who answers, where that is not the service of the package.
+    at: str = ""
 
 
 Row = On | In | SignedIn | Anyone | Services
@@ -94,6 +99,7 @@ _ALL = frozenset({"auth", "user", "dashboard", "analytics"})
 _AUTH = frozenset({"auth"})
 _W = {"workspace_id": "{workspace}"}
 _BOARD = {"dashboard_id": "{dashboard}"}
+_FOLDER = {"folder_id": "{folder}"}
 _SOURCE = {"source_id": "{source}"}
 _MACHINE = {**_W, "service_account_id": "{service_account}"}
 
@@ -118,6 +124,10 @@ MATRIX: Mapping[str, Row] = {
     "auth.v1.AuditService.ListAuditEntries": In(_W, "---++"),
     "auth.v1.AuditService.ListOwnAuditEntries": SignedIn(),
     "auth.v1.AuditService.ExportAuditEntries": In(_W, "---++"),
+    "auth.v1.InternalAccountService.ReserveAccount": Services(
+        {"user_id": "{absent}", **_W, "email": "reserved@example.org", "display_name": "R"},
+        frozenset({"user"}),
+    ),
     # auth_svc: signing in and out
     "auth.v1.AuthService.SignUp": Anyone(
         {"email": "nobody", "password": "a long password", "display_name": "N"}, ("VALIDATION_FAILED",)
@@ -189,17 +199,60 @@ MATRIX: Mapping[str, Row] = {
     "auth.v1.ServiceAccountService.ExchangeApiKey": Anyone({"api_key": "none"}, ("API_KEY_INVALID",)),
     "auth.v1.InternalAuthService.ListRevocations": Services({}, _ALL),
     "auth.v1.InternalAuthService.CheckSession": Services({"session_id": "{absent}"}, _ALL),
+    "auth.v1.InternalAuthService.GetVerifiedEmail": Services({"user_id": "{member}"}, frozenset({"user"})),
     "auth.v1.InternalAuthService.SetAccountDisabled": Services(
         {"user_id": "{absent}", "disabled": True}, frozenset({"user"}), ("RESOURCE_NOT_FOUND",)
     ),
     # user_svc
     "user.v1.UserService.GetMe": SignedIn(key=OK),
-    "user.v1.UserService.GetUser": In(
-        {"user_id": "{member}"}, "-++++", absent="USER_NOT_FOUND", elsewhere="WORKSPACE_NOT_FOUND"
-    ),
+    "user.v1.UserService.GetUser": In({"user_id": "{member}"}, "-++++", absent="USER_NOT_FOUND"),
     "user.v1.UserService.UpdateUser": SignedIn(
         {"user": {"user_id": "{absent}", "display_name": "n"}, "update_mask": "displayName"},
         ("USER_NOT_FOUND",),
+    ),
+    "user.v1.UserService.BatchGetUsers": In({"user_ids": ["{member}"]}, "-++++"),
+    "user.v1.UserService.SearchUsers": In({"query": "someone"}, "-++++"),
+    "user.v1.ProfileService.GetProfile": SignedIn(),
+    "user.v1.ProfileService.UpdateProfile": SignedIn(
+        {"profile": {"theme": "DARK", "etag": "no"}, "update_mask": "theme"}, ("ETAG_MISMATCH",)
+    ),
+    "user.v1.AvatarService.SetAvatar": SignedIn(
+        {"image": {"content_type": "image/png", "data": "bm9uZQ=="}}, ("AVATAR_INVALID",)
+    ),
+    "user.v1.AvatarService.DeleteAvatar": SignedIn(),
+    "user.v1.AvatarService.GetAvatar": In(
+        {"user_id": "{member}"}, "-++++", ("AVATAR_NOT_FOUND",), absent="AVATAR_NOT_FOUND"
+    ),
+    "user.v1.ErasureService.DeleteUser": SignedIn({"user_id": "{absent}"}, ("USER_NOT_FOUND",)),
+    "user.v1.ErasureService.DeleteManagedUser": In(
+        {**_W, "user_id": "{absent}"}, "---++", ("USER_NOT_FOUND",), key="PERSON_REQUIRED"
+    ),
+    "user.v1.ErasureService.GetErasure": Anyone(
+        {"erasure_id": "{absent}", "erasure_token": "none"}, ("ERASURE_NOT_FOUND",)
+    ),
+    "user.v1.ErasureService.GetManagedErasure": In(
+        {**_W, "erasure_id": "{absent}"}, "---++", ("ERASURE_NOT_FOUND",)
+    ),
+    "user.v1.ManagedUserService.CreateManagedUser": In(
+        {**_W, "email": "managed@example.org", "display_name": "M", "role": "no-such-role"},
+        "---++",
+        ("ROLE_UNKNOWN",),
+    ),
+    "user.v1.ManagedUserService.UpdateManagedUser": In(
+        {
+            **_W,
+            "user": {"user_id": "{managed}", "display_name": "M", "etag": "no"},
+            "update_mask": "displayName",
+        },
+        "---++",
+        ("ETAG_MISMATCH",),
+        absent="USER_NOT_FOUND",
+    ),
+    "user.v1.ManagedUserService.DeactivateUser": In(
+        {**_W, "user_id": "{managed}"}, "---++", absent="USER_NOT_FOUND"
+    ),
+    "user.v1.ManagedUserService.ReactivateUser": In(
+        {**_W, "user_id": "{managed}"}, "---++", absent="USER_NOT_FOUND"
     ),
     "user.v1.WorkspaceService.CreateWorkspace": SignedIn({"title": "t", "request_id": "once"}),
     "user.v1.WorkspaceService.GetWorkspace": In(_W, "+++++"),
@@ -217,15 +270,86 @@ MATRIX: Mapping[str, Row] = {
     "user.v1.WorkspaceService.RemoveMember": In(
         {**_W, "user_id": "{absent}"}, "---++", ("MEMBER_NOT_FOUND",)
     ),
+    "user.v1.WorkspaceService.DeleteWorkspace": In(
+        {**_W, "etag": "no"}, "----+", ("ETAG_MISMATCH",), key="PERSON_REQUIRED"
+    ),
+    "user.v1.WorkspaceService.LeaveWorkspace": In(_W, "+++++", key="PERSON_REQUIRED", ends=True),
+    "user.v1.WorkspaceService.TransferOwnership": In(
+        {**_W, "user_id": "{absent}"}, "----+", ("MEMBER_NOT_FOUND",), key="PERSON_REQUIRED"
+    ),
+    "user.v1.InvitationService.CreateInvitation": In(
+        {**_W, "email": "invited@example.org", "role": "no-such-role"}, "---++", ("ROLE_UNKNOWN",)
+    ),
+    "user.v1.InvitationService.GetInvitation": In(
+        {**_W, "invitation_id": "{invitation}"}, "---++", absent="INVITATION_NOT_FOUND"
+    ),
+    "user.v1.InvitationService.ListInvitations": In(_W, "---++"),
+    "user.v1.InvitationService.ResendInvitation": In(
+        {**_W, "invitation_id": "{invitation}"}, "---++", (OK, "MAIL_DELAYED"), absent="INVITATION_NOT_FOUND"
+    ),
+    "user.v1.InvitationService.RevokeInvitation": In(
+        {**_W, "invitation_id": "{absent}"}, "---++", ("INVITATION_NOT_FOUND",)
+    ),
+    "user.v1.InvitationService.PreviewInvitation": Anyone(
+        {"invitation_token": "none"}, ("INVITATION_INVALID",)
+    ),
+    "user.v1.InvitationService.AcceptInvitation": SignedIn(
+        {"invitation_token": "none"}, ("INVITATION_INVALID",)
+    ),
+    "user.v1.InvitationService.DeclineInvitation": Anyone(
+        {"invitation_token": "none"}, ("INVITATION_INVALID",)
+    ),
+    "user.v1.RoleService.CreateRole": In(
+        {**_W, "name": "odd", "permissions": ["workspaces.view", "no.permission"]},
+        "---++",
+        ("PERMISSION_UNKNOWN",),
+    ),
+    "user.v1.RoleService.GetRole": In({**_W, "name": "{role}"}, "-++++", absent="ROLE_NOT_FOUND"),
+    "user.v1.RoleService.ListRoles": In(_W, "-++++"),
+    "user.v1.RoleService.UpdateRole": In(
+        {"role": {**_W, "name": "{role}", "title": "t", "etag": "no"}, "update_mask": "title"},
+        "---++",
+        ("ETAG_MISMATCH",),
+        absent="ROLE_NOT_FOUND",
+    ),
+    "user.v1.RoleService.DeleteRole": In({**_W, "name": "never-was"}, "---++", ("ROLE_NOT_FOUND",)),
+    "user.v1.RoleService.ListPermissions": In({}, "-++++"),
     "user.v1.TeamService.CreateTeam": In(
         {**_W, "title": "t", "parent_team_id": "{absent}"}, "---++", ("TEAM_NOT_FOUND",)
     ),
     "user.v1.TeamService.ListTeams": In(_W, "-++++", key=OK),
+    "user.v1.TeamService.GetTeam": In({**_W, "team_id": "{team}"}, "-++++", absent="TEAM_NOT_FOUND", key=OK),
+    "user.v1.TeamService.UpdateTeam": In(
+        {"team": {**_W, "team_id": "{team}", "title": "t", "etag": "no"}, "update_mask": "title"},
+        "---++",
+        ("ETAG_MISMATCH",),
+        absent="TEAM_NOT_FOUND",
+    ),
+    "user.v1.TeamService.MoveTeam": In(
+        {**_W, "team_id": "{team}", "etag": "no"}, "---++", ("ETAG_MISMATCH",), absent="TEAM_NOT_FOUND"
+    ),
+    "user.v1.TeamService.DeleteTeam": In(
+        {**_W, "team_id": "{team}", "etag": "no"}, "---++", ("ETAG_MISMATCH",), absent="TEAM_NOT_FOUND"
+    ),
     "user.v1.TeamService.AddTeamMember": In(
-        {**_W, "team_id": "{team}", "user_id": "{member}"}, "---++", absent="TEAM_NOT_FOUND"
+        {**_W, "team_id": "{team}", "user_id": "{member}"},
+        "-~~++",
+        absent="TEAM_NOT_FOUND",
+        key="SCOPE_MISSING",
+        scope_is_late=True,
     ),
     "user.v1.TeamService.RemoveTeamMember": In(
-        {**_W, "team_id": "{team}", "user_id": "{absent}"}, "---++", absent="TEAM_NOT_FOUND"
+        {**_W, "team_id": "{team}", "user_id": "{absent}"},
+        "-~~++",
+        absent="TEAM_NOT_FOUND",
+        key="SCOPE_MISSING",
+        scope_is_late=True,
+    ),
+    "user.v1.TeamService.ListTeamMembers": In(
+        {**_W, "team_id": "{team}"}, "-++++", absent="TEAM_NOT_FOUND", key=OK
+    ),
+    "user.v1.TeamService.ListUserTeams": In(
+        {**_W, "user_id": "{member}"}, "-++++", absent="MEMBER_NOT_FOUND", key=OK
     ),
     "user.v1.InternalUserService.CreateUser": Services(
         {"user_id": "{absent}", "workspace_id": "{workspace}", "email": "x@example.org", "display_name": "X"},
@@ -243,8 +367,75 @@ MATRIX: Mapping[str, Row] = {
     "user.v1.InternalUserService.CheckSubjects": Services(
         {**_W, "user_ids": ["{member}"]}, frozenset({"dashboard", "analytics"})
     ),
+    "user.v1.InternalUserService.SearchMembers": Services(
+        {**_W, "query": "someone", "limit": 10}, frozenset({"dashboard"})
+    ),
+    "user.v1.InternalUserService.GetInvitationMail": Services(
+        {"invitation_id": "{absent}"}, _AUTH, ("INVITATION_NOT_FOUND",)
+    ),
+    "user.v1.InternalUserService.CheckInvitation": Services(
+        {"invitation_token": "none"}, _AUTH, ("INVITATION_INVALID",)
+    ),
+    "user.v1.InternalGrantService.GetResourceGrants": Services(
+        {**_W, "resource_type": "dashboard", "resource_ids": ["{dashboard}"], "user_id": "{member}"},
+        _AUTH,
+        at="dashboard",
+    ),
+    "user.v1.InternalGrantService.GetResourceGrants#of a source": Services(
+        {**_W, "resource_type": "source", "resource_ids": ["{source}"], "user_id": "{member}"},
+        _AUTH,
+        at="analytics",
+    ),
+    "user.v1.InternalGrantService.ListSubjectGrants": Services(
+        {**_W, "subject": {"user_id": "{member}"}}, _AUTH, at="dashboard"
+    ),
+    "user.v1.InternalGrantService.ListSubjectGrants#of a source": Services(
+        {**_W, "subject": {"user_id": "{member}"}}, _AUTH, at="analytics"
+    ),
     # dashboard_svc
     "dashboard.v1.DashboardService.CreateDashboard": In({"title": "t"}, "--+++"),
+    "dashboard.v1.DashboardService.CreateDashboard#in a folder": On(
+        {"title": "t", "folder_id": "{folder}"}, "0-+++", "FOLDER_NOT_FOUND"
+    ),
+    "dashboard.v1.DashboardService.SearchDashboards": In({"query": "dashboard"}, "-++++"),
+    "dashboard.v1.DashboardService.MoveDashboard": On(
+        {**_BOARD, "etag": "no"}, "0--++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.DashboardService.BatchUpdateDashboardGrants": On(
+        {**_BOARD, "delete_grant_ids": ["{absent}"]}, "0--++", "DASHBOARD_NOT_FOUND", ("GRANT_NOT_FOUND",)
+    ),
+    "dashboard.v1.SearchService.Search": In({"query": "someone"}, "+++++"),
+    "dashboard.v1.FolderService.CreateFolder": In({"title": "t"}, "--+++"),
+    "dashboard.v1.FolderService.CreateFolder#in a folder": On(
+        {"title": "t", "parent_folder_id": "{folder}"}, "0-+++", "FOLDER_NOT_FOUND"
+    ),
+    "dashboard.v1.FolderService.GetFolder": On(_FOLDER, "0++++", "FOLDER_NOT_FOUND"),
+    "dashboard.v1.FolderService.ListFolders": In({}, "-++++"),
+    "dashboard.v1.FolderService.UpdateFolder": On(
+        {"folder": {**_FOLDER, "title": "t", "etag": "no"}, "update_mask": "title"},
+        "0-+++",
+        "FOLDER_NOT_FOUND",
+        ("ETAG_MISMATCH",),
+    ),
+    "dashboard.v1.FolderService.MoveFolder": On(
+        {**_FOLDER, "etag": "no"}, "0--++", "FOLDER_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.FolderService.DeleteFolder": On(
+        {**_FOLDER, "etag": "no"}, "0--++", "FOLDER_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.FolderService.CreateFolderGrant": On(
+        {**_FOLDER, "subject": {"team_id": "{absent}"}, "role": "viewer", "effect": "ALLOW"},
+        "0--++",
+        "FOLDER_NOT_FOUND",
+        ("SUBJECT_UNKNOWN",),
+    ),
+    "dashboard.v1.FolderService.ListFolderGrants": On(_FOLDER, "0--++", "FOLDER_NOT_FOUND"),
+    "dashboard.v1.FolderService.DeleteFolderGrant": On(
+        {**_FOLDER, "grant_id": "{absent}"}, "0--++", "FOLDER_NOT_FOUND", ("GRANT_NOT_FOUND",)
+    ),
+    "dashboard.v1.FolderService.BatchUpdateFolderGrants": On(
+        {**_FOLDER, "delete_grant_ids": ["{absent}"]}, "0--++", "FOLDER_NOT_FOUND", ("GRANT_NOT_FOUND",)
+    ),
     "dashboard.v1.DashboardService.GetDashboard": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
     "dashboard.v1.DashboardService.ListDashboards": In({}, "-++++"),
     "dashboard.v1.DashboardService.UpdateDashboard": On(
@@ -313,6 +504,9 @@ MATRIX: Mapping[str, Row] = {
     "analytics.v1.SourceService.ListSourceGrants": On(_SOURCE, "0--++", "SOURCE_NOT_FOUND"),
     "analytics.v1.SourceService.DeleteSourceGrant": On(
         {**_SOURCE, "grant_id": "{absent}"}, "0--++", "SOURCE_NOT_FOUND", ("GRANT_NOT_FOUND",)
+    ),
+    "analytics.v1.SourceService.BatchUpdateSourceGrants": On(
+        {**_SOURCE, "delete_grant_ids": ["{absent}"]}, "0--++", "SOURCE_NOT_FOUND", ("GRANT_NOT_FOUND",)
     ),
     "analytics.v1.InternalQueryService.RunWidgetQuery": Services(
         {**_W, **QUERY}, frozenset({"dashboard"}), (OK,)

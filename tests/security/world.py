@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import aiohttp
 
+from cli.mails import read
+from services.chassis.access import WORKSPACE_HEADER
 from services.chassis.auth import SERVICE_TOKEN_KEY, ServiceTokens
+from tests.conditions import eventually
 from tests.harness import new_id
 from tests.mesh.people import Person
 from tests.parts import Mesh
 
 ROLES = ("guest", "viewer", "editor", "admin", "owner")
 WIDGET = {"title": "w", "kind": "NUMBER", "layout": {"width": 4, "height": 4}}
-HIDDEN = {"subject": {"workspace": True}, "role": "viewer", "effect": "DENY"}
 
 # The id of each kind of thing, by its name; `workspace` is the one that holds them.
 Things = Mapping[str, str]
@@ -36,107 +39,149 @@ class World:
         tokens = ServiceTokens(service, self.mesh.stack.data_dir / "secrets" / "keys")
         return {SERVICE_TOKEN_KEY: tokens.issue(audience)}
 
+    async def new_member(self, role: str) -> Person:
+        """One more member with this role."""
+        return await join(self.mesh, self.members["owner"], role)
+
 
 async def build(mesh: Mesh, http: aiohttp.ClientSession) -> World:
     """Makes everybody and everything, through the gateway."""
-    url = mesh.gateway_url
-    members = {role: await Person(http, url).sign_up() for role in ROLES}
-    sibling, stranger = await Person(http, url).sign_up(), await Person(http, url).sign_up()
-    owner = members["owner"]
-    workspace = owner.workspace_id
-    inside = {"x-workspace-id": workspace}
-    await owner.post(
-        f"/v1/workspaces/{workspace}/roles",
-        {"name": "guest", "title": "Guest", "permissions": ["workspaces.view"]},
-    )
-    for role, person in {**members, "viewer ": sibling}.items():
-        if person is not owner:
-            await join(owner, person, role.strip())
-    for person in (*members.values(), sibling):
-        person.headers.update(inside)
-
-    own = await things(owner, members["viewer"].user_id)
-    hidden = await things(sibling, sibling.user_id, made_by=owner)
-    foreign = await things(stranger, stranger.user_id)
-    deleted = await things(owner, members["viewer"].user_id)
+    owner = await Person(http, mesh.gateway_url).sign_up()
+    owner.headers[WORKSPACE_HEADER] = owner.workspace_id
+    stranger = await Person(http, mesh.gateway_url).sign_up()
+    base = f"/v1/workspaces/{owner.workspace_id}"
+    await owner.post(f"{base}/roles", {"name": "guest", "permissions": ["workspaces.view"]})
+    members = {role: await join(mesh, owner, role) for role in ROLES[:-1]} | {"owner": owner}
+    own = await things(mesh, owner)
+    hidden = await things(mesh, owner)
+    await hide(owner, hidden)
+    deleted = await things(mesh, owner)
     await delete(owner, deleted)
-    account = await owner.post(
-        f"/v1/workspaces/{workspace}/serviceAccounts", {"title": "machine", "role": "admin"}
-    )
-    account_id = account["serviceAccount"]["serviceAccountId"]
-    key = await owner.post(
-        f"/v1/workspaces/{workspace}/serviceAccounts/{account_id}/apiKeys",
-        {"title": "key", "scopes": ["teams.view"]},
-    )
+    foreign = await things(mesh, stranger)
+    absent = {name: new_id() for name in own} | {"role": "never-was"}
+    account = await owner.post(f"{base}/serviceAccounts", {"title": "machine", "role": "admin"})
+    keys = f"{base}/serviceAccounts/{account['serviceAccount']['serviceAccountId']}/apiKeys"
+    key = await owner.post(keys, {"title": "key", "scopes": ["teams.view"]})
     exchanged = await owner.post("/v1/auth:exchangeApiKey", {"apiKey": key["secret"]})
-    absent = {name: new_id() for name in own}
+    here = {"workspace": owner.workspace_id}
     return World(
         mesh,
         members,
         exchanged["accessToken"],
         {
             "own": own,
-            "sibling": {**hidden, "workspace": workspace},
-            "foreign": {**foreign, "workspace": workspace},
-            "deleted": {**deleted, "workspace": workspace},
-            "absent": {**absent, "workspace": workspace},
+            "sibling": hidden,
+            "foreign": {**foreign, **here},
+            "deleted": deleted,
+            "absent": {**absent, **here},
             "elsewhere": foreign,
             "nowhere": absent,
         },
     )
 
 
-async def join(owner: Person, person: Person, role: str) -> None:
-    """Makes someone a member of the owner's workspace."""
-    await owner.post(f"/v1/workspaces/{owner.workspace_id}/members", {"userId": person.user_id, "role": role})
+async def join(mesh: Mesh, owner: Person, role: str) -> Person:
+    """Somebody who has come by an invitation into the owner's workspace."""
+    person = Person(owner.http, owner.url)
+    invited = await owner.post(
+        f"/v1/workspaces/{owner.workspace_id}/invitations", {"email": person.email, "role": role}
+    )
+    assert invited["invitation"]["email"] == person.email
+    await person.sign_up(invitationToken=await invitation_token(mesh, person.email))
+    person.headers[WORKSPACE_HEADER] = owner.workspace_id
+    return person
 
 
-async def things(maker: Person, member_id: str, *, made_by: Person | None = None) -> dict[str, str]:
-    """One thing of each kind. With `made_by` the workspace is that person's, and all but a team are denied them."""
-    keeper = made_by or maker
+async def invitation_token(mesh: Mesh, email: str) -> str:
+    """The token in the link that was mailed to this address."""
+    found: list[str] = []
+
+    def arrived() -> bool:
+        mails = [mail for mail in read(mesh.stack.mails_dir) if mail.to == email]
+        found.extend(token for mail in mails for token in re.findall(r"token=([\w.-]+)", mail.text))
+        return bool(found)
+
+    await eventually(arrived)
+    return found[0]
+
+
+async def things(mesh: Mesh, keeper: Person) -> dict[str, str]:
+    """One thing of each kind in the keeper's workspace."""
     workspace = keeper.workspace_id
     base = f"/v1/workspaces/{workspace}"
-    team = await keeper.post(f"{base}/teams", {"title": secrets.token_hex(4)})
+    name = f"r{secrets.token_hex(4)}"
+    member = await join(mesh, keeper, "viewer")
+    team = await keeper.post(f"{base}/teams", {"title": name})
     team_id = team["team"]["teamId"]
-    await keeper.post(f"{base}/teams/{team_id}/members", {"userId": member_id})
-    account = await keeper.post(f"{base}/serviceAccounts", {"title": "machine", "role": "viewer"})
-    creator = keeper
-    source_id, _ = await creator.new_source()
-    dashboard_id = await creator.new_dashboard()
+    await keeper.post(f"{base}/teams/{team_id}/members", {"userId": member.user_id})
+    await keeper.post(f"{base}/roles", {"name": name, "permissions": ["workspaces.view"]})
+    managed = await keeper.post(
+        f"{base}/users", {"email": f"{name}@example.org", "displayName": "Managed", "role": "viewer"}
+    )
+    invitation = await keeper.post(f"{base}/invitations", {"email": f"i{name}@example.org"})
+    account = await keeper.post(f"{base}/serviceAccounts", {"title": name, "role": "viewer"})
+    source_id, _ = await keeper.new_source()
+    victim, _ = await keeper.new_source()
+    folder = await keeper.post("/v1/folders", {"title": name})
+    dashboard_id = await keeper.new_dashboard()
     query = {
         "sourceIds": [source_id],
         "timeRange": {"lastSeconds": 60},
         "measures": [{"aggregation": "COUNT"}],
     }
-    widget = await creator.post(f"/v1/dashboards/{dashboard_id}/widgets", {**WIDGET, "query": query})
-    found = {
+    widget = await keeper.post(f"/v1/dashboards/{dashboard_id}/widgets", {**WIDGET, "query": query})
+    return {
         "workspace": workspace,
-        "member": member_id,
+        "member": member.user_id,
         "team": team_id,
+        "role": name,
+        "managed": managed["user"]["userId"],
+        "invitation": invitation["invitation"]["invitationId"],
         "service_account": account["serviceAccount"]["serviceAccountId"],
         "source": source_id,
+        "victim_source": victim,
+        "folder": folder["folder"]["folderId"],
         "dashboard": dashboard_id,
         "widget": widget["widget"]["widgetId"],
     }
-    if made_by:
-        for path in (f"/v1/sources/{source_id}", f"/v1/dashboards/{dashboard_id}"):
-            grants = await keeper.get(f"{path}/grants")
-            await keeper.post(
-                f"{path}/grants", {"subject": {"teamId": team_id}, "role": "editor", "effect": "ALLOW"}
-            )
-            await keeper.post(f"{path}/grants", HIDDEN)
-            # The keeper's own grant is the nearest: without it the thing is hidden from the keeper, too.
-            for grant in grants["grants"]:
-                await keeper.call("DELETE", f"{path}/grants/{grant['grantId']}")
-    return found
 
 
-async def delete(owner: Person, found: Things) -> None:
-    """Deletes what can be deleted."""
+async def hide(keeper: Person, found: Things) -> None:
+    """Denies the workspace the things, and lets the team have them; the keeper is as blind as the others."""
+    for path in (
+        f"/v1/sources/{found['source']}",
+        f"/v1/sources/{found['victim_source']}",
+        f"/v1/folders/{found['folder']}",
+        f"/v1/dashboards/{found['dashboard']}",
+    ):
+        own = await keeper.get(f"{path}/grants")
+        team = {"subject": {"teamId": found["team"]}, "role": "editor", "effect": "ALLOW"}
+        hidden = {"subject": {"workspace": True}, "role": "viewer", "effect": "DENY"}
+        await keeper.post(f"{path}/grants", team)
+        await keeper.post(f"{path}/grants", hidden)
+        for grant in own["grants"]:
+            await done(keeper, f"{path}/grants/{grant['grantId']}")
+
+
+async def delete(keeper: Person, found: Things) -> None:
+    """Deletes everything but the workspace."""
+    base = f"/v1/workspaces/{found['workspace']}"
     for path in (
         f"/v1/dashboards/{found['dashboard']}",
+        f"/v1/folders/{found['folder']}",
         f"/v1/sources/{found['source']}",
-        f"/v1/workspaces/{found['workspace']}/serviceAccounts/{found['service_account']}",
+        f"/v1/sources/{found['victim_source']}",
+        f"{base}/serviceAccounts/{found['service_account']}",
+        f"{base}/invitations/{found['invitation']}",
+        f"{base}/roles/{found['role']}",
+        f"{base}/teams/{found['team']}",
+        f"{base}/members/{found['member']}",
+        f"{base}/users/{found['managed']}",
     ):
-        answer = await owner.call("DELETE", path)
-        assert answer.status == 200, answer
+        await done(keeper, path)
+
+
+async def done(keeper: Person, path: str) -> None:
+    """Deletes one thing."""
+    answer = await keeper.call("DELETE", path)
+    assert answer.status == 200, (path, answer)
