@@ -52,7 +52,8 @@ class In:
     """An RPC in a workspace, which the path, the header or the token names.
 
     `absent` is what is said, to who gets past the access rules, of a thing in the workspace that is not there; "" for
-    RPCs that name none. `scope_is_late` says that the method checks the scope of a key itself. `ends` says that the call ends the caller's membership.
+    RPCs that name none. `scope_is_late` says that the method checks the scope of a key itself.
+    `ends` says that the call ends the caller's membership.
     """
 
     request: Body

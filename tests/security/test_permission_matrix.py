@@ -142,7 +142,7 @@ def _cells_at(row: In | On, target: str, everybody: World) -> Iterable[Cell]:
     for role, sign in zip(ROLES, row.members, strict=True):
         headers = {**everybody.members[role].headers, **inside}
         yield Cell(role, target, headers, _expected(row, sign, target))
-    key = (row.key,)
+    key: tuple[str, ...] = (row.key,)
     if row.key == OK or (isinstance(row, In) and row.scope_is_late and target not in {"own", "sibling"}):
         key = _expected(row, "+", target)
     elif target in {"elsewhere", "nowhere"} and row.key == "SCOPE_MISSING":
