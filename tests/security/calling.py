@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -82,7 +82,7 @@ def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str
     if rule.body and _is_file(name, rule.body):
         return verb.upper(), path, {}, base64.b64decode(rest[rule.body]["data"])
     data = json.dumps(rest.pop(rule.body)) if rule.body else ""
-    return verb.upper(), path, {name: _text(value) for name, value in rest.items()}, data
+    return verb.upper(), path, dict(_flat(rest)), data
 
 
 def _is_file(name: str, field: str) -> bool:
@@ -90,8 +90,13 @@ def _is_file(name: str, field: str) -> bool:
     return body is not None and body.full_name == "google.api.HttpBody"
 
 
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Fields as a query has them: `subject.userId=…`."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value).lower() if isinstance(value, bool) else str(value)
 
 
 async def as_json(

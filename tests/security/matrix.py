@@ -101,6 +101,7 @@ _AUTH = frozenset({"auth"})
 _W = {"workspace_id": "{workspace}"}
 _BOARD = {"dashboard_id": "{dashboard}"}
 _FOLDER = {"folder_id": "{folder}"}
+_ASKED = {"permission": "dashboards.view", "resource": {"type": "dashboard", "id": "{dashboard}"}}
 _SOURCE = {"source_id": "{source}"}
 _MACHINE = {**_W, "service_account_id": "{service_account}"}
 
@@ -160,6 +161,24 @@ MATRIX: Mapping[str, Row] = {
     "auth.v1.SessionService.ListSessions": SignedIn(),
     "auth.v1.SessionService.RevokeSession": SignedIn({"session_id": "{absent}"}, ("SESSION_NOT_FOUND",)),
     "auth.v1.SessionService.RevokeOtherSessions": SignedIn(),
+    # auth_svc: who may do what
+    "auth.v1.AccessService.Check": In({**_ASKED}, "+++++"),
+    "auth.v1.AccessService.Check#about somebody": In({**_ASKED, "user_id": "{member}"}, "---++"),
+    "auth.v1.AccessService.BatchCheck": In({"questions": [_ASKED]}, "+++++"),
+    "auth.v1.AccessService.BatchCheck#about somebody": In(
+        {"questions": [_ASKED], "user_id": "{member}"}, "---++"
+    ),
+    "auth.v1.AccessService.Explain": On(_ASKED, "0++++", "RESOURCE_NOT_FOUND"),
+    "auth.v1.AccessService.Explain#about somebody": In(
+        {"permission": "dashboards.view", "user_id": "{member}"}, "---++", absent="MEMBER_NOT_FOUND"
+    ),
+    "auth.v1.AccessService.GetEffectivePermissions": On(
+        {"resource": {"type": "dashboard", "id": "{dashboard}"}}, "0++++", "RESOURCE_NOT_FOUND"
+    ),
+    "auth.v1.AccessService.GetEffectivePermissions#about somebody": In(
+        {"user_id": "{member}"}, "---++", absent="MEMBER_NOT_FOUND"
+    ),
+    "auth.v1.AccessService.ListSubjectGrants": In({"subject": {"user_id": "{member}"}}, "---++"),
     # auth_svc: machines
     "auth.v1.ImpersonationService.StartImpersonation": In(
         {**_W, "user_id": "{absent}", "reason": "a test"},
