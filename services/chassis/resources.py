@@ -222,10 +222,12 @@ def visible_ids(
         .order_by(resource.resource_id.desc())
         .limit(limit)
     )
-    subjects = func.unnest(
+    unnested = func.unnest(
         literal([USER, *(TEAM for _ in rights.team_ids)], ARRAY(Text)),
         literal([rights.user_id, *sorted(rights.team_ids)], ARRAY(Uuid(as_uuid=False))),
-    ).table_valued(column("type", Text), column("id", Uuid(as_uuid=False)), name="subjects")
+    )
+    subjects = unnested.table_valued(column("type", Text), column("id", Uuid(as_uuid=False)))
+    subjects = subjects.render_derived(name="subjects")
 
     row = aliased(GrantRow)
 
