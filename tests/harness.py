@@ -24,7 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
 from services.chassis import auth, errors
-from services.chassis.access import Access, Credential, Resource
+from services.chassis.access import Access, Credential
+from services.chassis.resources import Resource
 from services.chassis.rights import ROLES, Rights, RightsCache
 from services.chassis.server import Register, Server
 from services.chassis.settings import Settings

@@ -9,6 +9,7 @@ from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServic
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
@@ -24,6 +25,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
+from services.chassis.grants import InternalGrantServicer
 from services.chassis.inbox import consume
 from services.chassis.interceptor import warm_up
 from services.chassis.outbox import Relay
@@ -63,6 +65,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     grants = grants_on_sources(sessions, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(sessions, write_keys, grants, pages, now=now, new_id=new_id)
     ingest = IngestServicer(EventLog(bus, now), now)
+    internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     queries = Queries(sessions, store, now)
     server = Server(
         settings,
@@ -71,6 +74,7 @@ async def serve(settings: AnalyticsSettings) -> None:
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+            lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
         ],
         access,
         ready=[lambda: db.ready(sessions), store.ready],

@@ -7,6 +7,8 @@ from typing import Any
 import grpc.aio
 from meshboard.analytics.v1 import events_pb2
 from meshboard.analytics.v1.source_service_pb2 import (
+    BatchUpdateSourceGrantsRequest,
+    BatchUpdateSourceGrantsResponse,
     CreateSourceGrantRequest,
     CreateSourceGrantResponse,
     CreateSourceRequest,
@@ -34,12 +36,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.analytics_svc.convert import source_to_pb
 from services.analytics_svc.models import Source
 from services.analytics_svc.write_keys import WriteKeys, new_write_key
-from services.chassis import auth, errors, outbox, rights
-from services.chassis.access import Resource
+from services.chassis import auth, errors, outbox
 from services.chassis.clients import Peer
 from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
+from services.chassis.resources import Resource, visible
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -110,7 +112,7 @@ class SourceServicer(SourceServiceServicer):
                 select(Source)
                 .where(
                     Source.workspace_id == caller.workspace_id,
-                    rights.visible(SOURCE.type, Source.source_id, caller.rights, self.now()),
+                    visible(SOURCE, caller.rights, self.now()),
                     page.after(Source.source_id, descending=True),
                 )
                 .order_by(Source.source_id.desc())
@@ -192,6 +194,12 @@ class SourceServicer(SourceServiceServicer):
     ) -> DeleteSourceGrantResponse:
         await self.grants.delete(request.source_id, request.grant_id)
         return DeleteSourceGrantResponse()
+
+    async def BatchUpdateSourceGrants(
+        self, request: BatchUpdateSourceGrantsRequest, context: Context
+    ) -> BatchUpdateSourceGrantsResponse:
+        grants = await self.grants.batch_update(request.source_id, request)
+        return BatchUpdateSourceGrantsResponse(grants=grants)
 
     async def _change(
         self, session: AsyncSession, source_id: str, changes: dict[str, Any], *conditions: Any

@@ -17,6 +17,13 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardDeleted,
     DashboardGrantCreated,
     DashboardGrantDeleted,
+    DashboardMoved,
+    FolderCreated,
+    FolderDeleted,
+    FolderGrantCreated,
+    FolderGrantDeleted,
+    FolderMoved,
+    FolderUpdated,
 )
 from meshboard.user.v1.events_pb2 import (
     MemberAdded,
@@ -67,6 +74,15 @@ AUDITED: Mapping[type[Message], Rule] = {
     TeamMemberAdded: Rule("team_member.added", "user_id", {"team_id": "team_id"}),
     TeamMemberRemoved: Rule("team_member.removed", "user_id", {"team_id": "team_id"}),
     DashboardCreated: Rule("dashboard.created", "", {"dashboard_id": "dashboard.dashboard_id"}),
+    DashboardMoved: Rule(
+        "dashboard.moved",
+        "",
+        {
+            "dashboard_id": "dashboard.dashboard_id",
+            "folder_id": "dashboard.folder_id",
+            "from_folder_id": "from_folder_id",
+        },
+    ),
     DashboardDeleted: Rule("dashboard.deleted", "", {"dashboard_id": "dashboard_id"}),
     DashboardGrantCreated: Rule(
         "grant.created", "grant.subject.user_id", {"dashboard_id": "dashboard_id", **_GRANT}
@@ -74,6 +90,28 @@ AUDITED: Mapping[type[Message], Rule] = {
     DashboardGrantDeleted: Rule(
         "grant.deleted", "", {"dashboard_id": "dashboard_id", "grant_id": "grant_id"}
     ),
+    FolderCreated: Rule(
+        "folder.created",
+        "",
+        {
+            "folder_id": "folder.folder_id",
+            "parent_folder_id": "folder.parent_folder_id",
+            "title": "folder.title",
+        },
+    ),
+    FolderUpdated: Rule("folder.updated", "", {"folder_id": "folder.folder_id", "title": "folder.title"}),
+    FolderMoved: Rule(
+        "folder.moved",
+        "",
+        {
+            "folder_id": "folder.folder_id",
+            "parent_folder_id": "folder.parent_folder_id",
+            "from_parent_folder_id": "from_parent_folder_id",
+        },
+    ),
+    FolderDeleted: Rule("folder.deleted", "", {"folder_id": "folder_id"}),
+    FolderGrantCreated: Rule("grant.created", "grant.subject.user_id", {"folder_id": "folder_id", **_GRANT}),
+    FolderGrantDeleted: Rule("grant.deleted", "", {"folder_id": "folder_id", "grant_id": "grant_id"}),
     SourceCreated: Rule("source.created", "", {"source_id": "source.source_id"}),
     SourceDeleted: Rule("source.deleted", "", {"source_id": "source_id"}),
     WriteKeyRotated: Rule("write_key.rotated", "", {"source_id": "source_id"}),

@@ -17,14 +17,11 @@ from uuid import UUID
 from google.protobuf import message
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from meshboard.options.v1 import access_pb2
-from sqlalchemy import Uuid, and_, any_, literal, or_, outerjoin, select
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import InstrumentedAttribute
 
-from services.chassis import auth, errors
-from services.chassis.db import GrantRow
-from services.chassis.rights import TEAM, USER, WORKSPACE, Grant, Rights, RightsCache, decide, view_of
+from services.chassis import auth, errors, resources
+from services.chassis.resources import Resource
+from services.chassis.rights import Level, Rights, RightsCache, decide
 
 WORKSPACE_FIELD = "workspace_id"
 WORKSPACE_HEADER = "x-workspace-id"
@@ -34,8 +31,33 @@ Metadata = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """A permission that a call takes. `path` is that of the resource field; without one, the workspace is meant.
+
+    With `or_workspace` the field may be empty, and then the workspace is meant too.
+    """
+
+    permission: str
+    path: tuple[str, ...] = ()
+    or_workspace: bool = False
+
+    @property
+    def on_workspace(self) -> bool:
+        """Whether the field, if there is one, names the workspace."""
+        return not self.path or self.path[-1] == WORKSPACE_FIELD
+
+    @property
+    def type(self) -> str:
+        """The type of the resource."""
+        return self.path[-1].removeprefix("parent_").removesuffix("s").removesuffix("_id")
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
-    """The access of one method. `kind` is the name of the oneof's field, `path` the resource field's path."""
+    """The access of one method. `kind` is the name of the oneof's field, `path` the resource field's path.
+
+    `also` are needed beside `permission`.
+    """
 
     method: str
     kind: str
@@ -44,6 +66,13 @@ class Rule:
     path: tuple[str, ...]
     sensitive: bool = False
     recent: bool = False
+    or_workspace: bool = False
+    also: tuple[Need, ...] = ()
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """All permissions that a call takes."""
+        return (Need(self.permission, self.path, self.or_workspace), *self.also)
 
 
 class MissingAccessError(Exception):
@@ -56,37 +85,26 @@ def rule_of(method: MethodDescriptor) -> Rule:
     kind = option.WhichOneof("rule")
     if kind is None:
         raise MissingAccessError(f"{method.full_name} has no access option")
-    path = tuple(option.resource.split(".")) if option.resource else ()
     return Rule(
         method.full_name,
         kind,
         option.permission,
         frozenset(option.internal.callers),
-        path,
+        _path(option.resource),
         sensitive=option.sensitive or option.recent,
         recent=option.recent,
+        or_workspace=option.or_workspace,
+        also=tuple(Need(need.permission, _path(need.resource), need.or_workspace) for need in option.also),
     )
+
+
+def _path(resource: str) -> tuple[str, ...]:
+    return tuple(resource.split(".")) if resource else ()
 
 
 def rules_of(services: Iterable[ServiceDescriptor]) -> dict[str, Rule]:
     """The rules by gRPC path, such as `/meshboard.user.v1.UserService/GetMe`. Raises MissingAccessError."""
     return {f"/{s.full_name}/{m.name}": rule_of(m) for s in services for m in s.methods}
-
-
-@dataclass(frozen=True, slots=True)
-class Resource:
-    """Where the resources of a type are: `dashboard` in the column `Dashboard.dashboard_id`.
-
-    `type` is also what the grants' `resource_type` says, and the field `<type>_id` (or `<type>_ids`) what names one.
-    """
-
-    type: str
-    workspace_id: InstrumentedAttribute[str]
-    resource_id: InstrumentedAttribute[str]
-
-    def absent(self) -> errors.Error:
-        """What is said of one that does not exist, or that the caller may not see."""
-        return errors.not_found(f"{self.type.upper()}_NOT_FOUND", f"There is no such {self.type}.")
 
 
 Credential = Callable[[message.Message, Metadata], Awaitable[None]]
@@ -128,8 +146,9 @@ class Access:
         """Raises MissingAccessError when this service cannot enforce the rule."""
         if rule.kind in {"write_key", "share_link"} and rule.kind not in self._credentials:
             raise MissingAccessError(f"{rule.method}: nothing checks a {rule.kind}")
-        if rule.path and rule.path[-1] != WORKSPACE_FIELD and _type_of(rule) not in self._resources:
-            raise MissingAccessError(f"{rule.method}: no resource of this service is a {_type_of(rule)}")
+        for need in rule.needs:
+            if not need.on_workspace and need.type not in self._resources:
+                raise MissingAccessError(f"{rule.method}: no resource of this service is a {need.type}")
 
     async def authenticate(self, rule: Rule, metadata: Metadata) -> auth.Caller:
         """Says who calls. Raises UNAUTHENTICATED, or PERMISSION_DENIED for what only services may call."""
@@ -173,17 +192,15 @@ class Access:
             raise errors.permission_denied(
                 "SECOND_FACTOR_REQUIRED", "The workspace requires a sign-in with a second factor."
             )
-        if auth.FULL_SCOPE not in claims.scopes and rule.permission not in claims.scopes:
-            raise errors.permission_denied(
-                "SCOPE_MISSING",
-                f"The token's scope lacks the permission {rule.permission}.",
-                permission=rule.permission,
-            )
-        if not rule.path or rule.path[-1] == WORKSPACE_FIELD:
-            if rule.permission not in rights.permissions:
-                raise _missing(rule)
-        else:
-            await self._check_resources(rule, request, rights)
+        for need in rule.needs:
+            if auth.FULL_SCOPE not in claims.scopes and need.permission not in claims.scopes:
+                raise errors.permission_denied(
+                    "SCOPE_MISSING",
+                    f"The token's scope lacks the permission {need.permission}.",
+                    permission=need.permission,
+                )
+        for need in rule.needs:
+            await self._check_need(need, request, rights)
         return caller.in_workspace(rights)
 
     def _check_person(self, rule: Rule, claims: auth.Claims) -> None:
@@ -194,17 +211,21 @@ class Access:
                 "REAUTHENTICATION_REQUIRED", "Prove once more who you are, then repeat the call."
             )
 
-    async def _check_resources(self, rule: Rule, request: message.Message, rights: Rights) -> None:
-        resource = self._resources[_type_of(rule)]
-        wanted = {str(UUID(resource_id)) for resource_id in _values(request, rule.path)}
+    async def _check_need(self, need: Need, request: message.Message, rights: Rights) -> None:
+        named = [] if need.on_workspace else _values(request, need.path)
+        if need.on_workspace or (need.or_workspace and named == [""]):
+            if need.permission not in rights.permissions:
+                raise _missing(need)
+            return
+        resource = self._resources[need.type]
+        wanted = {str(UUID(resource_id)) for resource_id in named}
         if not wanted:
             raise resource.absent()
-        grants = await self._readers[resource.type].read(wanted, rights, self._now())
-        view = view_of(rule.permission)
-        if grants.keys() != wanted or not all(decide(rights, grants[r], view) for r in wanted):
+        levels = await self._readers[resource.type].read(wanted, rights, self._now())
+        if levels.keys() != wanted or not all(decide(rights, levels[r], resource.view) for r in wanted):
             raise resource.absent()
-        if not all(decide(rights, grants[r], rule.permission) for r in wanted):
-            raise _missing(rule)
+        if not all(decide(rights, levels[r], need.permission) for r in wanted):
+            raise _missing(need)
 
 
 class _GrantReader:
@@ -219,8 +240,8 @@ class _GrantReader:
         self._db = db
         self._next: _Batch | None = None
 
-    async def read(self, resource_ids: set[str], rights: Rights, now: datetime) -> dict[str, list[Grant]]:
-        """The resources among these that exist, each with the grants that apply to the user."""
+    async def read(self, resource_ids: set[str], rights: Rights, now: datetime) -> dict[str, list[Level]]:
+        """The resources among these that exist, each with the levels that decide about the user."""
         if self._next is None:
             self._next = _Batch()
             # In an empty context: it runs for several calls, and has none's deadline.
@@ -231,72 +252,21 @@ class _GrantReader:
         batch.subject_ids |= {rights.user_id, *rights.team_ids}
         assert batch.found is not None
         found = await asyncio.shield(batch.found)
-        subjects = [
-            (USER, rights.user_id),
-            *((TEAM, team_id) for team_id in rights.team_ids),
-            (WORKSPACE, None),
-        ]
         return {
-            resource_id: [
-                grant
-                for subject in subjects
-                for grant, expire_time in found[key].get(subject, ())
-                if expire_time is None or expire_time > now
-            ]
+            resource_id: resources.levels_for(found[key], rights, now)
             for resource_id in resource_ids
             if (key := (rights.workspace_id, resource_id)) in found
         }
 
-    async def _run(self, batch: _Batch) -> _Found:
-        resource = self._resource
-        found: _Found = {}
+    async def _run(self, batch: _Batch) -> resources.Found:
         async with self._db() as session:
             try:
                 await session.connection()
             finally:
                 self._next = None  # who asks from here on is in the next statement
-            of_resource = and_(
-                GrantRow.workspace_id == resource.workspace_id,
-                GrantRow.resource_type == resource.type,
-                GrantRow.resource_id == resource.resource_id,
-                or_(GrantRow.subject_id.is_(None), GrantRow.subject_id == _any(batch.subject_ids)),
+            return await resources.find(
+                session, self._resource, batch.workspace_ids, batch.resource_ids, batch.subject_ids
             )
-            statement = (
-                select(
-                    resource.workspace_id,
-                    resource.resource_id,
-                    GrantRow.subject_type,
-                    GrantRow.subject_id,
-                    GrantRow.role,
-                    GrantRow.effect,
-                    GrantRow.expire_time,
-                )
-                .select_from(
-                    outerjoin(resource.resource_id.class_.__table__, GrantRow.__table__, of_resource)
-                )
-                .where(
-                    resource.workspace_id == _any(batch.workspace_ids),
-                    resource.resource_id == _any(batch.resource_ids),
-                )
-            )
-            for (
-                workspace_id,
-                resource_id,
-                subject_type,
-                subject_id,
-                *grant,
-                expire_time,
-            ) in await session.execute(statement):
-                grants = found.setdefault((workspace_id, resource_id), {})
-                if subject_type is not None:
-                    grants.setdefault((subject_type, subject_id), []).append(
-                        (Grant(subject_type, *grant), expire_time)
-                    )
-        return found
-
-
-# By workspace and resource, the grants and their expiry by subject.
-_Found = dict[tuple[str, str], dict[tuple[str, str | None], list[tuple[Grant, datetime | None]]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -306,22 +276,13 @@ class _Batch:
     workspace_ids: set[str] = field(default_factory=set)
     resource_ids: set[str] = field(default_factory=set)
     subject_ids: set[str] = field(default_factory=set)
-    found: asyncio.Task[_Found] | None = None
+    found: asyncio.Task[resources.Found] | None = None
 
 
-def _any(ids: set[str]) -> Any:
-    # An array and not IN: the statement's text stays the same, however many ask.
-    return any_(literal(sorted(ids), ARRAY(Uuid(as_uuid=False))))
-
-
-def _missing(rule: Rule) -> errors.Error:
+def _missing(need: Need) -> errors.Error:
     return errors.permission_denied(
-        "PERMISSION_MISSING", f"The call needs the permission {rule.permission}.", permission=rule.permission
+        "PERMISSION_MISSING", f"The call needs the permission {need.permission}.", permission=need.permission
     )
-
-
-def _type_of(rule: Rule) -> str:
-    return rule.path[-1].removesuffix("s").removesuffix("_id")
 
 
 def _values(request: message.Message, path: tuple[str, ...]) -> list[str]:
@@ -335,8 +296,9 @@ def _values(request: message.Message, path: tuple[str, ...]) -> list[str]:
 def _workspace_of(rule: Rule, request: message.Message, metadata: Metadata) -> str:
     """The workspace of the path or the header; empty when there is neither."""
     named = ""
-    if rule.path and rule.path[-1] == WORKSPACE_FIELD:
-        (named,) = _values(request, rule.path)
+    first = rule.needs[0]
+    if first.path and first.on_workspace:
+        (named,) = _values(request, first.path)
     elif WORKSPACE_FIELD in request.DESCRIPTOR.fields_by_name:
         named = getattr(request, WORKSPACE_FIELD)
     header = metadata.get(WORKSPACE_HEADER, "")

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.user.v1 import grant_pb2
 from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.internal_grant_service_pb2 import (
+    GetResourceGrantsRequest,
+    GetResourceGrantsResponse,
+    ListSubjectGrantsRequest,
+    ListSubjectGrantsResponse,
+)
+from meshboard.user.v1.internal_grant_service_pb2_grpc import InternalGrantServiceServicer
 from meshboard.user.v1.internal_user_service_pb2 import CheckSubjectsRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, and_, delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth, errors, inbox, outbox, rights
-from services.chassis.access import Resource
+from services.chassis import auth, errors, inbox, outbox, resources, rights
 from services.chassis.clients import Peer
 from services.chassis.db import GrantRow
 from services.chassis.paging import Pages
+from services.chassis.resources import Resource
 from services.chassis.times import time_of, timestamp_of
 
+Context = Any
 
-class CreateRequest(Protocol):
-    """What the services' requests to make a grant have in common."""
+
+class NewGrant(Protocol):
+    """What the requests to make grants have in common."""
 
     @property
     def subject(self) -> grant_pb2.Subject: ...
@@ -35,9 +44,23 @@ class CreateRequest(Protocol):
     def effect(self) -> grant_pb2.Grant.Effect.ValueType: ...
     @property
     def expire_time(self) -> Timestamp: ...
+    def HasField(self, field_name: Literal["expire_time"], /) -> bool: ...
+
+
+class CreateRequest(NewGrant, Protocol):
+    """What the services' requests to make one grant have in common."""
+
     @property
     def request_id(self) -> str: ...
-    def HasField(self, field_name: Literal["expire_time"], /) -> bool: ...
+
+
+class BatchRequest(Protocol):
+    """What the services' requests to change grants together have in common."""
+
+    @property
+    def create(self) -> Sequence[grant_pb2.NewGrant]: ...
+    @property
+    def delete_grant_ids(self) -> Sequence[str]: ...
 
 
 class Grants:
@@ -92,52 +115,38 @@ class Grants:
     async def create(self, resource_id: str, request: CreateRequest) -> grant_pb2.Grant:
         """Makes a grant, in place of an equal one that has expired.
 
-        Raises INVALID_ARGUMENT (ROLE_UNKNOWN, SUBJECT_UNKNOWN, VALIDATION_FAILED), ALREADY_EXISTS (GRANT_EXISTS).
+        Raises INVALID_ARGUMENT (ROLE_UNKNOWN, SUBJECT_UNKNOWN, VALIDATION_FAILED), ALREADY_EXISTS (GRANT_EXISTS),
+        PERMISSION_DENIED (ROLE_TOO_HIGH).
         """
-        caller, now = auth.caller(), self._now()
-        if request.role not in rights.ROLES:
-            raise errors.invalid_argument(
-                "ROLE_UNKNOWN", "There is no such role.", field="role", known=", ".join(rights.ROLES)
-            )
-        expire_time = time_of(request.expire_time, "expire_time") if request.HasField("expire_time") else None
-        if expire_time and expire_time <= now:
-            raise errors.invalid_fields([("expire_time", "is not in the future")])
-        subject_type, subject_id = _subject_of(request.subject)
-        await self._require_subject(subject_type, subject_id)
+        now = self._now()
+        self._check(request, now)
+        await self._require_subjects([request.subject])
         async with self._db.begin() as session:
             await self._hold(session, resource_id)
-            await session.execute(
-                delete(GrantRow).where(
-                    *self._on(resource_id),
-                    GrantRow.subject_type == subject_type,
-                    GrantRow.subject_id.is_not_distinct_from(subject_id),
-                    GrantRow.role == request.role,
-                    GrantRow.expire_time <= now,
-                )
-            )
-            row = await session.scalar(
-                insert(GrantRow)
-                .values(
-                    workspace_id=caller.workspace_id,
-                    grant_id=self._new_id(),
-                    resource_type=self._resource.type,
-                    resource_id=resource_id,
-                    subject_type=subject_type,
-                    subject_id=subject_id,
-                    role=request.role,
-                    effect=rights.DENY if request.effect == grant_pb2.Grant.DENY else rights.ALLOW,
-                    expire_time=expire_time,
-                    creator_id=caller.user_id,
-                    request_id=request.request_id or None,
-                    create_time=now,
-                )
-                .on_conflict_do_nothing()
-                .returning(GrantRow)
-            )
+            await self._require_no_more(session, resource_id, [request], now)
+            row = await self._insert(session, resource_id, request, now, request.request_id)
             if row is None:
                 return grant_to_pb(await self._repeated(session, resource_id, request.request_id))
-            outbox.add(session, self._created(row), workspace_id=caller.workspace_id)
         return grant_to_pb(row)
+
+    async def batch_update(self, resource_id: str, request: BatchRequest) -> Sequence[grant_pb2.Grant]:
+        """Takes grants back, then makes others: all of it or nothing. Raises what `delete` and `create` do."""
+        now = self._now()
+        for index, new in enumerate(request.create):
+            self._check(new, now, f"create[{index}].")
+        await self._require_subjects([new.subject for new in request.create])
+        async with self._db.begin() as session:
+            await self._hold(session, resource_id)
+            await self._require_no_more(session, resource_id, request.create, now)
+            for grant_id in request.delete_grant_ids:
+                await self._delete(session, resource_id, grant_id)
+            made = []
+            for index, new in enumerate(request.create):
+                row = await self._insert(session, resource_id, new, now)
+                if row is None:
+                    raise self._exists(index=index)
+                made.append(row)
+        return [grant_to_pb(row) for row in made]
 
     async def list(self, resource_id: str, request: Message) -> tuple[list[grant_pb2.Grant], str]:
         """A page of the grants on a resource, expired ones too, the oldest first; and the token of the next page."""
@@ -155,14 +164,97 @@ class Grants:
     async def delete(self, resource_id: str, grant_id: str) -> None:
         """Takes a grant back. Raises NOT_FOUND (GRANT_NOT_FOUND)."""
         async with self._db.begin() as session:
-            row = await session.scalar(
-                delete(GrantRow)
-                .where(*self._on(resource_id), GrantRow.grant_id == grant_id)
-                .returning(GrantRow)
+            await self._delete(session, resource_id, grant_id)
+
+    async def _delete(self, session: AsyncSession, resource_id: str, grant_id: str) -> None:
+        row = await session.scalar(
+            delete(GrantRow).where(*self._on(resource_id), GrantRow.grant_id == grant_id).returning(GrantRow)
+        )
+        if row is None:
+            raise errors.not_found(
+                "GRANT_NOT_FOUND", f"The {self._resource.type} has no such grant.", grant_id=grant_id
             )
-            if row is None:
-                raise errors.not_found("GRANT_NOT_FOUND", f"The {self._resource.type} has no such grant.")
-            outbox.add(session, self._deleted(row), workspace_id=row.workspace_id)
+        outbox.add(session, self._deleted(row), workspace_id=row.workspace_id)
+
+    def _check(self, new: NewGrant, now: datetime, prefix: str = "") -> None:
+        caller = auth.caller().rights
+        assert caller is not None, "the access stage settles the rights"
+        if new.role not in rights.ROLES and new.role not in caller.roles:
+            known = ", ".join([*rights.ROLES, *sorted(caller.roles)])
+            raise errors.invalid_argument(
+                "ROLE_UNKNOWN", "There is no such role.", field=f"{prefix}role", known=known
+            )
+        if new.HasField("expire_time") and time_of(new.expire_time, f"{prefix}expire_time") <= now:
+            raise errors.invalid_fields([(f"{prefix}expire_time", "is not in the future")])
+
+    async def _insert(
+        self, session: AsyncSession, resource_id: str, new: NewGrant, now: datetime, request_id: str = ""
+    ) -> GrantRow | None:
+        """The new grant; None when there is such a one, or an earlier call made it."""
+        caller = auth.caller()
+        subject_type, subject_id = _subject_of(new.subject)
+        await session.execute(
+            delete(GrantRow).where(
+                *self._on(resource_id),
+                GrantRow.subject_type == subject_type,
+                GrantRow.subject_id.is_not_distinct_from(subject_id),
+                GrantRow.role == new.role,
+                GrantRow.expire_time <= now,
+            )
+        )
+        row = await session.scalar(
+            insert(GrantRow)
+            .values(
+                workspace_id=caller.workspace_id,
+                grant_id=self._new_id(),
+                resource_type=self._resource.type,
+                resource_id=resource_id,
+                subject_type=subject_type,
+                subject_id=subject_id,
+                role=new.role,
+                effect=rights.DENY if new.effect == grant_pb2.Grant.DENY else rights.ALLOW,
+                expire_time=time_of(new.expire_time, "expire_time") if new.HasField("expire_time") else None,
+                creator_id=caller.user_id,
+                request_id=request_id or None,
+                create_time=now,
+            )
+            .on_conflict_do_nothing()
+            .returning(GrantRow)
+        )
+        if row is not None:
+            outbox.add(session, self._created(row), workspace_id=caller.workspace_id)
+        return row
+
+    async def _require_no_more(
+        self, session: AsyncSession, resource_id: str, new: Sequence[NewGrant], now: datetime
+    ) -> None:
+        """Raises PERMISSION_DENIED (ROLE_TOO_HIGH) when a grant would give what the caller has not, on the resource."""
+        caller = auth.caller().rights
+        assert caller is not None, "the access stage settles the rights"
+        given: set[str] = set()
+        for grant in new:
+            if grant.effect != grant_pb2.Grant.DENY:
+                given |= rights.ROLES.get(grant.role) or caller.roles.get(grant.role, frozenset())
+        kinds = {f"{kind}s" for kind in (self._resource.type, *self._resource.holds)}
+        given = {permission for permission in given if permission.partition(".")[0] in kinds}
+        if not given:
+            return
+        resource_id = resource_id.lower()
+        found = await resources.find(
+            session,
+            self._resource,
+            [caller.workspace_id],
+            [resource_id],
+            [caller.user_id, *caller.team_ids],
+        )
+        levels = resources.levels_for(found[caller.workspace_id, resource_id], caller, now)
+        lacking = sorted(p for p in given if not rights.decide(caller, levels, p))
+        if lacking:
+            raise errors.permission_denied(
+                "ROLE_TOO_HIGH",
+                f"The role has permissions that you lack on the {self._resource.type}.",
+                permissions=", ".join(lacking),
+            )
 
     async def on_member_removed(self, session: AsyncSession, event: MemberRemoved) -> None:
         """Takes the member's grants back, so that coming back does not bring them along.
@@ -213,24 +305,139 @@ class Grants:
             )
         )
         if row is None:
-            raise errors.already_exists("GRANT_EXISTS", f"The {self._resource.type} has this grant already.")
+            raise self._exists()
         return row
 
-    async def _require_subject(self, subject_type: str, subject_id: str | None) -> None:
-        """Raises INVALID_ARGUMENT unless the subject is of the caller's workspace, as user_svc says."""
-        if subject_id is None:
+    def _exists(self, **metadata: object) -> errors.Error:
+        return errors.already_exists(
+            "GRANT_EXISTS", f"The {self._resource.type} has this grant already.", **metadata
+        )
+
+    async def _require_subjects(self, subjects: Sequence[grant_pb2.Subject]) -> None:
+        """Raises INVALID_ARGUMENT unless the subjects are of the caller's workspace, as user_svc says."""
+        wanted = [_subject_of(subject) for subject in subjects]
+        user_ids = {subject_id for kind, subject_id in wanted if kind == rights.USER}
+        team_ids = {subject_id for kind, subject_id in wanted if kind == rights.TEAM}
+        if not user_ids and not team_ids:
             return
         known = await self._users.CheckSubjects(
             CheckSubjectsRequest(
                 workspace_id=auth.caller().workspace_id,
-                user_ids=[subject_id] if subject_type == rights.USER else [],
-                team_ids=[subject_id] if subject_type == rights.TEAM else [],
+                user_ids=sorted(filter(None, user_ids)),
+                team_ids=sorted(filter(None, team_ids)),
             )
         )
-        if subject_id not in (*known.user_ids, *known.team_ids):
-            raise errors.invalid_argument(
-                "SUBJECT_UNKNOWN", f"The workspace has no such {subject_type}.", field="subject"
+        for kind, subject_id in wanted:
+            if subject_id is not None and subject_id not in (*known.user_ids, *known.team_ids):
+                raise errors.invalid_argument(
+                    "SUBJECT_UNKNOWN",
+                    f"The workspace has no such {kind}.",
+                    field="subject",
+                    subject_id=subject_id,
+                )
+
+
+class InternalGrantServicer(InternalGrantServiceServicer):
+    """Answers auth_svc about the grants on all resources of a service."""
+
+    def __init__(
+        self,
+        db: async_sessionmaker[AsyncSession],
+        owned: Iterable[Resource],
+        pages: Pages,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._db = db
+        self._owned = {resource.type: resource for resource in owned}
+        self._pages = pages
+        self._now = now
+
+    async def GetResourceGrants(
+        self, request: GetResourceGrantsRequest, context: Context
+    ) -> GetResourceGrantsResponse:
+        """Reads the levels and their grants in one statement."""
+        resource = self._owned.get(request.resource_type)
+        if resource is None:
+            raise errors.invalid_fields([("resource_type", "is none of this service")])
+        workspace_id = request.workspace_id.lower()
+        levels = resources.levels_above(resource, [workspace_id], map(str.lower, request.resource_ids))
+        subject = rights.Rights(
+            request.user_id, workspace_id, "", frozenset(), frozenset(request.team_ids), version=0
+        )
+        async with self._db() as session:
+            rows = await session.execute(
+                select(levels.c.asked_id, levels.c.resource_type, levels.c.resource_id, GrantRow)
+                .outerjoin(
+                    GrantRow,
+                    and_(
+                        GrantRow.resource_type == levels.c.resource_type,
+                        GrantRow.resource_id == levels.c.resource_id,
+                        resources.applies(subject, self._now()),
+                    ),
+                )
+                .order_by(levels.c.asked_id, levels.c.depth, GrantRow.grant_id)
             )
+        response = GetResourceGrantsResponse()
+        for asked_id, resource_type, resource_id, grant in rows:
+            if not response.resources or response.resources[-1].resource_id != asked_id:
+                response.resources.add(resource_id=asked_id)
+            above = response.resources[-1].levels
+            if not above or above[-1].resource_id != resource_id:
+                above.add(resource_type=resource_type, resource_id=resource_id)
+            if grant is not None:
+                above[-1].grants.append(grant_to_pb(grant))
+        return response
+
+    async def ListSubjectGrants(
+        self, request: ListSubjectGrantsRequest, context: Context
+    ) -> ListSubjectGrantsResponse:
+        """Lists in the order of making."""
+        workspace_id = request.workspace_id.lower()
+        page = self._pages.open(request, workspace_id)
+        subject_type, subject_id = _subject_of(request.subject)
+        async with self._db() as session:
+            rows = await session.scalars(
+                select(GrantRow)
+                .where(
+                    GrantRow.workspace_id == workspace_id,
+                    GrantRow.subject_type == subject_type,
+                    GrantRow.subject_id == subject_id if subject_id else GrantRow.subject_id.is_(None),
+                    GrantRow.resource_type.in_(sorted(self._owned)),
+                    page.after(GrantRow.grant_id),
+                )
+                .order_by(GrantRow.grant_id)
+                .limit(page.limit)
+            )
+        grants, next_page_token = page.close(rows.all(), lambda row: (row.grant_id,))
+        return ListSubjectGrantsResponse(
+            grants=[
+                grant_pb2.ResourceGrant(
+                    resource_type=row.resource_type, resource_id=row.resource_id, grant=grant_to_pb(row)
+                )
+                for row in grants
+            ],
+            next_page_token=next_page_token,
+        )
+
+
+def levels_from_pb(resource: GetResourceGrantsResponse.Resource) -> list[rights.Level]:
+    """The levels of a decision, from what an owner of resources says."""
+    return [
+        rights.Level(
+            [
+                rights.Grant(
+                    _subject_of(grant.subject)[0],
+                    grant.role,
+                    grant_pb2.Grant.Effect.Name(grant.effect),
+                    grant.grant_id,
+                )
+                for grant in level.grants
+            ],
+            level.resource_type,
+            level.resource_id,
+        )
+        for level in resource.levels
+    ]
 
 
 def grant_to_pb(row: GrantRow) -> grant_pb2.Grant:

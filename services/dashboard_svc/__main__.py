@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
+from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.chassis import auth, db, trust
+from services.chassis import auth, db, times, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
+from services.chassis.grants import InternalGrantServicer
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
@@ -20,6 +24,7 @@ from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -42,7 +47,7 @@ async def serve(settings: Settings) -> None:
         await trust.follow_revocations(bus, *trust.sessions_of(auth_peer)),
         await trust.follow_rights(bus, trust.rights_of(user_peer)),
         db=sessions,
-        resources=[DASHBOARD],
+        resources=[DASHBOARD, FOLDER],
     )
 
     boards = Boards(sessions, cache)
@@ -61,7 +66,14 @@ async def serve(settings: Settings) -> None:
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
     )
+    folder_grants = grants_on_folders(sessions, user_peer, pages)
+    folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
+    internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
     widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+
+    async def on_member_removed(session: AsyncSession, event: MemberRemoved) -> None:
+        for owned in (grants, folder_grants):
+            await owned.on_member_removed(session, event)
 
     async def postgres_ready() -> bool:
         return await db.ready(sessions)
@@ -73,7 +85,9 @@ async def serve(settings: Settings) -> None:
         settings,
         [
             lambda s: add_DashboardServiceServicer_to_server(dashboards, s),
+            lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
+            lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
         ],
         access,
         ready=[postgres_ready, bus_ready],
@@ -82,7 +96,7 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
-            consume(bus, sessions, "dashboard", {MemberRemoved: grants.on_member_removed}),
+            consume(bus, sessions, "dashboard", {MemberRemoved: on_member_removed}),
         )
     finally:
         await server.stop()

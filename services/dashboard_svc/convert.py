@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from meshboard.analytics.v1 import query_pb2
-from meshboard.dashboard.v1 import dashboard_pb2
+from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2
 
 from services.chassis.times import timestamp_of
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.models import Dashboard, Folder, Widget
 
 
 def dashboard_to_pb(row: Dashboard) -> dashboard_pb2.Dashboard:
@@ -16,6 +16,21 @@ def dashboard_to_pb(row: Dashboard) -> dashboard_pb2.Dashboard:
         workspace_id=row.workspace_id,
         title=row.title,
         description=row.description,
+        creator_id=row.creator_id,
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+        folder_id=row.folder_id or "",
+    )
+
+
+def folder_to_pb(row: Folder) -> folder_pb2.Folder:
+    """A folder."""
+    return folder_pb2.Folder(
+        folder_id=row.folder_id,
+        workspace_id=row.workspace_id,
+        title=row.title,
+        parent_folder_id=row.parent_folder_id or "",
         creator_id=row.creator_id,
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),

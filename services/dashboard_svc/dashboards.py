@@ -14,28 +14,36 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardDeleted,
     DashboardGrantCreated,
     DashboardGrantDeleted,
+    DashboardMoved,
     DashboardUpdated,
 )
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, and_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth, errors, outbox, rights, times
-from services.chassis.access import Resource
+from services.chassis import auth, errors, outbox, times
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
+from services.chassis.resources import Column, Resource, visible, visible_ids
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import dashboard_to_pb
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
 from services.dashboard_svc.streams import Span, stream
 
 Context = Any
-DASHBOARD = Resource("dashboard", Dashboard.workspace_id, Dashboard.dashboard_id)
+DASHBOARD = Resource(
+    "dashboard",
+    Dashboard.workspace_id,
+    Dashboard.dashboard_id,
+    parent_id=Dashboard.folder_id,
+    parent=FOLDER,
+)
 MUTABLE = ("title", "description")
 CATCH_UP_SECONDS = 5.0
 
@@ -78,6 +86,7 @@ class DashboardServicer(DashboardServiceServicer):
                 .values(
                     workspace_id=caller.workspace_id,
                     dashboard_id=new_id(),
+                    folder_id=await held_folder(session, caller.workspace_id, request.folder_id),
                     title=request.title,
                     description=request.description,
                     version=1,
@@ -117,14 +126,24 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         assert caller.rights is not None, "the access stage settles the rights"
         page = self.pages.open(request, caller.workspace_id)
+
+        def after(dashboard_id: Column) -> ColumnElement[bool]:
+            return page.after(dashboard_id, descending=True)
+
+        if request.folder_id:
+            found = and_(
+                Dashboard.folder_id == request.folder_id,
+                after(Dashboard.dashboard_id),
+                visible(DASHBOARD, caller.rights, self.now()),
+            )
+        else:
+            found = Dashboard.dashboard_id.in_(
+                visible_ids(DASHBOARD, caller.rights, self.now(), after, page.limit)
+            )
         async with self.db() as session:
             rows = await session.scalars(
                 select(Dashboard)
-                .where(
-                    Dashboard.workspace_id == caller.workspace_id,
-                    rights.visible(DASHBOARD.type, Dashboard.dashboard_id, caller.rights, self.now()),
-                    page.after(Dashboard.dashboard_id, descending=True),
-                )
+                .where(Dashboard.workspace_id == caller.workspace_id, found)
                 .order_by(Dashboard.dashboard_id.desc())
                 .limit(page.limit)
             )
@@ -152,6 +171,23 @@ class DashboardServicer(DashboardServiceServicer):
             outbox.add(session, DashboardUpdated(dashboard=updated), workspace_id=caller.workspace_id)
         await self.boards.changed(updated.workspace_id, updated.dashboard_id)
         return pb.UpdateDashboardResponse(dashboard=updated)
+
+    async def MoveDashboard(
+        self, request: pb.MoveDashboardRequest, context: Context
+    ) -> pb.MoveDashboardResponse:
+        """Puts the dashboard into the folder."""
+        caller = auth.caller()
+        async with self.db.begin() as session:
+            dashboard = await locked(session, caller.workspace_id, request.dashboard_id, request.etag)
+            before = dashboard.folder_id
+            dashboard.folder_id = await held_folder(session, caller.workspace_id, request.folder_id)
+            dashboard.version += 1
+            dashboard.update_time = self.now()
+            moved = dashboard_to_pb(dashboard)
+            event = DashboardMoved(dashboard=moved, from_folder_id=before or "")
+            outbox.add(session, event, workspace_id=caller.workspace_id)
+        await self.boards.changed(moved.workspace_id, moved.dashboard_id)
+        return pb.MoveDashboardResponse(dashboard=moved)
 
     async def DeleteDashboard(
         self, request: pb.DeleteDashboardRequest, context: Context
@@ -208,6 +244,13 @@ class DashboardServicer(DashboardServiceServicer):
         """Takes the grant back."""
         await self.grants.delete(request.dashboard_id, request.grant_id)
         return pb.DeleteDashboardGrantResponse()
+
+    async def BatchUpdateDashboardGrants(
+        self, request: pb.BatchUpdateDashboardGrantsRequest, context: Context
+    ) -> pb.BatchUpdateDashboardGrantsResponse:
+        """Changes the grants together."""
+        grants = await self.grants.batch_update(request.dashboard_id, request)
+        return pb.BatchUpdateDashboardGrantsResponse(grants=grants)
 
 
 def grants_on_dashboards(

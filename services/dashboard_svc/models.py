@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, ForeignKeyConstraint, LargeBinary, SmallInteger, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis.db import Id, Time
@@ -12,16 +20,42 @@ class Base(DeclarativeBase):
     """The tables of this service, beside those of the chassis."""
 
 
+class Folder(Base):
+    """A place for dashboards and folders."""
+
+    __tablename__ = "folders"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "parent_folder_id"], ["folders.workspace_id", "folders.folder_id"]
+        ),
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="folders_request_once"),
+        Index("folders_by_parent", "workspace_id", "parent_folder_id", "folder_id"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    folder_id: Mapped[Id] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    parent_folder_id: Mapped[Id | None]
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
 class Dashboard(Base):
     """A dashboard; `version` grows with each change of it or of one of its widgets."""
 
     __tablename__ = "dashboards"
     __table_args__ = (
+        ForeignKeyConstraint(["workspace_id", "folder_id"], ["folders.workspace_id", "folders.folder_id"]),
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="dashboards_request_once"),
+        Index("dashboards_by_folder", "workspace_id", "folder_id", "dashboard_id"),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    folder_id: Mapped[Id | None]
     title: Mapped[str] = mapped_column(Text)
     description: Mapped[str] = mapped_column(Text)
     version: Mapped[int] = mapped_column(BigInteger)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis import db
 from services.chassis.db import GrantRow, Id
+from services.chassis.resources import Resource, visible
 from services.chassis.rights import (
     ALLOW,
     DENY,
@@ -22,10 +23,10 @@ from services.chassis.rights import (
     USER,
     WORKSPACE,
     Grant,
+    Level,
     Rights,
     RightsCache,
     decide,
-    visible,
 )
 from tests.harness import new_id
 from tests.parts import Parts
@@ -66,7 +67,7 @@ def test_each_role_has_all_of_the_one_below():
     ],
 )
 def test_decide(role: str, grants: list[Grant], permission: str, allowed: bool):
-    assert decide(rights(role), grants, permission) is allowed
+    assert decide(rights(role), [Level(grants)], permission) is allowed
 
 
 class Base(DeclarativeBase):
@@ -77,6 +78,9 @@ class Thing(Base):
     __tablename__ = "things"
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+
+
+THING = Resource("dashboard", Thing.workspace_id, Thing.dashboard_id)
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +147,13 @@ async def test_lists_show_what_decide_allows(
                 applies = who is None or who == "me" or (isinstance(who, int) and who in teams)
                 if applies and (expire_time is None or expire_time > NOW):
                     mine.append(Grant(subject_type, granted, effect))
-            if decide(me, mine, "dashboards.view"):
+            if decide(me, [Level(mine)], "dashboards.view"):
                 expected.add(thing)
     async with sessions() as session:
         seen = await session.scalars(
             select(Thing.dashboard_id).where(
                 Thing.workspace_id == me.workspace_id,
-                visible("dashboard", Thing.dashboard_id, me, NOW),
+                visible(THING, me, NOW),
             )
         )
         assert set(seen) == expected

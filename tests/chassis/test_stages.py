@@ -26,9 +26,10 @@ from sqlalchemy import exc
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis import auth, db, errors
-from services.chassis.access import MissingAccessError, Resource
+from services.chassis.access import MissingAccessError
 from services.chassis.clients import Peer
 from services.chassis.db import GrantRow, Id
+from services.chassis.resources import Resource
 from services.chassis.server import Server
 from services.chassis.settings import Settings
 from tests.conditions import eventually

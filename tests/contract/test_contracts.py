@@ -93,16 +93,25 @@ def resolve(method: MethodDescriptor, path: str) -> FieldDescriptor:
     return field
 
 
+def may_be_empty(field: FieldDescriptor) -> bool:
+    """Whether a request is valid without this text."""
+    rules = field.GetOptions().Extensions[validate_pb2.field]
+    return bool(rules.ignore == validate_pb2.IGNORE_IF_ZERO_VALUE)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.full_name)
 def test_every_rpc_says_who_may_call(method: MethodDescriptor):
     found = rule_of(method)
     if found.kind == "permission":
-        assert found.permission in PERMISSIONS
         assert method.full_name not in OPEN_RPCS
-        if found.path:
-            field = resolve(method, ".".join(found.path))
-            assert field.type == FieldDescriptor.TYPE_STRING
-            assert field.name.endswith(("_id", "_ids"))
+        for need in found.needs:
+            assert need.permission in PERMISSIONS
+            assert need.path or not need.or_workspace
+            if need.path:
+                field = resolve(method, ".".join(need.path))
+                assert field.type == FieldDescriptor.TYPE_STRING
+                assert field.name.endswith(("_id", "_ids"))
+                assert may_be_empty(field) is need.or_workspace
     elif found.kind == "internal":
         assert found.callers
         assert found.callers <= set(SERVICES)
@@ -253,5 +262,5 @@ def test_every_reason_of_the_catalogue_is_raised(service: str):
         if reason != "ERROR_REASON_UNSPECIFIED" and f'"{reason}"' not in code
     }
     # Reasons made from the name of the resource by the chassis.
-    unused -= {"DASHBOARD_NOT_FOUND", "SOURCE_NOT_FOUND"}
+    unused -= {"DASHBOARD_NOT_FOUND", "FOLDER_NOT_FOUND", "SOURCE_NOT_FOUND"}
     assert not unused

@@ -20,18 +20,29 @@ from meshboard.dashboard.v1.dashboard_service_pb2_grpc import (
     DashboardServiceStub,
     add_DashboardServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.folder_pb2 import Folder as FolderMessage
+from meshboard.dashboard.v1.folder_service_pb2 import CreateFolderRequest
+from meshboard.dashboard.v1.folder_service_pb2_grpc import (
+    FolderServiceStub,
+    add_FolderServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.widget_service_pb2 import CreateWidgetRequest
 from meshboard.dashboard.v1.widget_service_pb2_grpc import (
     WidgetServiceStub,
     add_WidgetServiceServicer_to_server,
 )
+from meshboard.user.v1.internal_grant_service_pb2_grpc import (
+    InternalGrantServiceStub,
+    add_InternalGrantServiceServicer_to_server,
+)
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth, errors
+from services.chassis import auth, errors, times
 from services.chassis import db as chassis_db
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
+from services.chassis.grants import InternalGrantServicer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.rights import Rights
@@ -40,6 +51,7 @@ from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -60,16 +72,32 @@ class Mesh:
     server: Server
     feeds: Feeds
     dashboards: Any
+    folders: Any
     widgets: Any
+    internal_grants: Any
     another: Any = field(repr=False)
 
-    async def dashboard(self, member: Member, title: str = "Traffic") -> DashboardMessage:
+    async def dashboard(
+        self, member: Member, title: str = "Traffic", folder: FolderMessage | None = None
+    ) -> DashboardMessage:
         """A new dashboard of the member."""
+        folder_id = folder.folder_id if folder else ""
         response = await self.dashboards.CreateDashboard(
-            CreateDashboardRequest(title=title), metadata=member.metadata
+            CreateDashboardRequest(title=title, folder_id=folder_id), metadata=member.metadata
         )
         dashboard: DashboardMessage = response.dashboard
         return dashboard
+
+    async def folder(
+        self, member: Member, title: str = "Teams", parent: FolderMessage | None = None
+    ) -> FolderMessage:
+        """A new folder of the member."""
+        parent_folder_id = parent.folder_id if parent else ""
+        response = await self.folders.CreateFolder(
+            CreateFolderRequest(title=title, parent_folder_id=parent_folder_id), metadata=member.metadata
+        )
+        folder: FolderMessage = response.folder
+        return folder
 
     async def widget(
         self, member: Member, dashboard: DashboardMessage, query: Query | None = None, **more: Any
@@ -157,14 +185,14 @@ async def mesh(
                 draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
             )
             widgets = WidgetServicer(db, boards, pages, peers[1])
-            access = identity.access(
-                "dashboard",
-                db=db,
-                resources=[DASHBOARD],
-            )
+            folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
+            internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
+            access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
             registrations = [
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
+                lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
+                lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
             ]
             async with serving(settings, registrations, access) as (channel, server):
                 servers.append(server)
@@ -183,6 +211,8 @@ async def mesh(
                 server=server,
                 feeds=feeds,
                 dashboards=DashboardServiceStub(channel),
+                folders=FolderServiceStub(channel),
+                internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
                 another=replica,
             )

@@ -334,7 +334,7 @@ class CreateSourceGrantRequest(_message.Message):
     source_id: _builtins.str
     """The source."""
     role: _builtins.str
-    """The name of a role: `owner`, `admin`, `editor` or `viewer`."""
+    """The name of a role: `owner`, `admin`, `editor`, `viewer`, or a custom one of the workspace."""
     effect: _grant_pb2.Grant.Effect.ValueType
     """Whether the permissions of the role are given or withheld; absent: given."""
     request_id: _builtins.str
@@ -489,3 +489,61 @@ class DeleteSourceGrantResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteSourceGrantResponse: _TypeAlias = DeleteSourceGrantResponse  # noqa: Y015
+
+@_typing.final
+class BatchUpdateSourceGrantsRequest(_message.Message):
+    """Takes grants on a source back and makes others: at least one, at most 100 together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    CREATE_FIELD_NUMBER: _builtins.int
+    DELETE_GRANT_IDS_FIELD_NUMBER: _builtins.int
+    source_id: _builtins.str
+    """The source."""
+    @_builtins.property
+    def create(self) -> _containers.RepeatedCompositeFieldContainer[_grant_pb2.NewGrant]:
+        """The grants to make."""
+
+    @_builtins.property
+    def delete_grant_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The grants to take back."""
+
+    def __init__(
+        self,
+        *,
+        source_id: _builtins.str = ...,
+        create: _abc.Iterable[_grant_pb2.NewGrant] | None = ...,
+        delete_grant_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "delete_grant_ids", b"delete_grant_ids", "source_id", b"source_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchUpdateSourceGrantsRequest: _TypeAlias = BatchUpdateSourceGrantsRequest  # noqa: Y015
+
+@_typing.final
+class BatchUpdateSourceGrantsResponse(_message.Message):
+    """The new grants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[_grant_pb2.Grant]:
+        """The grants, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        grants: _abc.Iterable[_grant_pb2.Grant] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grants", b"grants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchUpdateSourceGrantsResponse: _TypeAlias = BatchUpdateSourceGrantsResponse  # noqa: Y015

@@ -80,6 +80,11 @@ class SourceServiceStub:
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceGrantRequest.SerializeToString,
                 response_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceGrantResponse.FromString,
                 _registered_method=True)
+        self.BatchUpdateSourceGrants = channel.unary_unary(
+                '/meshboard.analytics.v1.SourceService/BatchUpdateSourceGrants',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.BatchUpdateSourceGrantsRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.BatchUpdateSourceGrantsResponse.FromString,
+                _registered_method=True)
 
 
 class SourceServiceServicer:
@@ -135,7 +140,8 @@ class SourceServiceServicer:
     def CreateSourceGrant(self, request, context):
         """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
-        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
+        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS; with
+        PERMISSION_DENIED, reason ROLE_TOO_HIGH, when the role has permissions that the caller lacks on the source.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +158,16 @@ class SourceServiceServicer:
         """Takes a grant on a source back, and emits `SourceGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchUpdateSourceGrants(self, request, context):
+        """Takes grants on a source back and makes others, all of it or nothing, and emits `SourceGrantDeleted` and
+        `SourceGrantCreated` for each. What is taken back is gone before anything is made, so that a grant can be replaced.
+
+        Fails like the methods for one grant; the metadata of the error name it by `index` or `grant_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +220,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     servicer.DeleteSourceGrant,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceGrantRequest.FromString,
                     response_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceGrantResponse.SerializeToString,
+            ),
+            'BatchUpdateSourceGrants': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchUpdateSourceGrants,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.BatchUpdateSourceGrantsRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.BatchUpdateSourceGrantsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -450,6 +471,33 @@ class SourceService:
             '/meshboard.analytics.v1.SourceService/DeleteSourceGrant',
             meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceGrantRequest.SerializeToString,
             meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchUpdateSourceGrants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.analytics.v1.SourceService/BatchUpdateSourceGrants',
+            meshboard_dot_analytics_dot_v1_dot_source__service__pb2.BatchUpdateSourceGrantsRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_source__service__pb2.BatchUpdateSourceGrantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,7 +37,8 @@ class SourceServiceStub:
     CreateSourceGrant: _aio.UnaryUnaryMultiCallable[_source_service_pb2.CreateSourceGrantRequest, _source_service_pb2.CreateSourceGrantResponse]
     """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
-    Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
+    Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS; with
+    PERMISSION_DENIED, reason ROLE_TOO_HIGH, when the role has permissions that the caller lacks on the source.
     """
     ListSourceGrants: _aio.UnaryUnaryMultiCallable[_source_service_pb2.ListSourceGrantsRequest, _source_service_pb2.ListSourceGrantsResponse]
     """Lists the grants on a source, the oldest first."""
@@ -45,6 +46,12 @@ class SourceServiceStub:
     """Takes a grant on a source back, and emits `SourceGrantDeleted`.
 
     Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
+    """
+    BatchUpdateSourceGrants: _aio.UnaryUnaryMultiCallable[_source_service_pb2.BatchUpdateSourceGrantsRequest, _source_service_pb2.BatchUpdateSourceGrantsResponse]
+    """Takes grants on a source back and makes others, all of it or nothing, and emits `SourceGrantDeleted` and
+    `SourceGrantCreated` for each. What is taken back is gone before anything is made, so that a grant can be replaced.
+
+    Fails like the methods for one grant; the metadata of the error name it by `index` or `grant_id`.
     """
 
 class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -112,7 +119,8 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_source_service_pb2.CreateSourceGrantResponse]:
         """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
-        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
+        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS; with
+        PERMISSION_DENIED, reason ROLE_TOO_HIGH, when the role has permissions that the caller lacks on the source.
         """
 
     @_abc_1.abstractmethod
@@ -132,6 +140,18 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes a grant on a source back, and emits `SourceGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchUpdateSourceGrants(
+        self,
+        request: _source_service_pb2.BatchUpdateSourceGrantsRequest,
+        context: _aio.ServicerContext[_source_service_pb2.BatchUpdateSourceGrantsRequest, _abc.Awaitable[_source_service_pb2.BatchUpdateSourceGrantsResponse]],
+    ) -> _abc.Awaitable[_source_service_pb2.BatchUpdateSourceGrantsResponse]:
+        """Takes grants on a source back and makes others, all of it or nothing, and emits `SourceGrantDeleted` and
+        `SourceGrantCreated` for each. What is taken back is gone before anything is made, so that a grant can be replaced.
+
+        Fails like the methods for one grant; the metadata of the error name it by `index` or `grant_id`.
         """
 
 def add_SourceServiceServicer_to_server(servicer: SourceServiceServicer, server: _aio.Server) -> None: ...

@@ -34,6 +34,7 @@ class Dashboard(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
     dashboard_id: _builtins.str
     """Identifies the dashboard; a UUIDv7."""
     workspace_id: _builtins.str
@@ -46,6 +47,8 @@ class Dashboard(_message.Message):
     """Who created it."""
     etag: _builtins.str
     """Changes with every change of the dashboard or one of its widgets."""
+    folder_id: _builtins.str
+    """The folder that it lies in; empty when it lies in none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created."""
@@ -65,10 +68,11 @@ class Dashboard(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator_id", b"creator_id", "dashboard_id", b"dashboard_id", "description", b"description", "etag", b"etag", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator_id", b"creator_id", "dashboard_id", b"dashboard_id", "description", b"description", "etag", b"etag", "folder_id", b"folder_id", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,22 +32,26 @@ class CreateDashboardRequest(_message.Message):
     TITLE_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     """Its name, 1 to 200 characters."""
     description: _builtins.str
     """What it shows, at most 2,000 characters."""
     request_id: _builtins.str
     """Makes the call safe to repeat: a repeat returns the first dashboard. The `Idempotency-Key` header fills it."""
+    folder_id: _builtins.str
+    """The folder that it is to lie in; empty: in none."""
     def __init__(
         self,
         *,
         title: _builtins.str = ...,
         description: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "request_id", b"request_id", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "folder_id", b"folder_id", "request_id", b"request_id", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,19 +135,23 @@ class ListDashboardsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 1,000 means 1,000."""
     page_token: _builtins.str
     """Where the page starts: `next_page_token` of the last answer."""
+    folder_id: _builtins.str
+    """Only the dashboards that lie in this folder, not deeper. Empty: dashboards anywhere."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder_id", b"folder_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -230,6 +238,60 @@ class UpdateDashboardResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateDashboardResponse: _TypeAlias = UpdateDashboardResponse  # noqa: Y015
+
+@_typing.final
+class MoveDashboardRequest(_message.Message):
+    """Moves a dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    folder_id: _builtins.str
+    """The folder that it is to lie in; empty: in none."""
+    etag: _builtins.str
+    """When set, must be the current one."""
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "etag", b"etag", "folder_id", b"folder_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveDashboardRequest: _TypeAlias = MoveDashboardRequest  # noqa: Y015
+
+@_typing.final
+class MoveDashboardResponse(_message.Message):
+    """The dashboard in its new place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dashboard(self) -> _dashboard_pb2.Dashboard:
+        """The dashboard."""
+
+    def __init__(
+        self,
+        *,
+        dashboard: _dashboard_pb2.Dashboard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveDashboardResponse: _TypeAlias = MoveDashboardResponse  # noqa: Y015
 
 @_typing.final
 class DeleteDashboardRequest(_message.Message):
@@ -505,7 +567,7 @@ class CreateDashboardGrantRequest(_message.Message):
     dashboard_id: _builtins.str
     """The dashboard."""
     role: _builtins.str
-    """The name of a role: `owner`, `admin`, `editor` or `viewer`."""
+    """The name of a role: `owner`, `admin`, `editor`, `viewer`, or a custom one of the workspace."""
     effect: _grant_pb2.Grant.Effect.ValueType
     """Whether the permissions of the role are given or withheld; absent: given."""
     request_id: _builtins.str
@@ -660,3 +722,61 @@ class DeleteDashboardGrantResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteDashboardGrantResponse: _TypeAlias = DeleteDashboardGrantResponse  # noqa: Y015
+
+@_typing.final
+class BatchUpdateDashboardGrantsRequest(_message.Message):
+    """Takes grants on a dashboard back and makes others: at least one, at most 100 together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    CREATE_FIELD_NUMBER: _builtins.int
+    DELETE_GRANT_IDS_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    @_builtins.property
+    def create(self) -> _containers.RepeatedCompositeFieldContainer[_grant_pb2.NewGrant]:
+        """The grants to make."""
+
+    @_builtins.property
+    def delete_grant_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The grants to take back."""
+
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+        create: _abc.Iterable[_grant_pb2.NewGrant] | None = ...,
+        delete_grant_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "dashboard_id", b"dashboard_id", "delete_grant_ids", b"delete_grant_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchUpdateDashboardGrantsRequest: _TypeAlias = BatchUpdateDashboardGrantsRequest  # noqa: Y015
+
+@_typing.final
+class BatchUpdateDashboardGrantsResponse(_message.Message):
+    """The new grants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[_grant_pb2.Grant]:
+        """The grants, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        grants: _abc.Iterable[_grant_pb2.Grant] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grants", b"grants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchUpdateDashboardGrantsResponse: _TypeAlias = BatchUpdateDashboardGrantsResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class DashboardServiceStub:
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardRequest.SerializeToString,
                 response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardResponse.FromString,
                 _registered_method=True)
+        self.MoveDashboard = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/MoveDashboard',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardResponse.FromString,
+                _registered_method=True)
         self.DeleteDashboard = channel.unary_unary(
                 '/meshboard.dashboard.v1.DashboardService/DeleteDashboard',
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardRequest.SerializeToString,
@@ -85,6 +90,11 @@ class DashboardServiceStub:
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardGrantRequest.SerializeToString,
                 response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardGrantResponse.FromString,
                 _registered_method=True)
+        self.BatchUpdateDashboardGrants = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/BatchUpdateDashboardGrants',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.BatchUpdateDashboardGrantsRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.BatchUpdateDashboardGrantsResponse.FromString,
+                _registered_method=True)
 
 
 class DashboardServiceServicer:
@@ -93,6 +103,8 @@ class DashboardServiceServicer:
 
     def CreateDashboard(self, request, context):
         """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`.
+
+        Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +128,18 @@ class DashboardServiceServicer:
         """Changes a dashboard and emits `DashboardUpdated`.
 
         Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveDashboard(self, request, context):
+        """Moves a dashboard into a folder, or out of all, and emits `DashboardMoved`.
+
+        It is under other grants afterwards; so it takes the permission to grant on it, and the one to create dashboards where
+        it goes.
+
+        Fails with ABORTED, reason ETAG_MISMATCH; with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,7 +174,8 @@ class DashboardServiceServicer:
     def CreateDashboardGrant(self, request, context):
         """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
 
-        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
+        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS; with
+        PERMISSION_DENIED, reason ROLE_TOO_HIGH, when the role has permissions that the caller lacks on the dashboard.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,6 +192,16 @@ class DashboardServiceServicer:
         """Takes a grant on a dashboard back, and emits `DashboardGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchUpdateDashboardGrants(self, request, context):
+        """Takes grants on a dashboard back and makes others, all of it or nothing, and emits `DashboardGrantDeleted` and
+        `DashboardGrantCreated` for each. What is taken back is gone before anything is made, so that a grant can be replaced.
+
+        Fails like the methods for one grant; the metadata of the error name it by `index` or `grant_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,6 +229,11 @@ def add_DashboardServiceServicer_to_server(servicer, server):
                     servicer.UpdateDashboard,
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardRequest.FromString,
                     response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardResponse.SerializeToString,
+            ),
+            'MoveDashboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveDashboard,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardResponse.SerializeToString,
             ),
             'DeleteDashboard': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDashboard,
@@ -224,6 +264,11 @@ def add_DashboardServiceServicer_to_server(servicer, server):
                     servicer.DeleteDashboardGrant,
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardGrantRequest.FromString,
                     response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardGrantResponse.SerializeToString,
+            ),
+            'BatchUpdateDashboardGrants': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchUpdateDashboardGrants,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.BatchUpdateDashboardGrantsRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.BatchUpdateDashboardGrantsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -335,6 +380,33 @@ class DashboardService:
             '/meshboard.dashboard.v1.DashboardService/UpdateDashboard',
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardRequest.SerializeToString,
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveDashboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/MoveDashboard',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -497,6 +569,33 @@ class DashboardService:
             '/meshboard.dashboard.v1.DashboardService/DeleteDashboardGrant',
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardGrantRequest.SerializeToString,
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchUpdateDashboardGrants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/BatchUpdateDashboardGrants',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.BatchUpdateDashboardGrantsRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.BatchUpdateDashboardGrantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,7 +17,10 @@ class DashboardServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.CreateDashboardRequest, _dashboard_service_pb2.CreateDashboardResponse]
-    """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`."""
+    """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`.
+
+    Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
+    """
     GetDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.GetDashboardRequest, _dashboard_service_pb2.GetDashboardResponse]
     """Returns a dashboard."""
     ListDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.ListDashboardsRequest, _dashboard_service_pb2.ListDashboardsResponse]
@@ -26,6 +29,14 @@ class DashboardServiceStub:
     """Changes a dashboard and emits `DashboardUpdated`.
 
     Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+    """
+    MoveDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.MoveDashboardRequest, _dashboard_service_pb2.MoveDashboardResponse]
+    """Moves a dashboard into a folder, or out of all, and emits `DashboardMoved`.
+
+    It is under other grants afterwards; so it takes the permission to grant on it, and the one to create dashboards where
+    it goes.
+
+    Fails with ABORTED, reason ETAG_MISMATCH; with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
     """
     DeleteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.DeleteDashboardRequest, _dashboard_service_pb2.DeleteDashboardResponse]
     """Deletes a dashboard with its widgets and grants, and emits `DashboardDeleted`."""
@@ -43,7 +54,8 @@ class DashboardServiceStub:
     CreateDashboardGrant: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.CreateDashboardGrantRequest, _dashboard_service_pb2.CreateDashboardGrantResponse]
     """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
 
-    Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
+    Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS; with
+    PERMISSION_DENIED, reason ROLE_TOO_HIGH, when the role has permissions that the caller lacks on the dashboard.
     """
     ListDashboardGrants: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.ListDashboardGrantsRequest, _dashboard_service_pb2.ListDashboardGrantsResponse]
     """Lists the grants on a dashboard, the oldest first."""
@@ -51,6 +63,12 @@ class DashboardServiceStub:
     """Takes a grant on a dashboard back, and emits `DashboardGrantDeleted`.
 
     Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
+    """
+    BatchUpdateDashboardGrants: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.BatchUpdateDashboardGrantsRequest, _dashboard_service_pb2.BatchUpdateDashboardGrantsResponse]
+    """Takes grants on a dashboard back and makes others, all of it or nothing, and emits `DashboardGrantDeleted` and
+    `DashboardGrantCreated` for each. What is taken back is gone before anything is made, so that a grant can be replaced.
+
+    Fails like the methods for one grant; the metadata of the error name it by `index` or `grant_id`.
     """
 
 class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,7 +80,10 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.CreateDashboardRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.CreateDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.CreateDashboardResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.CreateDashboardResponse]:
-        """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`."""
+        """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`.
+
+        Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
+        """
 
     @_abc_1.abstractmethod
     def GetDashboard(
@@ -89,6 +110,20 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         """Changes a dashboard and emits `DashboardUpdated`.
 
         Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        """
+
+    @_abc_1.abstractmethod
+    def MoveDashboard(
+        self,
+        request: _dashboard_service_pb2.MoveDashboardRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.MoveDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.MoveDashboardResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.MoveDashboardResponse]:
+        """Moves a dashboard into a folder, or out of all, and emits `DashboardMoved`.
+
+        It is under other grants afterwards; so it takes the permission to grant on it, and the one to create dashboards where
+        it goes.
+
+        Fails with ABORTED, reason ETAG_MISMATCH; with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
         """
 
     @_abc_1.abstractmethod
@@ -130,7 +165,8 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_dashboard_service_pb2.CreateDashboardGrantResponse]:
         """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
 
-        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS.
+        Fails with INVALID_ARGUMENT, reason SUBJECT_UNKNOWN or ROLE_UNKNOWN; with ALREADY_EXISTS, reason GRANT_EXISTS; with
+        PERMISSION_DENIED, reason ROLE_TOO_HIGH, when the role has permissions that the caller lacks on the dashboard.
         """
 
     @_abc_1.abstractmethod
@@ -150,6 +186,18 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes a grant on a dashboard back, and emits `DashboardGrantDeleted`.
 
         Fails with NOT_FOUND, reason GRANT_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchUpdateDashboardGrants(
+        self,
+        request: _dashboard_service_pb2.BatchUpdateDashboardGrantsRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.BatchUpdateDashboardGrantsRequest, _abc.Awaitable[_dashboard_service_pb2.BatchUpdateDashboardGrantsResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.BatchUpdateDashboardGrantsResponse]:
+        """Takes grants on a dashboard back and makes others, all of it or nothing, and emits `DashboardGrantDeleted` and
+        `DashboardGrantCreated` for each. What is taken back is gone before anything is made, so that a grant can be replaced.
+
+        Fails like the methods for one grant; the metadata of the error name it by `index` or `grant_id`.
         """
 
 def add_DashboardServiceServicer_to_server(servicer: DashboardServiceServicer, server: _aio.Server) -> None: ...

@@ -34,6 +34,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the cursor is not one of this dashboard's. Start without one."""
     WIDGET_QUERY_UNFIT: _ErrorReason.ValueType  # 9
     """INVALID_ARGUMENT: the query of the widget does not fit its kind."""
+    FOLDER_NOT_FOUND: _ErrorReason.ValueType  # 10
+    """NOT_FOUND: the folder does not exist, or the caller may not see it."""
+    FOLDER_TOO_DEEP: _ErrorReason.ValueType  # 11
+    """FAILED_PRECONDITION: folders nest at most 8 deep."""
+    FOLDER_CYCLE: _ErrorReason.ValueType  # 12
+    """FAILED_PRECONDITION: a folder cannot lie in itself."""
+    FOLDER_NOT_EMPTY: _ErrorReason.ValueType  # 13
+    """FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first."""
+    TOO_MANY_FOLDERS: _ErrorReason.ValueType  # 14
+    """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -50,4 +60,14 @@ CURSOR_INVALID: ErrorReason.ValueType  # 8
 """INVALID_ARGUMENT: the cursor is not one of this dashboard's. Start without one."""
 WIDGET_QUERY_UNFIT: ErrorReason.ValueType  # 9
 """INVALID_ARGUMENT: the query of the widget does not fit its kind."""
+FOLDER_NOT_FOUND: ErrorReason.ValueType  # 10
+"""NOT_FOUND: the folder does not exist, or the caller may not see it."""
+FOLDER_TOO_DEEP: ErrorReason.ValueType  # 11
+"""FAILED_PRECONDITION: folders nest at most 8 deep."""
+FOLDER_CYCLE: ErrorReason.ValueType  # 12
+"""FAILED_PRECONDITION: a folder cannot lie in itself."""
+FOLDER_NOT_EMPTY: ErrorReason.ValueType  # 13
+"""FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first."""
+TOO_MANY_FOLDERS: ErrorReason.ValueType  # 14
+"""FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
+from meshboard.dashboard.v1 import folder_pb2 as _folder_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
 import sys
@@ -65,6 +66,34 @@ class DashboardUpdated(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DashboardUpdated: _TypeAlias = DashboardUpdated  # noqa: Y015
+
+@_typing.final
+class DashboardMoved(_message.Message):
+    """A dashboard was moved into a folder, or out of all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_FIELD_NUMBER: _builtins.int
+    FROM_FOLDER_ID_FIELD_NUMBER: _builtins.int
+    from_folder_id: _builtins.str
+    """The folder that it lay in before; empty: in none."""
+    @_builtins.property
+    def dashboard(self) -> _dashboard_pb2.Dashboard:
+        """The dashboard in its new place."""
+
+    def __init__(
+        self,
+        *,
+        dashboard: _dashboard_pb2.Dashboard | None = ...,
+        from_folder_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "from_folder_id", b"from_folder_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardMoved: _TypeAlias = DashboardMoved  # noqa: Y015
 
 @_typing.final
 class DashboardDeleted(_message.Message):
@@ -239,3 +268,167 @@ class DashboardGrantDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DashboardGrantDeleted: _TypeAlias = DashboardGrantDeleted  # noqa: Y015
+
+@_typing.final
+class FolderCreated(_message.Message):
+    """A folder was created."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def folder(self) -> _folder_pb2.Folder:
+        """The folder."""
+
+    def __init__(
+        self,
+        *,
+        folder: _folder_pb2.Folder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderCreated: _TypeAlias = FolderCreated  # noqa: Y015
+
+@_typing.final
+class FolderUpdated(_message.Message):
+    """A folder was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def folder(self) -> _folder_pb2.Folder:
+        """The folder after the change."""
+
+    def __init__(
+        self,
+        *,
+        folder: _folder_pb2.Folder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderUpdated: _TypeAlias = FolderUpdated  # noqa: Y015
+
+@_typing.final
+class FolderMoved(_message.Message):
+    """A folder was moved, with all that lies in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: _builtins.int
+    FROM_PARENT_FOLDER_ID_FIELD_NUMBER: _builtins.int
+    from_parent_folder_id: _builtins.str
+    """The folder that it lay in before; empty: in none."""
+    @_builtins.property
+    def folder(self) -> _folder_pb2.Folder:
+        """The folder in its new place."""
+
+    def __init__(
+        self,
+        *,
+        folder: _folder_pb2.Folder | None = ...,
+        from_parent_folder_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder", "from_parent_folder_id", b"from_parent_folder_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderMoved: _TypeAlias = FolderMoved  # noqa: Y015
+
+@_typing.final
+class FolderDeleted(_message.Message):
+    """A folder was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    folder_id: _builtins.str
+    """The folder."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder_id", b"folder_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderDeleted: _TypeAlias = FolderDeleted  # noqa: Y015
+
+@_typing.final
+class FolderGrantCreated(_message.Message):
+    """A role was given or withheld on a folder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    folder_id: _builtins.str
+    """The folder."""
+    @_builtins.property
+    def grant(self) -> _grant_pb2.Grant:
+        """The grant."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
+        grant: _grant_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder_id", b"folder_id", "grant", b"grant", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderGrantCreated: _TypeAlias = FolderGrantCreated  # noqa: Y015
+
+@_typing.final
+class FolderGrantDeleted(_message.Message):
+    """A grant on a folder was taken back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    folder_id: _builtins.str
+    """The folder."""
+    grant_id: _builtins.str
+    """The grant."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
+        grant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder_id", b"folder_id", "grant_id", b"grant_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderGrantDeleted: _TypeAlias = FolderGrantDeleted  # noqa: Y015

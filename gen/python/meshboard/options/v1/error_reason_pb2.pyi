@@ -91,7 +91,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     SUBJECT_UNKNOWN: _ErrorReason.ValueType  # 32
     """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
     ROLE_UNKNOWN: _ErrorReason.ValueType  # 33
-    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
+    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; a workspace can have more."""
+    ROLE_TOO_HIGH: _ErrorReason.ValueType  # 40
+    """PERMISSION_DENIED: the role of a grant has permissions that the caller lacks on the resource."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that every service can give. They stand in `google.rpc.ErrorInfo.reason`, with the domain `meshboard`."""
@@ -165,5 +167,7 @@ GRANT_EXISTS: ErrorReason.ValueType  # 31
 SUBJECT_UNKNOWN: ErrorReason.ValueType  # 32
 """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
 ROLE_UNKNOWN: ErrorReason.ValueType  # 33
-"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
+"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; a workspace can have more."""
+ROLE_TOO_HIGH: ErrorReason.ValueType  # 40
+"""PERMISSION_DENIED: the role of a grant has permissions that the caller lacks on the resource."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
