@@ -103,6 +103,11 @@ class Page:
         )
         return row < last if descending else row > last
 
+    def rest(self, rows: Sequence[Row], key: Callable[[Row], Key]) -> Sequence[Row]:
+        """As `after`, for a short list in memory that is sorted by `key`."""
+        last = self._last
+        return rows if last is None else [row for row in rows if list(key(row)) > last]
+
     def close(self, rows: Sequence[Row], key: Callable[[Row], Key]) -> tuple[Sequence[Row], str]:
         """Gives the rows of this page, and the token of the next one, "" when this is the last.
 

@@ -33,8 +33,9 @@ from services.chassis.rights import Fetch
 from services.user_svc.convert import member_to_pb, rights_to_pb, user_to_pb, workspace_to_pb
 from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
+from services.user_svc.roles import OWNER, owner_role_reserved, require_role
 from services.user_svc.users import user_not_found
-from services.user_svc.workspaces import OWNER, add_workspace, owner_role_reserved, require_role
+from services.user_svc.workspaces import add_workspace
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -111,7 +112,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     async def _add_service_user(
         self, session: AsyncSession, request: PutServiceUserRequest, now: datetime
     ) -> User:
-        require_role(request.role)
+        await require_role(session, request.workspace_id, request.role)
         if request.role == OWNER:
             raise owner_role_reserved()
         user = User(
