@@ -8,19 +8,16 @@ are filtered in the database; a property test holds the two together.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, false, func, or_, select, true
 from sqlalchemy.orm import InstrumentedAttribute
 
-from services.chassis import errors
 from services.chassis.db import GrantRow
 
 USER, TEAM, WORKSPACE = "user", "team", "workspace"
@@ -76,8 +73,6 @@ _OWNER = _ADMIN | {"workspaces.delete", "workspaces.transfer"}
 # The built-in roles, each with all that the one before it has.
 ROLES: dict[str, frozenset[str]] = {"viewer": _VIEWER, "editor": _EDITOR, "admin": _ADMIN, "owner": _OWNER}
 PERMISSIONS = _OWNER
-# What no custom role can have.
-RESERVED = _OWNER - _ADMIN
 _BELOW = dict(zip(ROLES, [frozenset[str](), *ROLES.values()], strict=False))
 
 
@@ -138,26 +133,6 @@ def decide(rights: Rights, grants: Iterable[Grant], permission: str) -> bool:
 def view_of(permission: str) -> str:
     """The permission to see what this one acts on: `dashboards.view` for `dashboards.edit`."""
     return f"{permission.partition('.')[0]}.view"
-
-
-def require_known(permission: str, field: str) -> None:
-    """Raises INVALID_ARGUMENT (PERMISSION_UNKNOWN) with the nearest names when there is no such permission."""
-    if permission not in PERMISSIONS:
-        nearest = difflib.get_close_matches(permission, PERMISSIONS)
-        raise errors.invalid_argument(
-            "PERMISSION_UNKNOWN",
-            f"There is no permission {permission!r}."
-            + (f" Did you mean {' or '.join(nearest)}?" if nearest else ""),
-            field=field,
-            permission=permission,
-            nearest=", ".join(nearest),
-        )
-
-
-@lru_cache(maxsize=4096)
-def permission_set(names: tuple[str, ...]) -> frozenset[str]:
-    """The permissions as a set: equal ones are one object, so that thousands of remembered rights stay small."""
-    return frozenset(names)
 
 
 def applies(rights: Rights, now: datetime) -> ColumnElement[bool]:

@@ -25,7 +25,8 @@ from meshboard.user.v1 import internal_user_service_pb2, internal_user_service_p
 from services.chassis.auth import FetchKeys, Revocations, TokenVerifier, public_key_from_jwk
 from services.chassis.bus import Bus, Received
 from services.chassis.clients import Peer
-from services.chassis.rights import Fetch, Rights, RightsCache, permission_set
+from services.chassis.permissions import permission_set
+from services.chassis.rights import Fetch, Rights, RightsCache
 
 log = structlog.get_logger(__name__)
 

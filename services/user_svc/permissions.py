@@ -8,7 +8,8 @@ from meshboard.options.v1 import access_pb2
 from meshboard.user.v1.role_pb2 import Permission
 
 from services.chassis import errors
-from services.chassis.rights import PERMISSIONS, RESERVED, ROLES, require_known, view_of
+from services.chassis.permissions import RESERVED, require_known
+from services.chassis.rights import PERMISSIONS, ROLES, view_of
 
 WORKSPACE = "workspace"
 # Every member finds the workspace itself.
@@ -19,19 +20,17 @@ _SIGHTLESS = ("view", "list", "create")
 
 def catalogue(contracts: FileDescriptorSet) -> list[Permission]:
     """All permissions by name."""
-    methods: dict[str, list[str]] = defaultdict(list)
-    types: dict[str, str] = {}
-    for name, access in _accesses(contracts):
-        if not access.permission:
-            continue
-        methods[access.permission].append(name)
-        resource_type = _type_of(access)
-        if resource_type != WORKSPACE:
-            types[access.permission] = resource_type
+    methods: dict[str, set[str]] = defaultdict(set)
+    types: dict[str, set[str]] = defaultdict(set)
+    for method, access in _accesses(contracts):
+        needs: list[access_pb2.Access | access_pb2.Access.Need] = [access, *access.also]
+        for need in needs:
+            methods[need.permission].add(method)
+            types[need.permission] |= _types_of(need)
     return [
         Permission(
             name=name,
-            resource_type=types.get(name, WORKSPACE),
+            resource_types=sorted(types[name] or {WORKSPACE}),
             methods=sorted(methods[name]),
             builtin_roles=[role for role, permissions in ROLES.items() if name in permissions],
             owner_only=name in RESERVED,
@@ -75,6 +74,8 @@ def _accesses(contracts: FileDescriptorSet) -> Iterator[tuple[str, access_pb2.Ac
                 yield name, method.options.Extensions[access_pb2.access]
 
 
-def _type_of(access: access_pb2.Access) -> str:
-    """`dashboard` for `dashboard_id`, `source` for `query.source_ids`."""
-    return access.resource.rpartition(".")[2].removesuffix("s").removesuffix("_id") or WORKSPACE
+def _types_of(need: access_pb2.Access | access_pb2.Access.Need) -> set[str]:
+    """`dashboard` for `dashboard_id`, `source` for `query.source_ids`, `folder` for `parent_folder_id`."""
+    field = need.resource.rpartition(".")[2]
+    resource_type = field.removesuffix("s").removesuffix("_id").removeprefix("parent_")
+    return {resource_type or WORKSPACE} | ({WORKSPACE} if need.or_workspace else set())

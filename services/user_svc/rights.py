@@ -11,7 +11,8 @@ from sqlalchemy import Uuid, bindparam, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors, outbox
-from services.chassis.rights import PERMISSIONS, RESERVED, ROLES, Fetch, Rights, permission_set
+from services.chassis.permissions import RESERVED, permission_set
+from services.chassis.rights import PERMISSIONS, ROLES, Fetch, Rights
 from services.user_svc.models import Workspace
 
 _GIVABLE = PERMISSIONS - RESERVED

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!meshboard/options/v1/access.proto\x12\x14meshboard.options.v1\x1a google/protobuf/descriptor.proto\"\xf1\x02\n\x06\x41\x63\x63\x65ss\x12\x18\n\x06public\x18\x01 \x01(\x08H\x00R\x06public\x12&\n\rauthenticated\x18\x02 \x01(\x08H\x00R\rauthenticated\x12 \n\npermission\x18\x03 \x01(\tH\x00R\npermission\x12\x1d\n\twrite_key\x18\x04 \x01(\x08H\x00R\x08writeKey\x12\x1f\n\nshare_link\x18\x05 \x01(\x08H\x00R\tshareLink\x12\x43\n\x08internal\x18\x06 \x01(\x0b\x32%.meshboard.options.v1.Access.InternalH\x00R\x08internal\x12\x1a\n\x08resource\x18\x07 \x01(\tR\x08resource\x12\x1c\n\tsensitive\x18\x08 \x01(\x08R\tsensitive\x12\x16\n\x06recent\x18\t \x01(\x08R\x06recent\x1a$\n\x08Internal\x12\x18\n\x07\x63\x61llers\x18\x01 \x03(\tR\x07\x63\x61llersB\x06\n\x04rule:V\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x1c.meshboard.options.v1.AccessR\x06\x61\x63\x63\x65ss:=\n\tsensitive\x12\x1d.google.protobuf.FieldOptions\x18\xd2\x86\x03 \x01(\x08R\tsensitiveb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!meshboard/options/v1/access.proto\x12\x14meshboard.options.v1\x1a google/protobuf/descriptor.proto\"\xb2\x04\n\x06\x41\x63\x63\x65ss\x12\x18\n\x06public\x18\x01 \x01(\x08H\x00R\x06public\x12&\n\rauthenticated\x18\x02 \x01(\x08H\x00R\rauthenticated\x12 \n\npermission\x18\x03 \x01(\tH\x00R\npermission\x12\x1d\n\twrite_key\x18\x04 \x01(\x08H\x00R\x08writeKey\x12\x1f\n\nshare_link\x18\x05 \x01(\x08H\x00R\tshareLink\x12\x43\n\x08internal\x18\x06 \x01(\x0b\x32%.meshboard.options.v1.Access.InternalH\x00R\x08internal\x12\x1a\n\x08resource\x18\x07 \x01(\tR\x08resource\x12\x1c\n\tsensitive\x18\x08 \x01(\x08R\tsensitive\x12\x16\n\x06recent\x18\t \x01(\x08R\x06recent\x12!\n\x0cor_workspace\x18\n \x01(\x08R\x0borWorkspace\x12\x35\n\x04\x61lso\x18\x0b \x03(\x0b\x32!.meshboard.options.v1.Access.NeedR\x04\x61lso\x1a\x65\n\x04Need\x12\x1e\n\npermission\x18\x01 \x01(\tR\npermission\x12\x1a\n\x08resource\x18\x02 \x01(\tR\x08resource\x12!\n\x0cor_workspace\x18\x03 \x01(\x08R\x0borWorkspace\x1a$\n\x08Internal\x12\x18\n\x07\x63\x61llers\x18\x01 \x03(\tR\x07\x63\x61llersB\x06\n\x04rule:V\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x1c.meshboard.options.v1.AccessR\x06\x61\x63\x63\x65ss:=\n\tsensitive\x12\x1d.google.protobuf.FieldOptions\x18\xd2\x86\x03 \x01(\x08R\tsensitiveb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.options.v1.access
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACCESS']._serialized_start=94
-  _globals['_ACCESS']._serialized_end=463
-  _globals['_ACCESS_INTERNAL']._serialized_start=419
-  _globals['_ACCESS_INTERNAL']._serialized_end=455
+  _globals['_ACCESS']._serialized_end=656
+  _globals['_ACCESS_NEED']._serialized_start=509
+  _globals['_ACCESS_NEED']._serialized_end=610
+  _globals['_ACCESS_INTERNAL']._serialized_start=612
+  _globals['_ACCESS_INTERNAL']._serialized_end=648
 # @@protoc_insertion_point(module_scope)

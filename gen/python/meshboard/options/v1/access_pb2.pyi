@@ -27,6 +27,34 @@ class Access(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class Need(_message.Message):
+        """A further permission."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PERMISSION_FIELD_NUMBER: _builtins.int
+        RESOURCE_FIELD_NUMBER: _builtins.int
+        OR_WORKSPACE_FIELD_NUMBER: _builtins.int
+        permission: _builtins.str
+        """The permission."""
+        resource: _builtins.str
+        """The path of the request field that names the resource, as above."""
+        or_workspace: _builtins.bool
+        """The field may be empty, as above."""
+        def __init__(
+            self,
+            *,
+            permission: _builtins.str = ...,
+            resource: _builtins.str = ...,
+            or_workspace: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["or_workspace", b"or_workspace", "permission", b"permission", "resource", b"resource"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Internal(_message.Message):
         """The services that may call an internal method."""
 
@@ -57,6 +85,8 @@ class Access(_message.Message):
     RESOURCE_FIELD_NUMBER: _builtins.int
     SENSITIVE_FIELD_NUMBER: _builtins.int
     RECENT_FIELD_NUMBER: _builtins.int
+    OR_WORKSPACE_FIELD_NUMBER: _builtins.int
+    ALSO_FIELD_NUMBER: _builtins.int
     public: _builtins.bool
     """Anyone may call, without a token."""
     authenticated: _builtins.bool
@@ -79,9 +109,17 @@ class Access(_message.Message):
     """As `sensitive`, and the person must have proved who they are within the last 15 minutes (setting
     `MESHBOARD_RECENT_SECONDS`), by signing in or with `Reauthenticate`.
     """
+    or_workspace: _builtins.bool
+    """The field that `resource` names may be empty, as that of a folder which something is put into: then the permission is
+    needed in the workspace itself.
+    """
     @_builtins.property
     def internal(self) -> Global___Access.Internal:
         """Only the named services may call, with a service token; never through the gateway."""
+
+    @_builtins.property
+    def also(self) -> _containers.RepeatedCompositeFieldContainer[Global___Access.Need]:
+        """What is needed beside `permission`, such as the right to put something into the folder that it is moved to."""
 
     def __init__(
         self,
@@ -95,10 +133,12 @@ class Access(_message.Message):
         resource: _builtins.str = ...,
         sensitive: _builtins.bool = ...,
         recent: _builtins.bool = ...,
+        or_workspace: _builtins.bool = ...,
+        also: _abc.Iterable[Global___Access.Need] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rule", b"rule", "share_link", b"share_link", "write_key", b"write_key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "recent", b"recent", "resource", b"resource", "rule", b"rule", "sensitive", b"sensitive", "share_link", b"share_link", "write_key", b"write_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["also", b"also", "authenticated", b"authenticated", "internal", b"internal", "or_workspace", b"or_workspace", "permission", b"permission", "public", b"public", "recent", b"recent", "resource", b"resource", "rule", b"rule", "sensitive", b"sensitive", "share_link", b"share_link", "write_key", b"write_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_rule: _TypeAlias = _typing.Literal["public", "authenticated", "permission", "write_key", "share_link", "internal"]  # noqa: Y015
     _WhichOneofArgType_rule: _TypeAlias = _typing.Literal["rule", b"rule"]  # noqa: Y015

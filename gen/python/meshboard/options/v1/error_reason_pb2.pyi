@@ -92,6 +92,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
     ROLE_UNKNOWN: _ErrorReason.ValueType  # 33
     """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; `ListRoles` tells of others."""
+    ROLE_TOO_HIGH: _ErrorReason.ValueType  # 40
+    """PERMISSION_DENIED: the role that is given, taken or changed has permissions which the caller lacks."""
     PERMISSION_UNKNOWN: _ErrorReason.ValueType  # 45
     """INVALID_ARGUMENT: no such permission; `nearest` has similar names. `ListPermissions` tells which there are."""
 
@@ -168,6 +170,8 @@ SUBJECT_UNKNOWN: ErrorReason.ValueType  # 32
 """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
 ROLE_UNKNOWN: ErrorReason.ValueType  # 33
 """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; `ListRoles` tells of others."""
+ROLE_TOO_HIGH: ErrorReason.ValueType  # 40
+"""PERMISSION_DENIED: the role that is given, taken or changed has permissions which the caller lacks."""
 PERMISSION_UNKNOWN: ErrorReason.ValueType  # 45
 """INVALID_ARGUMENT: no such permission; `nearest` has similar names. `ListPermissions` tells which there are."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -42,8 +42,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
     USER_ID_TAKEN: _ErrorReason.ValueType  # 10
     """ALREADY_EXISTS: the ids belong to another user or workspace."""
-    ROLE_TOO_HIGH: _ErrorReason.ValueType  # 46
-    """PERMISSION_DENIED: the role, or the one that the member has, has permissions which the caller has not."""
     ROLE_NOT_FOUND: _ErrorReason.ValueType  # 47
     """NOT_FOUND: the workspace has no such role."""
     ROLE_EXISTS: _ErrorReason.ValueType  # 48
@@ -82,8 +80,6 @@ OWNER_ROLE_RESERVED: ErrorReason.ValueType  # 9
 """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
 USER_ID_TAKEN: ErrorReason.ValueType  # 10
 """ALREADY_EXISTS: the ids belong to another user or workspace."""
-ROLE_TOO_HIGH: ErrorReason.ValueType  # 46
-"""PERMISSION_DENIED: the role, or the one that the member has, has permissions which the caller has not."""
 ROLE_NOT_FOUND: ErrorReason.ValueType  # 47
 """NOT_FOUND: the workspace has no such role."""
 ROLE_EXISTS: ErrorReason.ValueType  # 48

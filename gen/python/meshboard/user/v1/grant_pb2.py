@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshboard/user/v1/grant.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd6\x02\n\x05Grant\x12\x19\n\x08grant_id\x18\x01 \x01(\tR\x07grantId\x12\x34\n\x07subject\x18\x02 \x01(\x0b\x32\x1a.meshboard.user.v1.SubjectR\x07subject\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12\x37\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x1f.meshboard.user.v1.Grant.EffectR\x06\x65\x66\x66\x65\x63t\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12;\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"5\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\t\n\x05\x41LLOW\x10\x01\x12\x08\n\x04\x44\x45NY\x10\x02\"\x8e\x01\n\x07Subject\x12#\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00R\x06userId\x12#\n\x07team_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00R\x06teamId\x12\'\n\tworkspace\x18\x03 \x01(\x08\x42\x07\xbaH\x04j\x02\x08\x01H\x00R\tworkspaceB\x10\n\x07subject\x12\x05\xbaH\x02\x08\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshboard/user/v1/grant.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd6\x02\n\x05Grant\x12\x19\n\x08grant_id\x18\x01 \x01(\tR\x07grantId\x12\x34\n\x07subject\x18\x02 \x01(\x0b\x32\x1a.meshboard.user.v1.SubjectR\x07subject\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12\x37\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x1f.meshboard.user.v1.Grant.EffectR\x06\x65\x66\x66\x65\x63t\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12;\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"5\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\t\n\x05\x41LLOW\x10\x01\x12\x08\n\x04\x44\x45NY\x10\x02\"\x8e\x01\n\x07Subject\x12#\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00R\x06userId\x12#\n\x07team_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00R\x06teamId\x12\'\n\tworkspace\x18\x03 \x01(\x08\x42\x07\xbaH\x04j\x02\x08\x01H\x00R\tworkspaceB\x10\n\x07subject\x12\x05\xbaH\x02\x08\x01\"\xe7\x01\n\x08NewGrant\x12<\n\x07subject\x18\x01 \x01(\x0b\x32\x1a.meshboard.user.v1.SubjectB\x06\xbaH\x03\xc8\x01\x01R\x07subject\x12\x1d\n\x04role\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04role\x12\x41\n\x06\x65\x66\x66\x65\x63t\x18\x03 \x01(\x0e\x32\x1f.meshboard.user.v1.Grant.EffectB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06\x65\x66\x66\x65\x63t\x12;\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\x85\x01\n\rResourceGrant\x12#\n\rresource_type\x18\x01 \x01(\tR\x0cresourceType\x12\x1f\n\x0bresource_id\x18\x02 \x01(\tR\nresourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grantb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,10 +41,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBJECT'].fields_by_name['team_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_SUBJECT'].fields_by_name['workspace']._loaded_options = None
   _globals['_SUBJECT'].fields_by_name['workspace']._serialized_options = b'\272H\004j\002\010\001'
+  _globals['_NEWGRANT'].fields_by_name['subject']._loaded_options = None
+  _globals['_NEWGRANT'].fields_by_name['subject']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_NEWGRANT'].fields_by_name['role']._loaded_options = None
+  _globals['_NEWGRANT'].fields_by_name['role']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_NEWGRANT'].fields_by_name['effect']._loaded_options = None
+  _globals['_NEWGRANT'].fields_by_name['effect']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_GRANT']._serialized_start=115
   _globals['_GRANT']._serialized_end=457
   _globals['_GRANT_EFFECT']._serialized_start=404
   _globals['_GRANT_EFFECT']._serialized_end=457
   _globals['_SUBJECT']._serialized_start=460
   _globals['_SUBJECT']._serialized_end=602
+  _globals['_NEWGRANT']._serialized_start=605
+  _globals['_NEWGRANT']._serialized_end=836
+  _globals['_RESOURCEGRANT']._serialized_start=839
+  _globals['_RESOURCEGRANT']._serialized_end=972
 # @@protoc_insertion_point(module_scope)

@@ -22,9 +22,11 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Grant(_message.Message):
     """A role given to, or withheld from, a user, a team or the whole workspace on one resource.
 
-    On a resource, a grant to the user outweighs one to a team, and that one to the workspace; on the same level DENY
-    outweighs ALLOW. Without a grant the role of the member in the workspace decides. Who may not view a resource may do
-    nothing with it.
+    A grant on a folder holds for all that lies in it, at any depth. What is nearer outweighs what is farther: a grant on the
+    resource itself outweighs one on its folder, and that one on the folder around it; on one of these, a grant to the user
+    outweighs one to a team, and that one to the workspace; on the same level DENY outweighs ALLOW. Where no grant says
+    anything about a permission, the role of the member in the workspace decides. Who may not view a resource may do nothing
+    with it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -41,7 +43,8 @@ class Grant(_message.Message):
         """Gives the permissions of the role."""
         DENY: Grant._Effect.ValueType  # 2
         """Withholds what the role has beyond the role below it, and everything above: DENY `editor` leaves the sight of the
-        resource, DENY `viewer` takes that too.
+        resource, DENY `viewer` takes that too. Of a custom role it withholds the permissions of the role; if it has the one
+        to view, everything.
         """
 
     class Effect(_Effect, metaclass=_EffectEnumTypeWrapper):
@@ -53,7 +56,8 @@ class Grant(_message.Message):
     """Gives the permissions of the role."""
     DENY: Grant.Effect.ValueType  # 2
     """Withholds what the role has beyond the role below it, and everything above: DENY `editor` leaves the sight of the
-    resource, DENY `viewer` takes that too.
+    resource, DENY `viewer` takes that too. Of a custom role it withholds the permissions of the role; if it has the one
+    to view, everything.
     """
 
     GRANT_ID_FIELD_NUMBER: _builtins.int
@@ -65,7 +69,9 @@ class Grant(_message.Message):
     grant_id: _builtins.str
     """Identifies the grant; a UUIDv7."""
     role: _builtins.str
-    """The name of a role: `owner`, `admin`, `editor` or `viewer`."""
+    """The name of a role: `owner`, `admin`, `editor`, `viewer`, or a custom one of the workspace. Of a role that has been
+    deleted ALLOW gives nothing, and DENY withholds everything.
+    """
     effect: Global___Grant.Effect.ValueType
     """Whether the permissions are given or withheld."""
     @_builtins.property
@@ -129,3 +135,73 @@ class Subject(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
 
 Global___Subject: _TypeAlias = Subject  # noqa: Y015
+
+@_typing.final
+class NewGrant(_message.Message):
+    """A grant that is to be made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """The name of a role: `owner`, `admin`, `editor`, `viewer`, or a custom one of the workspace."""
+    effect: Global___Grant.Effect.ValueType
+    """Whether the permissions of the role are given or withheld; absent: given."""
+    @_builtins.property
+    def subject(self) -> Global___Subject:
+        """Whom the grant is for."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the grant ends by itself; absent: never."""
+
+    def __init__(
+        self,
+        *,
+        subject: Global___Subject | None = ...,
+        role: _builtins.str = ...,
+        effect: Global___Grant.Effect.ValueType = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "expire_time", b"expire_time", "role", b"role", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NewGrant: _TypeAlias = NewGrant  # noqa: Y015
+
+@_typing.final
+class ResourceGrant(_message.Message):
+    """A grant with the resource that it is on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOURCE_TYPE_FIELD_NUMBER: _builtins.int
+    RESOURCE_ID_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    resource_type: _builtins.str
+    """The kind of the resource: `dashboard`, `folder` or `source`."""
+    resource_id: _builtins.str
+    """The resource."""
+    @_builtins.property
+    def grant(self) -> Global___Grant:
+        """The grant."""
+
+    def __init__(
+        self,
+        *,
+        resource_type: _builtins.str = ...,
+        resource_id: _builtins.str = ...,
+        grant: Global___Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "resource_id", b"resource_id", "resource_type", b"resource_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResourceGrant: _TypeAlias = ResourceGrant  # noqa: Y015

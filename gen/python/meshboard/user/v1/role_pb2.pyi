@@ -89,16 +89,18 @@ class Permission(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
-    RESOURCE_TYPE_FIELD_NUMBER: _builtins.int
+    RESOURCE_TYPES_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
     BUILTIN_ROLES_FIELD_NUMBER: _builtins.int
     OWNER_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, `<plural noun>.<verb>`."""
-    resource_type: _builtins.str
-    """What it is needed on: `dashboard`, `source` and so on, or `workspace`."""
     owner_only: _builtins.bool
     """Whether only owners have it: no custom role can."""
+    @_builtins.property
+    def resource_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it is needed on, sorted: `dashboard`, `folder`, `source`, or `workspace`, where the role alone decides."""
+
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The RPCs that it opens, sorted, such as `meshboard.dashboard.v1.DashboardService.UpdateDashboard`. Some methods check
@@ -113,14 +115,14 @@ class Permission(_message.Message):
         self,
         *,
         name: _builtins.str = ...,
-        resource_type: _builtins.str = ...,
+        resource_types: _abc.Iterable[_builtins.str] | None = ...,
         methods: _abc.Iterable[_builtins.str] | None = ...,
         builtin_roles: _abc.Iterable[_builtins.str] | None = ...,
         owner_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin_roles", b"builtin_roles", "methods", b"methods", "name", b"name", "owner_only", b"owner_only", "resource_type", b"resource_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin_roles", b"builtin_roles", "methods", b"methods", "name", b"name", "owner_only", b"owner_only", "resource_types", b"resource_types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
