@@ -10,7 +10,7 @@ from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthSer
 from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from meshboard.auth.v1.usable_key_pb2 import UsableKey
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, RoleUpdated, UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
@@ -170,6 +170,7 @@ async def serve(settings: AuthSettings) -> None:
                         UserUpdated: on_user_updated,
                         MemberRemoved: memberships.on_member_removed,
                         MemberUpdated: memberships.on_member_updated,
+                        RoleUpdated: memberships.on_role_updated,
                     }
                 ),
             ),
