@@ -4,8 +4,6 @@ Every change of rights first locks the row of its workspace. So changes of one w
 what a change has checked still holds when it commits.
 """
 
-import json
-
 from meshboard.user.v1 import events_pb2
 from sqlalchemy import Uuid, bindparam, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -51,7 +49,7 @@ def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
         roles = {
             # Without what an older or newer version of this code calls a permission.
             name: permission_set(tuple(sorted(_GIVABLE.intersection(permissions))))
-            for name, permissions in json.loads(custom or "{}").items()
+            for name, permissions in (custom or {}).items()
         }
         return Rights(
             user_id,

@@ -111,15 +111,15 @@ class RoleServicer(RoleServiceServicer):
             role = await _find(session, wanted.name)
             if wanted.etag and wanted.etag != str(role.version):
                 raise errors.etag_mismatch()
-            before = set(role.permissions)
+            before = after = frozenset(role.permissions)
             if "permissions" in fields:
-                role.permissions = require_complete(wanted.permissions, "role.permissions")
+                after = frozenset(require_complete(wanted.permissions, "role.permissions"))
+            await _require_own(session, before | after)  # while the caller's own role is as it was
+            role.permissions = sorted(after)
             if "title" in fields:
                 role.title = wanted.title or role.name
             if "description" in fields:
                 role.description = wanted.description
-            after = set(role.permissions)
-            await _require_own(session, before | after)
             role.version += 1
             role.update_time = self.now()
             updated = role_to_pb(role)
