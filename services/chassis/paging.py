@@ -116,11 +116,18 @@ class Page:
         if len(rows) <= self.size:
             return rows, ""
         page = rows[: self.size]
-        content = json.dumps(
-            list(key(page[-1])), default=_preserve, ensure_ascii=False, separators=(",", ":")
-        )
+        return page, self.token(key(page[-1]))
+
+    @property
+    def start(self) -> Sequence[Any] | None:
+        """What the token was made from; None on the first page. For lists that someone else keeps."""
+        return self._last
+
+    def token(self, last: Key) -> str:
+        """The token of the page after this."""
+        content = json.dumps(list(last), default=_preserve, ensure_ascii=False, separators=(",", ":"))
         nonce = os.urandom(_NONCE_BYTES)
-        return page, _spell(nonce + self._cipher.encrypt(nonce, content.encode(), self._query))
+        return _spell(nonce + self._cipher.encrypt(nonce, content.encode(), self._query))
 
 
 def _fingerprint(request: Message, scope: str) -> bytes:
