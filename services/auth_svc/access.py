@@ -25,8 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # To ask about others.
 PERMISSION = "access.explain"
-# The service that owns the resources of a type, and whose permissions can be had on one: what is granted on a folder holds
-# for the dashboards in it.
+# The service that owns the resources of a type, and whose permissions can be had on one: grants on a folder hold for
+# the dashboards in it.
 OWNERS = {"dashboard": "dashboard", "folder": "dashboard", "source": "analytics"}
 _NOUNS = {"dashboard": {"dashboards"}, "folder": {"folders", "dashboards"}, "source": {"sources"}}
 # As many as an owner tells of at once.
