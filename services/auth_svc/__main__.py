@@ -1,5 +1,8 @@
 """auth_svc: `python -m services.auth_svc`."""
 
+import asyncio
+
+from meshboard.auth.v1.access_service_pb2_grpc import add_AccessServiceServicer_to_server
 from meshboard.auth.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
 from meshboard.auth.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
@@ -10,12 +13,14 @@ from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthSer
 from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from meshboard.auth.v1.usable_key_pb2 import UsableKey
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, RoleUpdated, UserUpdated
+from meshboard.user.v1.internal_grant_service_pb2_grpc import InternalGrantServiceStub
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
 from services.auth_svc import mails as mail_sending
 from services.auth_svc import reaper
+from services.auth_svc.access import AccessServicer
 from services.auth_svc.accounts import AccountServicer
 from services.auth_svc.audit_chain import Sealer, chain_keys
 from services.auth_svc.audit_entries import AuditServicer
@@ -55,7 +60,7 @@ from services.chassis.server import Server, main
 from services.chassis.times import now
 
 
-async def serve(settings: AuthSettings) -> None:
+async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composition root reads top to bottom
     """Serves until the process is told to stop."""
     await db.migrate(settings.postgres_url, "services.auth_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
@@ -65,10 +70,14 @@ async def serve(settings: AuthSettings) -> None:
     cache = await Cache.connect(settings.redis_url, bus, "auth")
     redis = Redis.from_url(settings.redis_url, socket_timeout=1, socket_connect_timeout=1)
     service_tokens = auth.ServiceTokens("auth", settings.keys_dir)
-    user_peer = Peer("user", settings.user_address, service_tokens)
-    users = user_peer.stub(InternalUserServiceStub)
+    peers = {
+        "user": Peer("user", settings.user_address, service_tokens),
+        "dashboard": Peer("dashboard", settings.dashboard_address, service_tokens),
+        "analytics": Peer("analytics", settings.analytics_address, service_tokens),
+    }
+    users = peers["user"].stub(InternalUserServiceStub)
 
-    fetch_rights = trust.rights_of(user_peer)
+    fetch_rights = trust.rights_of(peers["user"])
     rights = await trust.follow_rights(bus, fetch_rights)
     revocations = await trust.follow_revocations(bus, *sessions_in_table(sessions, settings, now))
     verifier = await trust.follow_keys(bus, settings.public_url, keys.public_keys)
@@ -142,6 +151,12 @@ async def serve(settings: AuthSettings) -> None:
     memberships = Memberships(usable_keys, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     audit_entries = AuditServicer(sessions, pages)
+    access_answers = AccessServicer(
+        rights,
+        users,
+        {name: peers[name].stub(InternalGrantServiceStub) for name in ("dashboard", "analytics")},
+        pages,
+    )
     server = Server(
         settings,
         [
@@ -153,6 +168,7 @@ async def serve(settings: AuthSettings) -> None:
             lambda server: add_ImpersonationServiceServicer_to_server(impersonations, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
             lambda server: add_AuditServiceServicer_to_server(audit_entries, server),
+            lambda server: add_AccessServiceServicer_to_server(access_answers, server),
         ],
         access,
         ready=[lambda: db.ready(sessions)],
@@ -170,6 +186,7 @@ async def serve(settings: AuthSettings) -> None:
                         UserUpdated: on_user_updated,
                         MemberRemoved: memberships.on_member_removed,
                         MemberUpdated: memberships.on_member_updated,
+                        RoleUpdated: memberships.on_role_updated,
                     }
                 ),
             ),
@@ -184,7 +201,7 @@ async def serve(settings: AuthSettings) -> None:
         await server.stop()
         await usable_keys.close()
         passwords.close()
-        await user_peer.close()
+        await asyncio.gather(*(peer.close() for peer in peers.values()))
         await redis.aclose()
         await cache.close()
         await bus.close()

@@ -29,6 +29,9 @@ from meshboard.user.v1.events_pb2 import (
     MemberAdded,
     MemberRemoved,
     MemberUpdated,
+    RoleCreated,
+    RoleDeleted,
+    RoleUpdated,
     TeamCreated,
     TeamMemberAdded,
     TeamMemberRemoved,
@@ -73,6 +76,18 @@ AUDITED: Mapping[type[Message], Rule] = {
     TeamCreated: Rule("team.created", "", {"team_id": "team.team_id", "title": "team.title"}),
     TeamMemberAdded: Rule("team_member.added", "user_id", {"team_id": "team_id"}),
     TeamMemberRemoved: Rule("team_member.removed", "user_id", {"team_id": "team_id"}),
+    RoleCreated: Rule("role.created", "", {"role": "role.name", "permissions": "role.permissions"}),
+    RoleUpdated: Rule(
+        "role.updated",
+        "",
+        {
+            "role": "role.name",
+            "title": "role.title",
+            "added_permissions": "added_permissions",
+            "removed_permissions": "removed_permissions",
+        },
+    ),
+    RoleDeleted: Rule("role.deleted", "", {"role": "name"}),
     DashboardCreated: Rule("dashboard.created", "", {"dashboard_id": "dashboard.dashboard_id"}),
     DashboardMoved: Rule(
         "dashboard.moved",
@@ -156,9 +171,12 @@ async def record_event(session: AsyncSession, event: Message) -> None:
 
 
 def _value(message: Any, path: str) -> Any:
-    """The value of a field by its path; of an enum its name."""
+    """The value of a field by its path; of an enum its name, of a repeated field a list."""
     *parents, name = path.split(".")
     for parent in parents:
         message = getattr(message, parent)
-    value, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
+    value, field = getattr(message, name), message.DESCRIPTOR.fields_by_name[name]
+    if field.is_repeated:
+        return list(value)
+    enum = field.enum_type
     return enum.values_by_number[value].name if enum else value

@@ -1,11 +1,11 @@
-"""What ends when somebody leaves a workspace or gets another role there: impersonation, and service accounts."""
+"""What ends when somebody leaves a workspace or has other rights there: impersonation, and service accounts."""
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, RoleUpdated
 from sqlalchemy import event as events
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -37,6 +37,11 @@ class Memberships:
         """Ends impersonation by and of a member with another role: one may now have more rights than the other."""
         member = event.member
         await end_impersonations(session, member.workspace_id, member.user.user_id, self.now())
+
+    async def on_role_updated(self, session: AsyncSession, event: RoleUpdated) -> None:
+        """Ends all impersonation in the workspace when a role allows more or less: nothing here says who has it."""
+        if event.added_permissions or event.removed_permissions:
+            await end_impersonations(session, event.role.workspace_id, None, self.now())
 
     async def _delete_service_account(self, session: AsyncSession, event: MemberRemoved) -> None:
         identity = (event.workspace_id, event.user_id)

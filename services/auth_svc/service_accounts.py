@@ -225,7 +225,8 @@ class ServiceAccountServicer(ServiceAccountServiceServicer):
     async def _check_role(self, role: str, origin: Origin) -> None:
         rights = auth.caller().rights
         assert rights is not None, "the access stage settles the rights"
-        if not ROLES.get(role, frozenset()) <= rights.permissions:
+        permissions = ROLES.get(role) or rights.roles.get(role, frozenset())
+        if not permissions <= rights.permissions:
             async with self.db.begin() as session:
                 audit.record(
                     session, "service_account.created", origin, self.now(), reason="ROLE_TOO_HIGH", role=role
@@ -233,8 +234,8 @@ class ServiceAccountServicer(ServiceAccountServiceServicer):
             raise errors.permission_denied(
                 "ROLE_TOO_HIGH", "The role has permissions that the caller has not.", role=role
             )
-        if role not in ROLES or role == _OWNER:
-            known = ", ".join(role for role in ROLES if role != _OWNER)
+        if not permissions or role == _OWNER:
+            known = ", ".join(role for role in (*ROLES, *sorted(rights.roles)) if role != _OWNER)
             raise errors.invalid_argument(
                 "ROLE_UNKNOWN", f"There is no such role; these are: {known}.", field="role", role=role
             )

@@ -103,6 +103,11 @@ class Page:
         )
         return row < last if descending else row > last
 
+    def rest(self, rows: Sequence[Row], key: Callable[[Row], Key]) -> Sequence[Row]:
+        """As `after`, for a short list in memory that is sorted by `key`."""
+        last = self._last
+        return rows if last is None else [row for row in rows if list(key(row)) > last]
+
     def close(self, rows: Sequence[Row], key: Callable[[Row], Key]) -> tuple[Sequence[Row], str]:
         """Gives the rows of this page, and the token of the next one, "" when this is the last.
 
@@ -111,11 +116,18 @@ class Page:
         if len(rows) <= self.size:
             return rows, ""
         page = rows[: self.size]
-        content = json.dumps(
-            list(key(page[-1])), default=_preserve, ensure_ascii=False, separators=(",", ":")
-        )
+        return page, self.token(key(page[-1]))
+
+    @property
+    def start(self) -> Sequence[Any] | None:
+        """What the token was made from; None on the first page. For lists that someone else keeps."""
+        return self._last
+
+    def token(self, last: Key) -> str:
+        """The token of the page after this."""
+        content = json.dumps(list(last), default=_preserve, ensure_ascii=False, separators=(",", ":"))
         nonce = os.urandom(_NONCE_BYTES)
-        return page, _spell(nonce + self._cipher.encrypt(nonce, content.encode(), self._query))
+        return _spell(nonce + self._cipher.encrypt(nonce, content.encode(), self._query))
 
 
 def _fingerprint(request: Message, scope: str) -> bytes:

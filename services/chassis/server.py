@@ -128,12 +128,16 @@ class Server:
         return all([await check() for check in self._ready])
 
 
+def contracts() -> descriptor_pb2.FileDescriptorSet:
+    """The contracts of all services."""
+    return descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTOR_FILE.read_bytes())
+
+
 def _add_reflection(server: grpc.aio.Server) -> None:
     """Reflection of the whole descriptor set, so that one address tells of every service."""
-    files = descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTOR_FILE.read_bytes())
     pool = descriptor_pool.DescriptorPool()
     names = []
-    for file in files.file:
+    for file in contracts().file:
         pool.Add(file)
         names += [f"{file.package}.{service.name}" for service in file.service]
     for module in (health_pb2, reflection_pb2):

@@ -25,6 +25,7 @@ from meshboard.user.v1 import internal_user_service_pb2, internal_user_service_p
 from services.chassis.auth import FetchKeys, Revocations, TokenVerifier, public_key_from_jwk
 from services.chassis.bus import Bus, Received
 from services.chassis.clients import Peer
+from services.chassis.permissions import permission_set
 from services.chassis.rights import Fetch, Rights, RightsCache
 
 log = structlog.get_logger(__name__)
@@ -76,11 +77,11 @@ def rights_from_pb(rights: workspace_pb2.Rights) -> Rights:
         user_id=rights.user_id,
         workspace_id=rights.workspace_id,
         role=rights.role,
-        permissions=frozenset(rights.permissions),
+        permissions=permission_set(tuple(rights.permissions)),
         team_ids=frozenset(rights.team_ids),
         version=rights.version,
         second_factor_required=rights.second_factor_required,
-        roles={role.name: frozenset(role.permissions) for role in rights.custom_roles},
+        roles={role.name: permission_set(tuple(role.permissions)) for role in rights.custom_roles},
     )
 
 

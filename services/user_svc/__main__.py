@@ -5,6 +5,7 @@ from functools import partial
 from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
 from meshboard.user.v1.events_pb2 import UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import add_InternalUserServiceServicer_to_server
+from meshboard.user.v1.role_service_pb2_grpc import add_RoleServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from meshboard.user.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
@@ -20,7 +21,7 @@ from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
-from services.chassis.server import Server, main
+from services.chassis.server import Server, contracts, main
 from services.chassis.settings import Settings
 from services.chassis.times import now
 from services.user_svc.consumers import (
@@ -30,7 +31,9 @@ from services.user_svc.consumers import (
     on_user_updated,
 )
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.permissions import catalogue
 from services.user_svc.rights import rights_of
+from services.user_svc.roles import RoleServicer
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
@@ -56,6 +59,7 @@ async def serve(settings: Settings) -> None:
     users = UserServicer(sessions, me, now)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
+    roles = RoleServicer(sessions, pages, catalogue(contracts()), now)
     internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
     server = Server(
         settings,
@@ -63,6 +67,7 @@ async def serve(settings: Settings) -> None:
             lambda server: add_UserServiceServicer_to_server(users, server),
             lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
             lambda server: add_TeamServiceServicer_to_server(teams, server),
+            lambda server: add_RoleServiceServicer_to_server(roles, server),
             lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
         ],
         access,

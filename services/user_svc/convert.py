@@ -1,10 +1,17 @@
 """Rows as messages of the contract."""
 
-from meshboard.user.v1 import user_pb2, workspace_pb2
+from meshboard.user.v1 import role_pb2, user_pb2, workspace_pb2
 
-from services.chassis.rights import Rights
+from services.chassis.rights import ROLES, Rights
 from services.chassis.times import timestamp_of
-from services.user_svc.models import Member, Team, User, Workspace
+from services.user_svc.models import Member, Role, Team, User, Workspace
+
+_BUILTIN_ROLES = {
+    "viewer": "Sees everything, and asks questions of it.",
+    "editor": "Makes and changes sources, dashboards and folders too.",
+    "admin": "Manages members, teams, roles and grants too, and deletes what others have made.",
+    "owner": "May do everything, also delete the workspace and hand it over.",
+}
 
 
 def user_to_pb(row: User) -> user_pb2.User:
@@ -52,6 +59,32 @@ def team_to_pb(row: Team) -> workspace_pb2.Team:
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
+    )
+
+
+def role_to_pb(row: Role) -> role_pb2.Role:
+    """The custom role."""
+    return role_pb2.Role(
+        workspace_id=row.workspace_id,
+        name=row.name,
+        title=row.title,
+        description=row.description,
+        permissions=row.permissions,
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+    )
+
+
+def builtin_role_to_pb(workspace_id: str, name: str) -> role_pb2.Role:
+    """A role that every workspace has."""
+    return role_pb2.Role(
+        workspace_id=workspace_id,
+        name=name,
+        title=name.capitalize(),
+        description=_BUILTIN_ROLES[name],
+        permissions=sorted(ROLES[name]),
+        builtin=True,
     )
 
 

@@ -16,6 +16,8 @@ from meshboard.user.v1.internal_user_service_pb2 import (
     GetRightsResponse,
     GetSignInRequest,
     GetSignInResponse,
+    GetTeamsOfUserRequest,
+    GetTeamsOfUserResponse,
     PutServiceUserRequest,
     PutServiceUserResponse,
     RemoveServiceUserRequest,
@@ -30,11 +32,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.chassis import errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.rights import Fetch
-from services.user_svc.convert import member_to_pb, rights_to_pb, user_to_pb, workspace_to_pb
-from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, User, Workspace
+from services.user_svc.convert import member_to_pb, rights_to_pb, team_to_pb, user_to_pb, workspace_to_pb
+from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, TeamMember, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
+from services.user_svc.roles import OWNER, owner_role_reserved, require_role
 from services.user_svc.users import user_not_found
-from services.user_svc.workspaces import OWNER, add_workspace, owner_role_reserved, require_role
+from services.user_svc.workspaces import add_workspace
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -111,7 +114,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     async def _add_service_user(
         self, session: AsyncSession, request: PutServiceUserRequest, now: datetime
     ) -> User:
-        require_role(request.role)
+        await require_role(session, request.workspace_id, request.role)
         if request.role == OWNER:
             raise owner_role_reserved()
         user = User(
@@ -175,6 +178,26 @@ class InternalUserServicer(InternalUserServiceServicer):
     async def GetRights(self, request: GetRightsRequest, context: Context) -> GetRightsResponse:
         rights = await self.fetch_rights(request.user_id.lower(), request.workspace_id.lower())
         return GetRightsResponse(rights=rights_to_pb(rights))
+
+    async def GetTeamsOfUser(
+        self, request: GetTeamsOfUserRequest, context: Context
+    ) -> GetTeamsOfUserResponse:
+        direct = select(TeamMember.team_id).where(
+            TeamMember.workspace_id == request.workspace_id, TeamMember.user_id == request.user_id
+        )
+        of_workspace = select(Team.team_id, Team.parent_team_id).where(
+            Team.workspace_id == request.workspace_id
+        )
+        above = of_workspace.where(Team.team_id.in_(direct)).cte(recursive=True)
+        above = above.union(of_workspace.where(Team.team_id == above.c.parent_team_id))
+        async with self.db() as session:
+            teams = await session.scalars(
+                select(Team).where(
+                    Team.workspace_id == request.workspace_id, Team.team_id.in_(select(above.c.team_id))
+                )
+            )
+            direct_team_ids = await session.scalars(direct)
+        return GetTeamsOfUserResponse(teams=map(team_to_pb, teams), direct_team_ids=direct_team_ids)
 
     async def CheckSubjects(self, request: CheckSubjectsRequest, context: Context) -> CheckSubjectsResponse:
         async with self.db() as session:

@@ -1,6 +1,7 @@
 """The tables of user_svc."""
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     ForeignKey,
@@ -73,6 +74,29 @@ class Member(Table):
     user_id: Mapped[Id] = mapped_column(ForeignKey("users.user_id"), primary_key=True)
     role: Mapped[str] = mapped_column(Text)
     create_time: Mapped[Time]
+
+
+class Role(Table):
+    """A custom role. Built-in ones are in `services.chassis.rights`."""
+
+    __tablename__ = "roles"
+    __table_args__ = (
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="roles_request_once"),
+        CheckConstraint("name NOT IN ('viewer', 'editor', 'admin', 'owner')", name="roles_not_builtin"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(
+        ForeignKey("workspaces.workspace_id", ondelete="CASCADE"), primary_key=True
+    )
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    description: Mapped[str] = mapped_column(Text)
+    permissions: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    version: Mapped[int] = mapped_column(server_default=text("1"))
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
 
 
 class Team(Table):

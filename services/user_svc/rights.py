@@ -9,10 +9,13 @@ from sqlalchemy import Uuid, bindparam, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors, outbox
-from services.chassis.rights import ROLES, Fetch, Rights
+from services.chassis.permissions import RESERVED, permission_set
+from services.chassis.rights import PERMISSIONS, ROLES, Fetch, Rights
 from services.user_svc.models import Workspace
 
-# One statement sees one state: the version is never newer than the role and the teams that it stands for.
+_GIVABLE = PERMISSIONS - RESERVED
+
+# One statement sees one state: the version is never newer than the roles and the teams that it stands for.
 _RIGHTS = text("""
     WITH RECURSIVE above (team_id, parent_team_id) AS (
         SELECT team_id, parent_team_id
@@ -22,7 +25,8 @@ _RIGHTS = text("""
         SELECT teams.team_id, teams.parent_team_id
         FROM above JOIN teams ON teams.workspace_id = :workspace_id AND teams.team_id = above.parent_team_id
     )
-    SELECT role, rights_version, require_second_factor, ARRAY(SELECT team_id::text FROM above)
+    SELECT role, rights_version, require_second_factor, ARRAY(SELECT team_id::text FROM above),
+        (SELECT json_object_agg(name, permissions) FROM roles WHERE workspace_id = :workspace_id)
     FROM members JOIN workspaces USING (workspace_id)
     WHERE workspace_id = :workspace_id AND user_id = :user_id
 """).bindparams(
@@ -41,15 +45,21 @@ def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
             raise errors.not_found(
                 "WORKSPACE_NOT_FOUND", "There is no such workspace.", workspace_id=workspace_id
             )
-        role, version, second_factor_required, team_ids = row
+        role, version, second_factor_required, team_ids, custom = row
+        roles = {
+            # Without what an older or newer version of this code calls a permission.
+            name: permission_set(tuple(sorted(_GIVABLE.intersection(permissions))))
+            for name, permissions in (custom or {}).items()
+        }
         return Rights(
             user_id,
             workspace_id,
             role,
-            ROLES.get(role, frozenset()),
+            ROLES.get(role) or roles.get(role, frozenset()),
             frozenset(team_ids),
             version,
             second_factor_required,
+            roles,
         )
 
     return fetch

@@ -33,15 +33,13 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.chassis import auth, errors, outbox
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
-from services.chassis.rights import ROLES
 from services.user_svc.convert import member_to_pb, workspace_to_pb
 from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, TeamMember, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
+from services.user_svc.roles import OWNER, owner_role_reserved, require_rank, require_role
 from services.user_svc.users import user_not_found
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-OWNER = "owner"
 
 
 @dataclass(frozen=True)
@@ -141,10 +139,10 @@ class WorkspaceServicer(WorkspaceServiceServicer):
 
     async def AddMember(self, request: AddMemberRequest, context: Context) -> AddMemberResponse:
         caller = auth.caller()
-        require_role(request.role)
         async with self.db.begin() as session:
             await lock_rights(session, caller.workspace_id)
-            await _require_owner_for(session, request.role)
+            await require_role(session, caller.workspace_id, request.role)
+            await require_rank(session, request.role)
             user = await session.get(User, request.user_id)
             # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
             if user is None or (
@@ -191,14 +189,14 @@ class WorkspaceServicer(WorkspaceServiceServicer):
 
     async def UpdateMember(self, request: UpdateMemberRequest, context: Context) -> UpdateMemberResponse:
         workspace_id = auth.caller().workspace_id
-        require_role(request.role)
         async with self.db.begin() as session:
             await lock_rights(session, workspace_id)
+            await require_role(session, workspace_id, request.role)
             member, user = await _find_member(session, workspace_id, request.user_id)
             if member.role != request.role:
                 if request.role == OWNER and user.kind == SERVICE_ACCOUNT:
                     raise owner_role_reserved()
-                await _require_owner_for(session, request.role, member.role)
+                await require_rank(session, request.role, member.role)
                 await _require_another_owner(session, member)
                 member.role = request.role
                 event = events_pb2.MemberUpdated(member=member_to_pb(member, user))
@@ -211,7 +209,7 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         async with self.db.begin() as session:
             await lock_rights(session, workspace_id)
             member, user = await _find_member(session, workspace_id, request.user_id)
-            await _require_owner_for(session, member.role)
+            await require_rank(session, member.role)
             await _require_another_owner(session, member)
             await session.execute(
                 delete(Member).where(Member.workspace_id == workspace_id, Member.user_id == user.user_id)
@@ -264,14 +262,6 @@ async def delete_workspace(session: AsyncSession, workspace_id: str) -> None:
     outbox.add(session, events_pb2.WorkspaceDeleted(workspace_id=workspace_id), workspace_id=workspace_id)
 
 
-def require_role(role: str) -> None:
-    """Raises INVALID_ARGUMENT (ROLE_UNKNOWN) for a role that is not there."""
-    if role not in ROLES:
-        raise errors.invalid_argument(
-            "ROLE_UNKNOWN", f"There is no such role; these are: {', '.join(ROLES)}.", field="role", role=role
-        )
-
-
 async def _find_member(session: AsyncSession, workspace_id: str, user_id: str) -> tuple[Member, User]:
     found = await session.execute(
         select(Member, User)
@@ -283,23 +273,6 @@ async def _find_member(session: AsyncSession, workspace_id: str, user_id: str) -
         raise errors.not_found("MEMBER_NOT_FOUND", "The workspace has no such member.", user_id=user_id)
     member, user = row
     return member, user
-
-
-async def _require_owner_for(session: AsyncSession, *roles: str) -> None:
-    """Lets only owners give or take the role of an owner, as the tables say now."""
-    caller = auth.caller()
-    if OWNER in roles:
-        member = await session.get(Member, (caller.workspace_id, caller.user_id))
-        if member is None or member.role != OWNER:
-            raise owner_role_reserved()
-
-
-def owner_role_reserved() -> errors.Error:
-    """What is said to who may not give or take the role of an owner."""
-    return errors.permission_denied(
-        "OWNER_ROLE_RESERVED",
-        "Only an owner can give or take the role of an owner, and only people can have it.",
-    )
 
 
 async def _require_another_owner(session: AsyncSession, member: Member) -> None:

@@ -5,10 +5,21 @@ from datetime import UTC, datetime
 
 import pytest
 from google.protobuf.message import Message
+from meshboard.analytics.v1 import events_pb2 as analytics_events
 from meshboard.analytics.v1.events_pb2 import SourceGrantCreated, WriteKeyRotated
+from meshboard.auth.v1 import events_pb2 as auth_events
+from meshboard.dashboard.v1 import events_pb2 as dashboard_events
 from meshboard.dashboard.v1.events_pb2 import DashboardGrantCreated, DashboardGrantDeleted
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated, WorkspaceUpdated
+from meshboard.user.v1 import events_pb2 as user_events
+from meshboard.user.v1.events_pb2 import (
+    MemberRemoved,
+    MemberUpdated,
+    RoleUpdated,
+    UserUpdated,
+    WorkspaceUpdated,
+)
 from meshboard.user.v1.grant_pb2 import Grant, Subject
+from meshboard.user.v1.role_pb2 import Role
 from meshboard.user.v1.user_pb2 import User
 from meshboard.user.v1.workspace_pb2 import Member, Workspace
 from meshboard.user.v1.workspace_service_pb2 import (
@@ -27,6 +38,28 @@ from services.chassis.inbox import Event
 from tests.auth_svc.conftest import Services, bearer
 from tests.conditions import eventually
 from tests.harness import new_id
+
+# Events that leave no entry of their own, and why.
+NOT_AUDITED = {
+    "analytics.v1.SourceUpdated": "titles of sources are no matter of security",
+    "analytics.v1.Tick": "tells of data, and is not stored",
+    "auth.v1.AccountCreated": "auth_svc writes the entry where it happens",
+    "auth.v1.AccountDiscarded": "nobody has ever used the account",
+    "auth.v1.SignedIn": "auth_svc writes the entry where it happens",
+    "auth.v1.SessionRevoked": "auth_svc writes the entry where it happens",
+    "auth.v1.EmailVerified": "auth_svc writes the entry where it happens",
+    "auth.v1.EmailChanged": "auth_svc writes the entry where it happens",
+    "auth.v1.SigningKeyRetired": "auth_svc writes the entry where it happens",
+    "auth.v1.AuditEntrySealed": "is the entry",
+    "auth.v1.AuditHeadPublished": "is about the entries",
+    "dashboard.v1.DashboardUpdated": "what a dashboard shows is no matter of security",
+    "dashboard.v1.WidgetCreated": "what a dashboard shows is no matter of security",
+    "dashboard.v1.WidgetUpdated": "what a dashboard shows is no matter of security",
+    "dashboard.v1.WidgetDeleted": "what a dashboard shows is no matter of security",
+    "user.v1.UserCreated": "auth_svc writes the entry of the sign-up or of the service account",
+    "user.v1.UserUpdated": "names are no matter of security; what can be done with them is",
+    "user.v1.RightsChanged": "follows from a change that has an entry",
+}
 
 TIME = datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 WORKSPACE, ACTOR, ADMIN, USER, THING = (new_id() for _ in range(5))
@@ -89,6 +122,12 @@ async def entry_of(services: Services, event: Message) -> AuditEntryRow:
             "",
             {"dashboard_id": THING, "grant_id": "g"},
         ),
+        (
+            RoleUpdated(role=Role(name="analyst", title="Analyst"), added_permissions=["sources.query"]),
+            "role.updated",
+            "",
+            {"role": "analyst", "title": "Analyst", "added_permissions": ["sources.query"]},
+        ),
         (WriteKeyRotated(source_id=THING), "write_key.rotated", "", {"source_id": THING}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Message) else "",
@@ -100,6 +139,17 @@ async def test_an_event_becomes_an_entry(
     assert (entry.kind, entry.subject_id, entry.details) == (kind, subject_id, details)
     assert (entry.actor_id, entry.impersonator_id) == (ACTOR, ADMIN)
     assert (entry.workspace_id, entry.time, entry.outcome) == (WORKSPACE, TIME, "DONE")
+
+
+def test_each_event_is_audited_or_has_a_reason_not_to_be():
+    events = {
+        f"{message.full_name.removeprefix('meshboard.')}"
+        for module in (analytics_events, auth_events, dashboard_events, user_events)
+        for message in module.DESCRIPTOR.message_types_by_name.values()
+    }
+    audited = {kind.DESCRIPTOR.full_name.removeprefix("meshboard.") for kind in AUDITED}
+    assert not audited & NOT_AUDITED.keys()
+    assert audited | NOT_AUDITED.keys() == events
 
 
 @pytest.mark.usefixtures("consumed")

@@ -10,6 +10,7 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import (
     InternalUserServiceStub,
     add_InternalUserServiceServicer_to_server,
 )
+from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub, add_RoleServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub, add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub, add_UserServiceServicer_to_server
@@ -26,9 +27,12 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
+from services.chassis.server import contracts
 from services.chassis.settings import Settings
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.permissions import catalogue
 from services.user_svc.rights import rights_of
+from services.user_svc.roles import RoleServicer
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
@@ -59,6 +63,7 @@ class UserSvc:
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
     teams: TeamServiceStub
+    roles: RoleServiceStub
     internal: InternalUserServiceStub
 
     def calling_as(self, service: str) -> Metadata:
@@ -114,11 +119,13 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     users = UserServicer(sessions, me, now)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
+    roles = RoleServicer(sessions, pages, catalogue(contracts()), now)
     internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
     registrations = [
         lambda server: add_UserServiceServicer_to_server(users, server),
         lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
         lambda server: add_TeamServiceServicer_to_server(teams, server),
+        lambda server: add_RoleServiceServicer_to_server(roles, server),
         lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
     ]
     async with serving(settings, registrations, access) as (channel, _):
@@ -130,6 +137,7 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
             users=UserServiceStub(channel),
             workspaces=WorkspaceServiceStub(channel),
             teams=TeamServiceStub(channel),
+            roles=RoleServiceStub(channel),
             internal=InternalUserServiceStub(channel),
         )
     await cache.close()

@@ -91,9 +91,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     SUBJECT_UNKNOWN: _ErrorReason.ValueType  # 32
     """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
     ROLE_UNKNOWN: _ErrorReason.ValueType  # 33
-    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; a workspace can have more."""
+    """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; `ListRoles` tells of others."""
     ROLE_TOO_HIGH: _ErrorReason.ValueType  # 40
-    """PERMISSION_DENIED: the role of a grant has permissions that the caller lacks on the resource."""
+    """PERMISSION_DENIED: the role that is given, taken or changed has permissions which the caller lacks, in the
+    workspace or on the resource.
+    """
+    PERMISSION_UNKNOWN: _ErrorReason.ValueType  # 45
+    """INVALID_ARGUMENT: no such permission; `nearest` has similar names. `ListPermissions` tells which there are."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that every service can give. They stand in `google.rpc.ErrorInfo.reason`, with the domain `meshboard`."""
@@ -167,7 +171,11 @@ GRANT_EXISTS: ErrorReason.ValueType  # 31
 SUBJECT_UNKNOWN: ErrorReason.ValueType  # 32
 """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
 ROLE_UNKNOWN: ErrorReason.ValueType  # 33
-"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; a workspace can have more."""
+"""INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`; `ListRoles` tells of others."""
 ROLE_TOO_HIGH: ErrorReason.ValueType  # 40
-"""PERMISSION_DENIED: the role of a grant has permissions that the caller lacks on the resource."""
+"""PERMISSION_DENIED: the role that is given, taken or changed has permissions which the caller lacks, in the
+workspace or on the resource.
+"""
+PERMISSION_UNKNOWN: ErrorReason.ValueType  # 45
+"""INVALID_ARGUMENT: no such permission; `nearest` has similar names. `ListPermissions` tells which there are."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

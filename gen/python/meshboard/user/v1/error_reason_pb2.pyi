@@ -42,6 +42,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
     USER_ID_TAKEN: _ErrorReason.ValueType  # 10
     """ALREADY_EXISTS: the ids belong to another user or workspace."""
+    ROLE_NOT_FOUND: _ErrorReason.ValueType  # 47
+    """NOT_FOUND: the workspace has no such role."""
+    ROLE_EXISTS: _ErrorReason.ValueType  # 48
+    """ALREADY_EXISTS: a role of the workspace, or a built-in one, has this name."""
+    ROLE_BUILTIN: _ErrorReason.ValueType  # 49
+    """FAILED_PRECONDITION: built-in roles can be neither changed nor deleted. Create one with another name."""
+    ROLE_IN_USE: _ErrorReason.ValueType  # 50
+    """FAILED_PRECONDITION: the role is in use; `members` and the other metadata say how often. Give those another role first."""
+    ROLE_LIMIT: _ErrorReason.ValueType  # 51
+    """FAILED_PRECONDITION: the workspace has as many custom roles as it can have. Delete one first."""
+    PERMISSION_RESERVED: _ErrorReason.ValueType  # 52
+    """INVALID_ARGUMENT: only owners have this permission, and no custom role can have it."""
+    PERMISSION_INCOMPLETE: _ErrorReason.ValueType  # 53
+    """INVALID_ARGUMENT: the role lacks a permission that goes with one of its others, `missing`. Add that one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that user_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -66,4 +80,18 @@ OWNER_ROLE_RESERVED: ErrorReason.ValueType  # 9
 """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
 USER_ID_TAKEN: ErrorReason.ValueType  # 10
 """ALREADY_EXISTS: the ids belong to another user or workspace."""
+ROLE_NOT_FOUND: ErrorReason.ValueType  # 47
+"""NOT_FOUND: the workspace has no such role."""
+ROLE_EXISTS: ErrorReason.ValueType  # 48
+"""ALREADY_EXISTS: a role of the workspace, or a built-in one, has this name."""
+ROLE_BUILTIN: ErrorReason.ValueType  # 49
+"""FAILED_PRECONDITION: built-in roles can be neither changed nor deleted. Create one with another name."""
+ROLE_IN_USE: ErrorReason.ValueType  # 50
+"""FAILED_PRECONDITION: the role is in use; `members` and the other metadata say how often. Give those another role first."""
+ROLE_LIMIT: ErrorReason.ValueType  # 51
+"""FAILED_PRECONDITION: the workspace has as many custom roles as it can have. Delete one first."""
+PERMISSION_RESERVED: ErrorReason.ValueType  # 52
+"""INVALID_ARGUMENT: only owners have this permission, and no custom role can have it."""
+PERMISSION_INCOMPLETE: ErrorReason.ValueType  # 53
+"""INVALID_ARGUMENT: the role lacks a permission that goes with one of its others, `missing`. Add that one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

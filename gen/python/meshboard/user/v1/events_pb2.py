@@ -22,39 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from meshboard.user.v1 import role_pb2 as meshboard_dot_user_dot_v1_dot_role__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/role.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\":\n\x0bRoleCreated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\"\x98\x01\n\x0bRoleUpdated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\x12+\n\x11\x61\x64\x64\x65\x64_permissions\x18\x02 \x03(\tR\x10\x61\x64\x64\x65\x64Permissions\x12/\n\x13removed_permissions\x18\x03 \x03(\tR\x12removedPermissions\"D\n\x0bRoleDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USERCREATED']._serialized_start=118
-  _globals['_USERCREATED']._serialized_end=176
-  _globals['_USERUPDATED']._serialized_start=178
-  _globals['_USERUPDATED']._serialized_end=236
-  _globals['_WORKSPACECREATED']._serialized_start=238
-  _globals['_WORKSPACECREATED']._serialized_end=316
-  _globals['_WORKSPACEUPDATED']._serialized_start=318
-  _globals['_WORKSPACEUPDATED']._serialized_end=396
-  _globals['_WORKSPACEDELETED']._serialized_start=398
-  _globals['_WORKSPACEDELETED']._serialized_end=451
-  _globals['_MEMBERADDED']._serialized_start=453
-  _globals['_MEMBERADDED']._serialized_end=517
-  _globals['_MEMBERUPDATED']._serialized_start=519
-  _globals['_MEMBERUPDATED']._serialized_end=585
-  _globals['_MEMBERREMOVED']._serialized_start=587
-  _globals['_MEMBERREMOVED']._serialized_end=662
-  _globals['_TEAMCREATED']._serialized_start=664
-  _globals['_TEAMCREATED']._serialized_end=722
-  _globals['_TEAMMEMBERADDED']._serialized_start=724
-  _globals['_TEAMMEMBERADDED']._serialized_end=826
-  _globals['_TEAMMEMBERREMOVED']._serialized_start=828
-  _globals['_TEAMMEMBERREMOVED']._serialized_end=932
-  _globals['_RIGHTSCHANGED']._serialized_start=934
-  _globals['_RIGHTSCHANGED']._serialized_end=1010
+  _globals['_USERCREATED']._serialized_start=148
+  _globals['_USERCREATED']._serialized_end=206
+  _globals['_USERUPDATED']._serialized_start=208
+  _globals['_USERUPDATED']._serialized_end=266
+  _globals['_WORKSPACECREATED']._serialized_start=268
+  _globals['_WORKSPACECREATED']._serialized_end=346
+  _globals['_WORKSPACEUPDATED']._serialized_start=348
+  _globals['_WORKSPACEUPDATED']._serialized_end=426
+  _globals['_WORKSPACEDELETED']._serialized_start=428
+  _globals['_WORKSPACEDELETED']._serialized_end=481
+  _globals['_MEMBERADDED']._serialized_start=483
+  _globals['_MEMBERADDED']._serialized_end=547
+  _globals['_MEMBERUPDATED']._serialized_start=549
+  _globals['_MEMBERUPDATED']._serialized_end=615
+  _globals['_MEMBERREMOVED']._serialized_start=617
+  _globals['_MEMBERREMOVED']._serialized_end=692
+  _globals['_TEAMCREATED']._serialized_start=694
+  _globals['_TEAMCREATED']._serialized_end=752
+  _globals['_TEAMMEMBERADDED']._serialized_start=754
+  _globals['_TEAMMEMBERADDED']._serialized_end=856
+  _globals['_TEAMMEMBERREMOVED']._serialized_start=858
+  _globals['_TEAMMEMBERREMOVED']._serialized_end=962
+  _globals['_ROLECREATED']._serialized_start=964
+  _globals['_ROLECREATED']._serialized_end=1022
+  _globals['_ROLEUPDATED']._serialized_start=1025
+  _globals['_ROLEUPDATED']._serialized_end=1177
+  _globals['_ROLEDELETED']._serialized_start=1179
+  _globals['_ROLEDELETED']._serialized_end=1247
+  _globals['_RIGHTSCHANGED']._serialized_start=1249
+  _globals['_RIGHTSCHANGED']._serialized_end=1325
 # @@protoc_insertion_point(module_scope)

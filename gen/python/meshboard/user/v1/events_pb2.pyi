@@ -3,8 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from meshboard.user.v1 import role_pb2 as _role_pb2
 from meshboard.user.v1 import user_pb2 as _user_pb2
 from meshboard.user.v1 import workspace_pb2 as _workspace_pb2
 import builtins as _builtins
@@ -293,6 +296,92 @@ class TeamMemberRemoved(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TeamMemberRemoved: _TypeAlias = TeamMemberRemoved  # noqa: Y015
+
+@_typing.final
+class RoleCreated(_message.Message):
+    """A custom role was created."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def role(self) -> _role_pb2.Role:
+        """The role."""
+
+    def __init__(
+        self,
+        *,
+        role: _role_pb2.Role | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleCreated: _TypeAlias = RoleCreated  # noqa: Y015
+
+@_typing.final
+class RoleUpdated(_message.Message):
+    """A custom role was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    ADDED_PERMISSIONS_FIELD_NUMBER: _builtins.int
+    REMOVED_PERMISSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def role(self) -> _role_pb2.Role:
+        """The role after the change."""
+
+    @_builtins.property
+    def added_permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The permissions that it has gained, sorted."""
+
+    @_builtins.property
+    def removed_permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The permissions that it has lost, sorted."""
+
+    def __init__(
+        self,
+        *,
+        role: _role_pb2.Role | None = ...,
+        added_permissions: _abc.Iterable[_builtins.str] | None = ...,
+        removed_permissions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_permissions", b"added_permissions", "removed_permissions", b"removed_permissions", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleUpdated: _TypeAlias = RoleUpdated  # noqa: Y015
+
+@_typing.final
+class RoleDeleted(_message.Message):
+    """A custom role was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    name: _builtins.str
+    """The name of the role."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleDeleted: _TypeAlias = RoleDeleted  # noqa: Y015
 
 @_typing.final
 class RightsChanged(_message.Message):

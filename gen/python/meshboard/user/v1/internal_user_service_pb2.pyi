@@ -292,6 +292,62 @@ class GetRightsResponse(_message.Message):
 Global___GetRightsResponse: _TypeAlias = GetRightsResponse  # noqa: Y015
 
 @_typing.final
+class GetTeamsOfUserRequest(_message.Message):
+    """Asks for the teams of a user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The user."""
+    workspace_id: _builtins.str
+    """The workspace."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        workspace_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTeamsOfUserRequest: _TypeAlias = GetTeamsOfUserRequest  # noqa: Y015
+
+@_typing.final
+class GetTeamsOfUserResponse(_message.Message):
+    """The teams of a user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAMS_FIELD_NUMBER: _builtins.int
+    DIRECT_TEAM_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def teams(self) -> _containers.RepeatedCompositeFieldContainer[_workspace_pb2.Team]:
+        """The teams, in no order."""
+
+    @_builtins.property
+    def direct_team_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of them that the user was put into."""
+
+    def __init__(
+        self,
+        *,
+        teams: _abc.Iterable[_workspace_pb2.Team] | None = ...,
+        direct_team_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direct_team_ids", b"direct_team_ids", "teams", b"teams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTeamsOfUserResponse: _TypeAlias = GetTeamsOfUserResponse  # noqa: Y015
+
+@_typing.final
 class CheckSubjectsRequest(_message.Message):
     """Asks whether users and teams belong to a workspace."""
 

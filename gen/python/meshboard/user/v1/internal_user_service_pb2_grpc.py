@@ -60,6 +60,11 @@ class InternalUserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetRightsRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetRightsResponse.FromString,
                 _registered_method=True)
+        self.GetTeamsOfUser = channel.unary_unary(
+                '/meshboard.user.v1.InternalUserService/GetTeamsOfUser',
+                request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetTeamsOfUserRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetTeamsOfUserResponse.FromString,
+                _registered_method=True)
         self.CheckSubjects = channel.unary_unary(
                 '/meshboard.user.v1.InternalUserService/CheckSubjects',
                 request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsRequest.SerializeToString,
@@ -115,6 +120,13 @@ class InternalUserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTeamsOfUser(self, request, context):
+        """Returns the teams that a user is in, and all teams above them, so that it can be told how a grant to a team comes to a user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckSubjects(self, request, context):
         """Says which of some users and teams belong to a workspace, so that a grant names nobody else.
         """
@@ -149,6 +161,11 @@ def add_InternalUserServiceServicer_to_server(servicer, server):
                     servicer.GetRights,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetRightsRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetRightsResponse.SerializeToString,
+            ),
+            'GetTeamsOfUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTeamsOfUser,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetTeamsOfUserRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetTeamsOfUserResponse.SerializeToString,
             ),
             'CheckSubjects': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckSubjects,
@@ -292,6 +309,33 @@ class InternalUserService:
             '/meshboard.user.v1.InternalUserService/GetRights',
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetRightsRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetRightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTeamsOfUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.InternalUserService/GetTeamsOfUser',
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetTeamsOfUserRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetTeamsOfUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

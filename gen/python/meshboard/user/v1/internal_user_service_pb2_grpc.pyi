@@ -39,6 +39,8 @@ class InternalUserServiceStub:
 
     Fails with NOT_FOUND, reason WORKSPACE_NOT_FOUND, when the user is not a member.
     """
+    GetTeamsOfUser: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.GetTeamsOfUserRequest, _internal_user_service_pb2.GetTeamsOfUserResponse]
+    """Returns the teams that a user is in, and all teams above them, so that it can be told how a grant to a team comes to a user."""
     CheckSubjects: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.CheckSubjectsRequest, _internal_user_service_pb2.CheckSubjectsResponse]
     """Says which of some users and teams belong to a workspace, so that a grant names nobody else."""
 
@@ -97,6 +99,14 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Fails with NOT_FOUND, reason WORKSPACE_NOT_FOUND, when the user is not a member.
         """
+
+    @_abc_1.abstractmethod
+    def GetTeamsOfUser(
+        self,
+        request: _internal_user_service_pb2.GetTeamsOfUserRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.GetTeamsOfUserRequest, _abc.Awaitable[_internal_user_service_pb2.GetTeamsOfUserResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.GetTeamsOfUserResponse]:
+        """Returns the teams that a user is in, and all teams above them, so that it can be told how a grant to a team comes to a user."""
 
     @_abc_1.abstractmethod
     def CheckSubjects(
