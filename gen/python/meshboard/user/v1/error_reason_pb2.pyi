@@ -42,6 +42,34 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
     USER_ID_TAKEN: _ErrorReason.ValueType  # 10
     """ALREADY_EXISTS: the ids belong to another user or workspace."""
+    TEAM_CYCLE: _ErrorReason.ValueType  # 11
+    """FAILED_PRECONDITION: the team would be below itself."""
+    TEAM_NOT_EMPTY: _ErrorReason.ValueType  # 12
+    """FAILED_PRECONDITION: there are teams below the team. Move or delete them first."""
+    EMAIL_DOMAIN_REFUSED: _ErrorReason.ValueType  # 13
+    """FAILED_PRECONDITION: the workspace lets in only people with an address in certain domains."""
+    INVITATION_EXISTS: _ErrorReason.ValueType  # 14
+    """ALREADY_EXISTS: the address has an invitation to the workspace already. Resend or revoke that one."""
+    INVITATION_NOT_FOUND: _ErrorReason.ValueType  # 15
+    """NOT_FOUND: the workspace has no such invitation."""
+    INVITATION_INVALID: _ErrorReason.ValueType  # 16
+    """NOT_FOUND: the link of an invitation is forged, superseded, revoked, used or too old, or who has sent it may not invite
+    any more. Ask for another one.
+    """
+    INVITATION_CLOSED: _ErrorReason.ValueType  # 17
+    """FAILED_PRECONDITION: the invitation is accepted, declined or revoked already."""
+    INVITATION_DELAYED: _ErrorReason.ValueType  # 18
+    """RESOURCE_EXHAUSTED: the invitation was mailed a moment ago. Wait for `RetryInfo.retry_delay`."""
+    INVITATION_LIMIT: _ErrorReason.ValueType  # 19
+    """RESOURCE_EXHAUSTED: the caller has sent as many invitations as one may in a day. Wait for `RetryInfo.retry_delay`."""
+    INVITATION_FOR_ANOTHER: _ErrorReason.ValueType  # 20
+    """PERMISSION_DENIED: the invitation is for another address than that of the account. Sign in with that one."""
+    EMAIL_UNVERIFIED: _ErrorReason.ValueType  # 21
+    """FAILED_PRECONDITION: the address of the account is not verified. Open the link in its mail, or ask for another one."""
+    INVITATION_ROLE_GONE: _ErrorReason.ValueType  # 22
+    """FAILED_PRECONDITION: the role that the invitation gives is gone. Ask for another one."""
+    ROLE_TOO_HIGH: _ErrorReason.ValueType  # 23
+    """PERMISSION_DENIED: the role has permissions which the caller has not."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that user_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -66,4 +94,32 @@ OWNER_ROLE_RESERVED: ErrorReason.ValueType  # 9
 """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
 USER_ID_TAKEN: ErrorReason.ValueType  # 10
 """ALREADY_EXISTS: the ids belong to another user or workspace."""
+TEAM_CYCLE: ErrorReason.ValueType  # 11
+"""FAILED_PRECONDITION: the team would be below itself."""
+TEAM_NOT_EMPTY: ErrorReason.ValueType  # 12
+"""FAILED_PRECONDITION: there are teams below the team. Move or delete them first."""
+EMAIL_DOMAIN_REFUSED: ErrorReason.ValueType  # 13
+"""FAILED_PRECONDITION: the workspace lets in only people with an address in certain domains."""
+INVITATION_EXISTS: ErrorReason.ValueType  # 14
+"""ALREADY_EXISTS: the address has an invitation to the workspace already. Resend or revoke that one."""
+INVITATION_NOT_FOUND: ErrorReason.ValueType  # 15
+"""NOT_FOUND: the workspace has no such invitation."""
+INVITATION_INVALID: ErrorReason.ValueType  # 16
+"""NOT_FOUND: the link of an invitation is forged, superseded, revoked, used or too old, or who has sent it may not invite
+any more. Ask for another one.
+"""
+INVITATION_CLOSED: ErrorReason.ValueType  # 17
+"""FAILED_PRECONDITION: the invitation is accepted, declined or revoked already."""
+INVITATION_DELAYED: ErrorReason.ValueType  # 18
+"""RESOURCE_EXHAUSTED: the invitation was mailed a moment ago. Wait for `RetryInfo.retry_delay`."""
+INVITATION_LIMIT: ErrorReason.ValueType  # 19
+"""RESOURCE_EXHAUSTED: the caller has sent as many invitations as one may in a day. Wait for `RetryInfo.retry_delay`."""
+INVITATION_FOR_ANOTHER: ErrorReason.ValueType  # 20
+"""PERMISSION_DENIED: the invitation is for another address than that of the account. Sign in with that one."""
+EMAIL_UNVERIFIED: ErrorReason.ValueType  # 21
+"""FAILED_PRECONDITION: the address of the account is not verified. Open the link in its mail, or ask for another one."""
+INVITATION_ROLE_GONE: ErrorReason.ValueType  # 22
+"""FAILED_PRECONDITION: the role that the invitation gives is gone. Ask for another one."""
+ROLE_TOO_HIGH: ErrorReason.ValueType  # 23
+"""PERMISSION_DENIED: the role has permissions which the caller has not."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -22,39 +22,57 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from meshboard.user.v1 import invitation_pb2 as meshboard_dot_user_dot_v1_dot_invitation__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"meshboard/user/v1/invitation.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\":\n\x0bTeamUpdated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"I\n\x0bTeamDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\"\xdb\x01\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\xdd\x01\n\x11TeamMemberUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"R\n\x11InvitationCreated\x12=\n\ninvitation\x18\x01 \x01(\x0b\x32\x1d.meshboard.user.v1.InvitationR\ninvitation\"Z\n\x10InvitationResent\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"[\n\x11InvitationRevoked\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"u\n\x12InvitationAccepted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"\\\n\x12InvitationDeclined\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USERCREATED']._serialized_start=118
-  _globals['_USERCREATED']._serialized_end=176
-  _globals['_USERUPDATED']._serialized_start=178
-  _globals['_USERUPDATED']._serialized_end=236
-  _globals['_WORKSPACECREATED']._serialized_start=238
-  _globals['_WORKSPACECREATED']._serialized_end=316
-  _globals['_WORKSPACEUPDATED']._serialized_start=318
-  _globals['_WORKSPACEUPDATED']._serialized_end=396
-  _globals['_WORKSPACEDELETED']._serialized_start=398
-  _globals['_WORKSPACEDELETED']._serialized_end=451
-  _globals['_MEMBERADDED']._serialized_start=453
-  _globals['_MEMBERADDED']._serialized_end=517
-  _globals['_MEMBERUPDATED']._serialized_start=519
-  _globals['_MEMBERUPDATED']._serialized_end=585
-  _globals['_MEMBERREMOVED']._serialized_start=587
-  _globals['_MEMBERREMOVED']._serialized_end=662
-  _globals['_TEAMCREATED']._serialized_start=664
-  _globals['_TEAMCREATED']._serialized_end=722
-  _globals['_TEAMMEMBERADDED']._serialized_start=724
-  _globals['_TEAMMEMBERADDED']._serialized_end=826
-  _globals['_TEAMMEMBERREMOVED']._serialized_start=828
-  _globals['_TEAMMEMBERREMOVED']._serialized_end=932
-  _globals['_RIGHTSCHANGED']._serialized_start=934
-  _globals['_RIGHTSCHANGED']._serialized_end=1010
+  _globals['_USERCREATED']._serialized_start=187
+  _globals['_USERCREATED']._serialized_end=245
+  _globals['_USERUPDATED']._serialized_start=247
+  _globals['_USERUPDATED']._serialized_end=305
+  _globals['_WORKSPACECREATED']._serialized_start=307
+  _globals['_WORKSPACECREATED']._serialized_end=385
+  _globals['_WORKSPACEUPDATED']._serialized_start=387
+  _globals['_WORKSPACEUPDATED']._serialized_end=465
+  _globals['_WORKSPACEDELETED']._serialized_start=467
+  _globals['_WORKSPACEDELETED']._serialized_end=520
+  _globals['_MEMBERADDED']._serialized_start=522
+  _globals['_MEMBERADDED']._serialized_end=586
+  _globals['_MEMBERUPDATED']._serialized_start=588
+  _globals['_MEMBERUPDATED']._serialized_end=654
+  _globals['_MEMBERREMOVED']._serialized_start=656
+  _globals['_MEMBERREMOVED']._serialized_end=731
+  _globals['_TEAMCREATED']._serialized_start=733
+  _globals['_TEAMCREATED']._serialized_end=791
+  _globals['_TEAMUPDATED']._serialized_start=793
+  _globals['_TEAMUPDATED']._serialized_end=851
+  _globals['_TEAMDELETED']._serialized_start=853
+  _globals['_TEAMDELETED']._serialized_end=926
+  _globals['_TEAMMEMBERADDED']._serialized_start=929
+  _globals['_TEAMMEMBERADDED']._serialized_end=1148
+  _globals['_TEAMMEMBERUPDATED']._serialized_start=1151
+  _globals['_TEAMMEMBERUPDATED']._serialized_end=1372
+  _globals['_TEAMMEMBERREMOVED']._serialized_start=1374
+  _globals['_TEAMMEMBERREMOVED']._serialized_end=1478
+  _globals['_INVITATIONCREATED']._serialized_start=1480
+  _globals['_INVITATIONCREATED']._serialized_end=1562
+  _globals['_INVITATIONRESENT']._serialized_start=1564
+  _globals['_INVITATIONRESENT']._serialized_end=1654
+  _globals['_INVITATIONREVOKED']._serialized_start=1656
+  _globals['_INVITATIONREVOKED']._serialized_end=1747
+  _globals['_INVITATIONACCEPTED']._serialized_start=1749
+  _globals['_INVITATIONACCEPTED']._serialized_end=1866
+  _globals['_INVITATIONDECLINED']._serialized_start=1868
+  _globals['_INVITATIONDECLINED']._serialized_end=1960
+  _globals['_RIGHTSCHANGED']._serialized_start=1962
+  _globals['_RIGHTSCHANGED']._serialized_end=2038
 # @@protoc_insertion_point(module_scope)
