@@ -10,7 +10,14 @@ from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthSer
 from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from meshboard.auth.v1.usable_key_pb2 import UsableKey
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated
+from meshboard.user.v1.events_pb2 import (
+    InvitationCreated,
+    InvitationResent,
+    MemberRemoved,
+    MemberUpdated,
+    UserUpdated,
+    WorkspaceDeleted,
+)
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
@@ -25,6 +32,7 @@ from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.impersonations import ImpersonationServicer
 from services.auth_svc.internal_sessions import InternalAuthServicer
+from services.auth_svc.invitation_mails import InvitationMails
 from services.auth_svc.mails import Mails
 from services.auth_svc.memberships import Memberships
 from services.auth_svc.own_sessions import SessionServicer
@@ -55,7 +63,7 @@ from services.chassis.server import Server, main
 from services.chassis.times import now
 
 
-async def serve(settings: AuthSettings) -> None:
+async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composition root
     """Serves until the process is told to stop."""
     await db.migrate(settings.postgres_url, "services.auth_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
@@ -140,6 +148,7 @@ async def serve(settings: AuthSettings) -> None:
     )
     impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, now)
     memberships = Memberships(usable_keys, now)
+    invitation_mails = InvitationMails(settings, users, mails, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     audit_entries = AuditServicer(sessions, pages)
     server = Server(
@@ -170,6 +179,9 @@ async def serve(settings: AuthSettings) -> None:
                         UserUpdated: on_user_updated,
                         MemberRemoved: memberships.on_member_removed,
                         MemberUpdated: memberships.on_member_updated,
+                        WorkspaceDeleted: memberships.on_workspace_deleted,
+                        InvitationCreated: invitation_mails.on_invitation_created,
+                        InvitationResent: invitation_mails.on_invitation_resent,
                     }
                 ),
             ),

@@ -10,7 +10,7 @@ import grpc.aio
 from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.auth.v1.impersonation_service_pb2 import StartImpersonationRequest, StartImpersonationResponse
 from meshboard.auth.v1.impersonation_service_pb2_grpc import ImpersonationServiceServicer
-from sqlalchemy import or_, select
+from sqlalchemy import or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, sessions
@@ -146,14 +146,16 @@ class ImpersonationServicer(ImpersonationServiceServicer):
             )
 
 
-async def end_impersonations(session: AsyncSession, workspace_id: str, user_id: str, now: datetime) -> None:
-    """Ends the sessions in a workspace in which a user impersonates others or is impersonated."""
+async def end_impersonations(
+    session: AsyncSession, workspace_id: str, user_id: str | None, now: datetime
+) -> None:
+    """Ends the sessions in a workspace in which a user impersonates others or is impersonated; None: whoever does."""
     found = await session.scalars(
         select(Session.session_id)
         .where(
             Session.impersonator_session_id.is_not(None),  # as the index has it
             Session.workspace_id == workspace_id,
-            or_(Session.impersonator_id == user_id, Session.user_id == user_id),
+            or_(Session.impersonator_id == user_id, Session.user_id == user_id) if user_id else true(),
             Session.revoke_time.is_(None),
             Session.expire_time > now,
         )

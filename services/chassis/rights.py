@@ -81,7 +81,7 @@ class Rights:
     """What user_svc says of a user in a workspace. `version` grows with each change of rights in the workspace.
 
     `second_factor_required` says that the workspace wants its members to have signed in with one. `roles` are the
-    custom roles of the workspace, by name.
+    custom roles of the workspace, by name. `expire_time` is when one of the memberships in `team_ids` ends.
     """
 
     user_id: str
@@ -92,6 +92,7 @@ class Rights:
     version: int
     second_factor_required: bool = False
     roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    expire_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,10 @@ class RightsCache:
             return entry[0]
         rights = await self._fetch(user_id, workspace_id)
         if rights.version >= self._newest.get(workspace_id, 0):
-            self._entries[key] = (rights, time.monotonic() + self._ttl)
+            seconds = self._ttl
+            if rights.expire_time:
+                seconds = min(seconds, rights.expire_time.timestamp() - time.time())
+            self._entries[key] = (rights, time.monotonic() + seconds)
             self._entries.move_to_end(key)
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, WorkspaceDeleted
 
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
@@ -18,6 +18,7 @@ from services.chassis.process import until_stopped
 from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.consumers import on_workspace_deleted
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.settings import Settings
@@ -82,7 +83,16 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
-            consume(bus, sessions, "dashboard", {MemberRemoved: grants.on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "dashboard",
+                {
+                    MemberRemoved: grants.on_member_removed,
+                    TeamDeleted: grants.on_team_deleted,
+                    WorkspaceDeleted: on_workspace_deleted,
+                },
+            ),
         )
     finally:
         await server.stop()
