@@ -1,5 +1,7 @@
 """The composition root of the role `serve`: sources, ingest and queries."""
 
+from functools import partial
+
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
@@ -8,9 +10,10 @@ from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
@@ -84,7 +87,16 @@ async def serve(settings: AnalyticsSettings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "analytics").run(),
-            consume(bus, sessions, "analytics", {MemberRemoved: grants.on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "analytics",
+                {
+                    MemberRemoved: grants.on_member_removed,
+                    TeamDeleted: grants.on_team_deleted,
+                    WorkspaceDeleted: partial(on_workspace_deleted, write_keys),
+                },
+            ),
         )
     finally:
         await server.stop()

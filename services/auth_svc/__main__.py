@@ -13,7 +13,15 @@ from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthSer
 from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from meshboard.auth.v1.usable_key_pb2 import UsableKey
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, RoleUpdated, UserUpdated
+from meshboard.user.v1.events_pb2 import (
+    InvitationCreated,
+    InvitationResent,
+    MemberRemoved,
+    MemberUpdated,
+    RoleUpdated,
+    UserUpdated,
+    WorkspaceDeleted,
+)
 from meshboard.user.v1.internal_grant_service_pb2_grpc import InternalGrantServiceStub
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
@@ -30,6 +38,7 @@ from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.impersonations import ImpersonationServicer
 from services.auth_svc.internal_sessions import InternalAuthServicer
+from services.auth_svc.invitation_mails import InvitationMails
 from services.auth_svc.mails import Mails
 from services.auth_svc.memberships import Memberships
 from services.auth_svc.own_sessions import SessionServicer
@@ -149,6 +158,7 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
     )
     impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, now)
     memberships = Memberships(usable_keys, now)
+    invitation_mails = InvitationMails(settings, users, mails, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
     audit_entries = AuditServicer(sessions, pages)
     access_answers = AccessServicer(
@@ -187,6 +197,9 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
                         MemberRemoved: memberships.on_member_removed,
                         MemberUpdated: memberships.on_member_updated,
                         RoleUpdated: memberships.on_role_updated,
+                        WorkspaceDeleted: memberships.on_workspace_deleted,
+                        InvitationCreated: invitation_mails.on_invitation_created,
+                        InvitationResent: invitation_mails.on_invitation_resent,
                     }
                 ),
             ),

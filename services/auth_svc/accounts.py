@@ -38,7 +38,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, links, sessions
-from services.auth_svc.emails import email_key
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.mails import Mails
 from services.auth_svc.models import NOBODY, Account, EmailChange, Session, Ticket
@@ -52,6 +51,7 @@ from services.auth_svc.tickets import Found, Purpose, Tickets
 from services.auth_svc.tokens import Tokens
 from services.chassis import auth, errors, outbox
 from services.chassis.cache import CachedMessages
+from services.chassis.emails import email_key
 from services.chassis.times import timestamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]

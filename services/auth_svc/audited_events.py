@@ -26,6 +26,11 @@ from meshboard.dashboard.v1.events_pb2 import (
     FolderUpdated,
 )
 from meshboard.user.v1.events_pb2 import (
+    InvitationAccepted,
+    InvitationCreated,
+    InvitationDeclined,
+    InvitationResent,
+    InvitationRevoked,
     MemberAdded,
     MemberRemoved,
     MemberUpdated,
@@ -33,9 +38,13 @@ from meshboard.user.v1.events_pb2 import (
     RoleDeleted,
     RoleUpdated,
     TeamCreated,
+    TeamDeleted,
     TeamMemberAdded,
     TeamMemberRemoved,
+    TeamMemberUpdated,
+    TeamUpdated,
     WorkspaceCreated,
+    WorkspaceDeleted,
     WorkspaceUpdated,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -70,11 +79,19 @@ AUDITED: Mapping[type[Message], Rule] = {
         "",
         {"title": "workspace.title", "require_second_factor": "workspace.require_second_factor"},
     ),
+    WorkspaceDeleted: Rule("workspace.deleted"),
     MemberAdded: Rule("member.added", "member.user.user_id", {"role": "member.role"}),
     MemberUpdated: Rule("member.updated", "member.user.user_id", {"role": "member.role"}),
     MemberRemoved: Rule("member.removed", "user_id"),
     TeamCreated: Rule("team.created", "", {"team_id": "team.team_id", "title": "team.title"}),
-    TeamMemberAdded: Rule("team_member.added", "user_id", {"team_id": "team_id"}),
+    TeamUpdated: Rule(
+        "team.updated",
+        "",
+        {"team_id": "team.team_id", "title": "team.title", "parent_team_id": "team.parent_team_id"},
+    ),
+    TeamDeleted: Rule("team.deleted", "", {"team_id": "team_id"}),
+    TeamMemberAdded: Rule("team_member.added", "user_id", {"team_id": "team_id", "role": "role"}),
+    TeamMemberUpdated: Rule("team_member.updated", "user_id", {"team_id": "team_id", "role": "role"}),
     TeamMemberRemoved: Rule("team_member.removed", "user_id", {"team_id": "team_id"}),
     RoleCreated: Rule("role.created", "", {"role": "role.name", "permissions": "role.permissions"}),
     RoleUpdated: Rule(
@@ -88,6 +105,15 @@ AUDITED: Mapping[type[Message], Rule] = {
         },
     ),
     RoleDeleted: Rule("role.deleted", "", {"role": "name"}),
+    InvitationCreated: Rule(
+        "invitation.created",
+        "",
+        {"invitation_id": "invitation.invitation_id", "role": "invitation.role"},
+    ),
+    InvitationResent: Rule("invitation.resent", "", {"invitation_id": "invitation_id"}),
+    InvitationRevoked: Rule("invitation.revoked", "", {"invitation_id": "invitation_id"}),
+    InvitationAccepted: Rule("invitation.accepted", "user_id", {"invitation_id": "invitation_id"}),
+    InvitationDeclined: Rule("invitation.declined", "", {"invitation_id": "invitation_id"}),
     DashboardCreated: Rule("dashboard.created", "", {"dashboard_id": "dashboard.dashboard_id"}),
     DashboardMoved: Rule(
         "dashboard.moved",

@@ -10,6 +10,8 @@ from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.auth.v1.internal_auth_service_pb2 import (
     CheckSessionRequest,
     CheckSessionResponse,
+    GetVerifiedEmailRequest,
+    GetVerifiedEmailResponse,
     ListRevocationsRequest,
     ListRevocationsResponse,
     SetAccountDisabledRequest,
@@ -71,10 +73,23 @@ class InternalAuthServicer(InternalAuthServiceServicer):
         async with self.db.begin() as session:
             ended = await set_disabled(session, request.user_id, request.disabled, now, origin_of(context))
             if ended is None:
-                raise errors.not_found("RESOURCE_NOT_FOUND", "There is no such account.")
+                raise _no_account()
         for row in ended:
             await self.alive.invalidate(row.session_id)
         return SetAccountDisabledResponse()
+
+    async def GetVerifiedEmail(
+        self, request: GetVerifiedEmailRequest, context: Context
+    ) -> GetVerifiedEmailResponse:
+        async with self.db() as session:
+            account = await session.get(Account, request.user_id)
+        if account is None:
+            raise _no_account()
+        return GetVerifiedEmailResponse(email=account.email if account.verify_time else "")
+
+
+def _no_account() -> errors.Error:
+    return errors.not_found("RESOURCE_NOT_FOUND", "There is no such account.")
 
 
 async def set_disabled(

@@ -5,6 +5,7 @@ behind `#`: browsers keep that part to themselves, so that no log of a server or
 """
 
 from meshboard.auth.v1.factor_pb2 import Factor
+from meshboard.user.v1.internal_user_service_pb2 import GetInvitationMailResponse
 
 from services.auth_svc.settings import AuthSettings
 from services.chassis import errors
@@ -100,6 +101,18 @@ def email_changed(settings: AuthSettings) -> Letter:
         "The address of your account was changed",
         "Your Meshboard account has another address, which was approved from this one. Sign in with the new one.",
         f"If it was not you, tell who runs {settings.public_url} at once.",
+    )
+
+
+def invitation(settings: AuthSettings, mail: GetInvitationMailResponse) -> Letter:
+    """Invites somebody to a workspace. What people have chosen stands in quotation marks."""
+    return _letter(
+        "You are invited to a workspace",
+        f"\u201c{mail.inviter_name}\u201d invites you to the Meshboard workspace \u201c{mail.workspace_title}\u201d, "
+        f"as {mail.role}.",
+        f"To accept or to decline, open this link before {mail.expire_time.ToDatetime():%d %B %Y, %H:%M} UTC:",
+        _link(settings, "invitation", mail.token),
+        "If you do not know who this is, do nothing.",
     )
 
 

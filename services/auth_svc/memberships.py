@@ -1,22 +1,23 @@
 """What ends when somebody leaves a workspace or has other rights there: impersonation, and service accounts."""
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, RoleUpdated
-from sqlalchemy import event as events
+from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, RoleUpdated, WorkspaceDeleted
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.auth_svc import audit
 from services.auth_svc.consumers import on_member_removed
 from services.auth_svc.impersonations import end_impersonations
-from services.auth_svc.models import ServiceAccount
+from services.auth_svc.models import Account, ServiceAccount
 from services.auth_svc.origins import Origin
 from services.auth_svc.service_accounts import retire
-from services.auth_svc.usable_keys import Ended, UsableKeys
+from services.auth_svc.usable_keys import UsableKeys
 from services.chassis import outbox
+from services.chassis.inbox import after_commit
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Memberships:
 
     keys: UsableKeys
     now: Callable[[], datetime]
-    _forgetting: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def on_member_removed(self, session: AsyncSession, event: MemberRemoved) -> None:
         """Ends impersonation by and of the member; a service account ends with its membership."""
@@ -43,6 +43,25 @@ class Memberships:
         if event.added_permissions or event.removed_permissions:
             await end_impersonations(session, event.role.workspace_id, None, self.now())
 
+    async def on_workspace_deleted(self, session: AsyncSession, event: WorkspaceDeleted) -> None:
+        """Ends impersonation in the workspace, and its service accounts; nobody signs in to it any more."""
+        now = self.now()
+        await session.execute(
+            update(Account)
+            .where(Account.last_workspace_id == event.workspace_id)
+            .values(last_workspace_id=None)
+        )
+        await end_impersonations(session, event.workspace_id, None, now)
+        accounts = await session.scalars(
+            select(ServiceAccount)
+            .where(ServiceAccount.workspace_id == event.workspace_id)
+            .order_by(ServiceAccount.service_account_id)
+            .with_for_update()
+        )
+        for account in accounts.all():
+            after_commit(session, partial(self.keys.forget, await retire(session, account, now)))
+            await session.delete(account)
+
     async def _delete_service_account(self, session: AsyncSession, event: MemberRemoved) -> None:
         identity = (event.workspace_id, event.user_id)
         account = await session.get(ServiceAccount, identity, with_for_update=True)
@@ -59,15 +78,5 @@ class Memberships:
                 subject_id=event.user_id,
                 workspace_id=event.workspace_id,
             )
-        self._forget_later(session, await retire(session, account, now))
+        after_commit(session, partial(self.keys.forget, await retire(session, account, now)))
         await session.delete(account)
-
-    def _forget_later(self, session: AsyncSession, ended: list[Ended]) -> None:
-        """Forgets keys once the transaction has committed."""
-
-        def start(_: object) -> None:
-            task = asyncio.get_running_loop().create_task(self.keys.forget(ended))
-            self._forgetting.add(task)
-            task.add_done_callback(self._forgetting.discard)
-
-        events.listen(session.sync_session, "after_commit", start, once=True)

@@ -24,7 +24,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, audit_chain, resealing
-from services.auth_svc.emails import email_key
 from services.auth_svc.internal_sessions import set_disabled
 from services.auth_svc.models import Account, AuditEntryRow, AuditSeal
 from services.auth_svc.origins import Origin
@@ -32,6 +31,7 @@ from services.auth_svc.settings import AuthSettings
 from services.auth_svc.signing_keys import LastKey, SigningKeys
 from services.chassis import db, outbox
 from services.chassis.bus import Bus, BusError
+from services.chassis.emails import email_key
 from services.chassis.sealing import WrongKey
 from services.chassis.settings import load
 from services.chassis.times import now

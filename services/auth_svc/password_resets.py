@@ -8,12 +8,12 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.auth_svc import audit, links
-from services.auth_svc.emails import email_key
 from services.auth_svc.mails import Mails
 from services.auth_svc.models import Account
 from services.auth_svc.origins import Origin
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.tickets import Purpose, Tickets
+from services.chassis.emails import email_key
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from sqlalchemy import select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, sessions
-from services.auth_svc.emails import email_key
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.models import NOBODY, Account, Session
 from services.auth_svc.origins import Origin, origin_of
@@ -47,6 +46,7 @@ from services.auth_svc.tickets import Purpose, Tickets
 from services.auth_svc.tokens import Tokens
 from services.chassis import auth, errors
 from services.chassis.cache import CachedMessages
+from services.chassis.emails import email_key
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -71,7 +71,7 @@ class AuthServicer(AuthServiceServicer):
     async def SignUp(self, request: SignUpRequest, context: Context) -> SignUpResponse:
         origin = self._origin(request, context)
         self.passwords.refuse_common(request.password, "password")
-        if self.settings.require_verified_email:
+        if self.settings.require_verified_email and not request.invitation_token:
             await self.sign_ups.mail_link(request)
             return SignUpResponse()
         signed_up = await self.sign_ups.sign_up(request, origin)

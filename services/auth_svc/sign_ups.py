@@ -7,7 +7,7 @@ from typing import Any
 
 from meshboard.auth.v1.auth_service_pb2 import SignUpRequest
 from meshboard.auth.v1.events_pb2 import AccountCreated, EmailVerified
-from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
+from meshboard.user.v1.internal_user_service_pb2 import CheckInvitationRequest, CreateUserRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from meshboard.user.v1.user_pb2 import User
 from meshboard.user.v1.workspace_pb2 import Workspace
@@ -16,7 +16,6 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, links, sessions
-from services.auth_svc.emails import email_key
 from services.auth_svc.mails import Mails
 from services.auth_svc.models import Account
 from services.auth_svc.origins import Origin
@@ -25,6 +24,7 @@ from services.auth_svc.sessions import PASSWORD, Begun
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.tickets import Purpose, Tickets
 from services.chassis import errors, outbox
+from services.chassis.emails import email_key
 from services.chassis.times import timestamp_of
 
 
@@ -51,9 +51,20 @@ class SignUps:
     new_id: Callable[[], str]
 
     async def sign_up(self, request: SignUpRequest, origin: Origin) -> SignedUp:
-        """Makes the account, signs it in, and mails a link to verify its address. Raises ALREADY_EXISTS."""
+        """Makes the account, signs it in, and mails a link to verify its address. Raises ALREADY_EXISTS.
+
+        An invitation has come by mail, and verifies the address. It is looked at first, so that whoever has none learns
+        nothing of accounts by it. Raises as `InvitationService.AcceptInvitation` says.
+        """
+        invitation = request.invitation_token
+        if invitation:
+            invited = await self.users.CheckInvitation(CheckInvitationRequest(token=invitation))
+            if email_key(invited.email) != email_key(request.email):
+                raise errors.permission_denied(
+                    "INVITATION_FOR_ANOTHER", "The invitation is for another address."
+                )
         pending = await self._pending_account(request)
-        return await self._finish(pending, origin, in_cookies=request.cookies)
+        return await self._finish(pending, origin, in_cookies=request.cookies, invitation=invitation)
 
     async def mail_link(self, request: SignUpRequest) -> None:
         """Mails a link that makes the account; or, to an address that has one, a mail that says so.
@@ -97,15 +108,19 @@ class SignUps:
         return await self._finish(account, origin, in_cookies=in_cookies, link=token)
 
     async def _finish(
-        self, pending: Account, origin: Origin, *, in_cookies: bool, link: str = ""
+        self, pending: Account, origin: Origin, *, in_cookies: bool, link: str = "", invitation: str = ""
     ) -> SignedUp:
-        """Activates the account and signs it in; with a `link`, which is used up then, its address is verified."""
+        """Activates the account and signs it in.
+
+        A `link`, which is used up then, or an `invitation` verifies its address.
+        """
         created = await self.users.CreateUser(
             CreateUserRequest(
                 user_id=pending.user_id,
                 workspace_id=pending.workspace_id,
                 email=pending.email,
                 display_name=pending.display_name,
+                invitation_token=invitation,
             )
         )
         now = self.now()
@@ -119,16 +134,16 @@ class SignUps:
                 account.activate_time = now
                 account.password_change_time = now
                 outbox.add(session, AccountCreated(user_id=account.user_id))
-                if link:
+                if link or invitation:
                     verify(session, account, now)
                 else:
                     token = self.tickets.give(session, Purpose.VERIFY_EMAIL, account.user_id)
                     self.mails.add(session, now, account.email, *links.verify_email(self.settings, token))
-            account.last_workspace_id = account.workspace_id
+            account.last_workspace_id = created.workspace.workspace_id
             begun = sessions.begin(
                 session,
                 account.user_id,
-                account.workspace_id,
+                account.last_workspace_id,
                 origin=origin,
                 methods=(PASSWORD,),
                 settings=self.settings,
@@ -142,7 +157,7 @@ class SignUps:
                 now,
                 actor_id=account.user_id,
                 subject_id=account.user_id,
-                workspace_id=account.workspace_id,
+                workspace_id=account.last_workspace_id,
                 session_id=begun.session.session_id,
             )
         return SignedUp(created.user, created.workspace, begun)

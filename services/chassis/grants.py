@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.user.v1 import grant_pb2
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted
 from meshboard.user.v1.internal_grant_service_pb2 import (
     GetResourceGrantsRequest,
     GetResourceGrantsResponse,
@@ -269,6 +269,21 @@ class Grants:
                 GrantRow.subject_type == rights.USER,
                 GrantRow.subject_id == event.user_id,
                 GrantRow.create_time <= inbox.current.get().store_time,
+            )
+            .returning(GrantRow)
+        )
+        for row in rows:
+            outbox.add(session, self._deleted(row), workspace_id=row.workspace_id)
+
+    async def on_team_deleted(self, session: AsyncSession, event: TeamDeleted) -> None:
+        """Takes the team's grants back. They are void already: no id of a team is used twice."""
+        rows = await session.scalars(
+            delete(GrantRow)
+            .where(
+                GrantRow.workspace_id == event.workspace_id,
+                GrantRow.resource_type == self._resource.type,
+                GrantRow.subject_type == rights.TEAM,
+                GrantRow.subject_id == event.team_id,
             )
             .returning(GrantRow)
         )

@@ -6,7 +6,7 @@ Events may arrive in any order.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +16,7 @@ import structlog
 from google.protobuf.message import Message
 from prometheus_client import Counter
 from sqlalchemy import delete, func, text
+from sqlalchemy import event as events
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -50,6 +51,23 @@ class Event:
 
 
 current: ContextVar[Event] = ContextVar("event")
+
+
+_afterwards: set[asyncio.Task[None]] = set()
+
+
+def after_commit(session: AsyncSession, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Has a handler's work done once its transaction has committed: forgetting what is remembered of its rows.
+
+    A crash in between loses it, so that what is forgotten must also end by itself.
+    """
+
+    def start(_: object) -> None:
+        task = asyncio.get_running_loop().create_task(work())
+        _afterwards.add(task)
+        task.add_done_callback(_afterwards.discard)
+
+    events.listen(session.sync_session, "after_commit", start, once=True)
 
 
 async def consume(

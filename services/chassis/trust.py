@@ -27,6 +27,7 @@ from services.chassis.bus import Bus, Received
 from services.chassis.clients import Peer
 from services.chassis.permissions import permission_set
 from services.chassis.rights import Fetch, Rights, RightsCache
+from services.chassis.times import time_of
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +83,7 @@ def rights_from_pb(rights: workspace_pb2.Rights) -> Rights:
         version=rights.version,
         second_factor_required=rights.second_factor_required,
         roles={role.name: permission_set(tuple(role.permissions)) for role in rights.custom_roles},
+        expire_time=time_of(rights.expire_time, "expire_time") if rights.HasField("expire_time") else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -22,6 +22,7 @@ from services.chassis.process import until_stopped
 from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.consumers import on_workspace_deleted
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
@@ -71,6 +72,10 @@ async def serve(settings: Settings) -> None:
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
     widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
 
+    async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
+        for owned in (grants, folder_grants):
+            await owned.on_team_deleted(session, event)
+
     async def on_member_removed(session: AsyncSession, event: MemberRemoved) -> None:
         for owned in (grants, folder_grants):
             await owned.on_member_removed(session, event)
@@ -96,7 +101,16 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
-            consume(bus, sessions, "dashboard", {MemberRemoved: on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "dashboard",
+                {
+                    MemberRemoved: on_member_removed,
+                    TeamDeleted: on_team_deleted,
+                    WorkspaceDeleted: on_workspace_deleted,
+                },
+            ),
         )
     finally:
         await server.stop()

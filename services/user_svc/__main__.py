@@ -3,8 +3,10 @@
 from functools import partial
 
 from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
+from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.user.v1.events_pb2 import UserUpdated
 from meshboard.user.v1.internal_user_service_pb2_grpc import add_InternalUserServiceServicer_to_server
+from meshboard.user.v1.invitation_service_pb2_grpc import add_InvitationServiceServicer_to_server
 from meshboard.user.v1.role_service_pb2_grpc import add_RoleServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
@@ -24,6 +26,7 @@ from services.chassis.process import until_stopped
 from services.chassis.server import Server, contracts, main
 from services.chassis.settings import Settings
 from services.chassis.times import now
+from services.user_svc import expirations
 from services.user_svc.consumers import (
     on_account_discarded,
     on_email_changed,
@@ -31,6 +34,7 @@ from services.user_svc.consumers import (
     on_user_updated,
 )
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.invitations import Invitations, InvitationServicer
 from services.user_svc.permissions import catalogue
 from services.user_svc.rights import rights_of
 from services.user_svc.roles import RoleServicer
@@ -60,7 +64,10 @@ async def serve(settings: Settings) -> None:
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
     roles = RoleServicer(sessions, pages, catalogue(contracts()), now)
-    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
+    invitations = Invitations(settings.derived_keys("invitations"), now)
+    accounts = auth_peer.stub(InternalAuthServiceStub)
+    invitation_service = InvitationServicer(sessions, invitations, accounts, pages, now, new_id)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, invitations, now)
     server = Server(
         settings,
         [
@@ -68,6 +75,7 @@ async def serve(settings: Settings) -> None:
             lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
             lambda server: add_TeamServiceServicer_to_server(teams, server),
             lambda server: add_RoleServiceServicer_to_server(roles, server),
+            lambda server: add_InvitationServiceServicer_to_server(invitation_service, server),
             lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
         ],
         access,
@@ -88,6 +96,7 @@ async def serve(settings: Settings) -> None:
                     UserUpdated: partial(on_user_updated, me),
                 },
             ),
+            expirations.run(sessions, now),
         )
     finally:
         await server.stop()

@@ -3,15 +3,16 @@
 from datetime import UTC
 
 from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
-from meshboard.user.v1.events_pb2 import UserUpdated
+from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
-from sqlalchemy import delete, func, or_, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis import outbox
 from services.chassis.cache import CachedMessages
 from services.user_svc.convert import user_to_pb
-from services.user_svc.models import Member, User, Workspace
+from services.user_svc.models import PENDING, Invitation, Member, User, Workspace
+from services.user_svc.rights import announce_rights, lock_rights
 
 
 async def on_signed_in(session: AsyncSession, event: SignedIn) -> None:
@@ -26,6 +27,7 @@ async def on_signed_in(session: AsyncSession, event: SignedIn) -> None:
 
 async def on_account_discarded(session: AsyncSession, event: AccountDiscarded) -> None:
     """Takes back what a sign-up left here that was not finished: nobody has ever been able to use it."""
+    await _leave_invitations_open(session, event.user_id)
     await session.execute(delete(Member).where(Member.user_id == event.user_id))
     await session.execute(
         delete(Workspace).where(
@@ -33,6 +35,26 @@ async def on_account_discarded(session: AsyncSession, event: AccountDiscarded) -
         )
     )
     await session.execute(delete(User).where(User.user_id == event.user_id))
+
+
+async def _leave_invitations_open(session: AsyncSession, user_id: str) -> None:
+    """Ends what an unfinished sign-up has accepted, so that the person can sign up with the invitation again."""
+    accepted = await session.scalars(select(Invitation).where(Invitation.acceptor_id == user_id))
+    for invitation in accepted.all():
+        await lock_rights(session, invitation.workspace_id)
+        newer = await session.scalar(
+            select(Invitation.invitation_id).where(
+                Invitation.workspace_id == invitation.workspace_id,
+                Invitation.email_key == invitation.email_key,
+                Invitation.state == PENDING,
+            )
+        )
+        invitation.acceptor_id = None
+        if newer is None:
+            invitation.state, invitation.end_time = PENDING, None
+        removed = MemberRemoved(workspace_id=invitation.workspace_id, user_id=user_id)
+        outbox.add(session, removed, workspace_id=invitation.workspace_id)
+        await announce_rights(session, invitation.workspace_id)
 
 
 async def on_email_changed(session: AsyncSession, event: EmailChanged) -> None:

@@ -1,10 +1,13 @@
 """Rows as messages of the contract."""
 
-from meshboard.user.v1 import role_pb2, user_pb2, workspace_pb2
+from collections.abc import Iterable
+from datetime import datetime
+
+from meshboard.user.v1 import invitation_pb2, role_pb2, user_pb2, workspace_pb2
 
 from services.chassis.rights import ROLES, Rights
 from services.chassis.times import timestamp_of
-from services.user_svc.models import Member, Role, Team, User, Workspace
+from services.user_svc.models import PENDING, Invitation, Member, Role, Team, TeamMember, User, Workspace
 
 _BUILTIN_ROLES = {
     "viewer": "Sees everything, and asks questions of it.",
@@ -36,6 +39,8 @@ def workspace_to_pb(row: Workspace) -> workspace_pb2.Workspace:
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
         require_second_factor=row.require_second_factor,
+        default_role=row.default_role,
+        allowed_email_domains=row.allowed_email_domains,
     )
 
 
@@ -59,6 +64,40 @@ def team_to_pb(row: Team) -> workspace_pb2.Team:
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
+        description=row.description,
+        depth=row.depth,
+    )
+
+
+def team_member_to_pb(
+    row: TeamMember | None, user: User, via_team_ids: Iterable[str] = ()
+) -> workspace_pb2.TeamMember:
+    """The membership; without a row the user is in the team by way of others alone."""
+    member = workspace_pb2.TeamMember(user=user_to_pb(user), via_team_ids=sorted(via_team_ids))
+    if row is not None:
+        member.direct = True
+        member.role = workspace_pb2.TeamMember.Role.Value(row.role)
+        member.create_time.CopyFrom(timestamp_of(row.create_time))
+        if row.expire_time:
+            member.expire_time.CopyFrom(timestamp_of(row.expire_time))
+    return member
+
+
+def invitation_to_pb(row: Invitation, now: datetime) -> invitation_pb2.Invitation:
+    """The invitation as it is now."""
+    expired = row.state == PENDING and row.expire_time <= now
+    return invitation_pb2.Invitation(
+        invitation_id=row.invitation_id,
+        workspace_id=row.workspace_id,
+        email=row.email,
+        role=row.role,
+        team_ids=row.team_ids,
+        state=invitation_pb2.Invitation.State.Value("EXPIRED" if expired else row.state),
+        inviter_id=row.inviter_id,
+        acceptor_id=row.acceptor_id or "",
+        create_time=timestamp_of(row.create_time),
+        send_time=timestamp_of(row.send_time),
+        expire_time=timestamp_of(row.expire_time),
     )
 
 
@@ -102,4 +141,5 @@ def rights_to_pb(rights: Rights) -> workspace_pb2.Rights:
             workspace_pb2.Rights.CustomRole(name=name, permissions=sorted(permissions))
             for name, permissions in sorted(rights.roles.items())
         ],
+        expire_time=timestamp_of(rights.expire_time) if rights.expire_time else None,
     )

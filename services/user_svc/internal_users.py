@@ -8,10 +8,14 @@ from typing import Any
 import grpc.aio
 from meshboard.user.v1 import events_pb2
 from meshboard.user.v1.internal_user_service_pb2 import (
+    CheckInvitationRequest,
+    CheckInvitationResponse,
     CheckSubjectsRequest,
     CheckSubjectsResponse,
     CreateUserRequest,
     CreateUserResponse,
+    GetInvitationMailRequest,
+    GetInvitationMailResponse,
     GetRightsRequest,
     GetRightsResponse,
     GetSignInRequest,
@@ -25,15 +29,25 @@ from meshboard.user.v1.internal_user_service_pb2 import (
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
-from sqlalchemy import delete, select
+from sqlalchemy import delete, exists, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.rights import Fetch
+from services.chassis.times import timestamp_of
 from services.user_svc.convert import member_to_pb, rights_to_pb, team_to_pb, user_to_pb, workspace_to_pb
-from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, TeamMember, User, Workspace
+from services.user_svc.invitations import Invitations, invalid
+from services.user_svc.models import (
+    SERVICE_ACCOUNT,
+    Invitation,
+    Member,
+    Team,
+    TeamMember,
+    User,
+    Workspace,
+)
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.roles import OWNER, owner_role_reserved, require_role
 from services.user_svc.users import user_not_found
@@ -49,6 +63,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     db: async_sessionmaker[AsyncSession]
     fetch_rights: Fetch
     me: CachedMessages[GetMeResponse]
+    invitations: Invitations
     now: Callable[[], datetime]
 
     async def CreateUser(self, request: CreateUserRequest, context: Context) -> CreateUserResponse:
@@ -67,29 +82,35 @@ class InternalUserServicer(InternalUserServiceServicer):
                 .returning(User)
             )
             if user is None:
-                return await self._created(session, request)
-            title = f"{request.display_name}'s workspace"[:100]
-            workspace = await add_workspace(session, user, request.workspace_id, title=title, now=now)
-            if workspace is None:
-                raise _ids_taken()
-            outbox.add(session, events_pb2.UserCreated(user=user_to_pb(user)))
+                user = await session.get(User, request.user_id)
+                if user is None or user.email != request.email:
+                    raise _ids_taken()
+            else:
+                outbox.add(session, events_pb2.UserCreated(user=user_to_pb(user)))
+            if request.invitation_token:
+                workspace, _ = await self.invitations.accept(
+                    session, request.invitation_token, user, request.email
+                )
+            else:
+                workspace = await self._own_workspace(session, user, request)
         return CreateUserResponse(user=user_to_pb(user), workspace=workspace_to_pb(workspace))
 
-    async def _created(self, session: AsyncSession, request: CreateUserRequest) -> CreateUserResponse:
-        found = await session.execute(
-            select(User, Workspace)
-            .join(Workspace, Workspace.creator_id == User.user_id)
-            .where(
-                User.user_id == request.user_id,
-                User.email == request.email,
-                Workspace.workspace_id == request.workspace_id,
-            )
+    async def _own_workspace(
+        self, session: AsyncSession, user: User, request: CreateUserRequest
+    ) -> Workspace:
+        """The personal workspace, which an earlier call may have made under the same id."""
+        elsewhere = exists().where(
+            Workspace.creator_id == user.user_id, Workspace.workspace_id != request.workspace_id
         )
-        row = found.one_or_none()
-        if row is None:
+        if await session.scalar(select(elsewhere)):
             raise _ids_taken()
-        user, workspace = row
-        return CreateUserResponse(user=user_to_pb(user), workspace=workspace_to_pb(workspace))
+        title = f"{request.display_name}'s workspace"[:100]
+        workspace = await add_workspace(session, user, request.workspace_id, title=title, now=self.now())
+        if workspace is None:
+            workspace = await session.get(Workspace, request.workspace_id)
+        if workspace is None or workspace.creator_id != user.user_id:
+            raise _ids_taken()
+        return workspace
 
     async def PutServiceUser(
         self, request: PutServiceUserRequest, context: Context
@@ -143,10 +164,12 @@ class InternalUserServicer(InternalUserServiceServicer):
         self, request: RemoveServiceUserRequest, context: Context
     ) -> RemoveServiceUserResponse:
         async with self.db.begin() as session:
-            await lock_rights(session, request.workspace_id)
             user = await session.get(User, request.user_id)
             if user is None or user.kind != SERVICE_ACCOUNT:
                 return RemoveServiceUserResponse()
+            if await session.get(Workspace, request.workspace_id) is None:
+                return RemoveServiceUserResponse()
+            await lock_rights(session, request.workspace_id)
             removed = await session.scalar(
                 delete(Member)
                 .where(Member.workspace_id == request.workspace_id, Member.user_id == request.user_id)
@@ -212,6 +235,39 @@ class InternalUserServicer(InternalUserServiceServicer):
                 )
             )
         return CheckSubjectsResponse(user_ids=user_ids, team_ids=team_ids)
+
+    async def GetInvitationMail(
+        self, request: GetInvitationMailRequest, context: Context
+    ) -> GetInvitationMailResponse:
+        async with self.db() as session:
+            found = await session.execute(
+                select(Invitation, Workspace.title, User.display_name)
+                .join(Workspace, Workspace.workspace_id == Invitation.workspace_id)
+                .join(User, User.user_id == Invitation.inviter_id)
+                .where(
+                    Invitation.workspace_id == request.workspace_id,
+                    Invitation.invitation_id == request.invitation_id,
+                )
+            )
+        row = found.one_or_none()
+        if row is None:
+            raise invalid()
+        invitation, title, inviter_name = row
+        return GetInvitationMailResponse(
+            email=invitation.email,
+            token=self.invitations.token(invitation),
+            workspace_title=title,
+            inviter_name=inviter_name,
+            role=invitation.role,
+            expire_time=timestamp_of(invitation.expire_time),
+        )
+
+    async def CheckInvitation(
+        self, request: CheckInvitationRequest, context: Context
+    ) -> CheckInvitationResponse:
+        async with self.db() as session:
+            invitation = await self.invitations.preview(session, request.token, accepted_too=True)
+        return CheckInvitationResponse(email=invitation.email)
 
 
 def _ids_taken() -> errors.Error:

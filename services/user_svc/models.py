@@ -9,6 +9,7 @@ from sqlalchemy import (
     Index,
     Text,
     UniqueConstraint,
+    Uuid,
     false,
     text,
 )
@@ -17,6 +18,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from services.chassis.db import Id, Time
 
 MAX_TEAM_DEPTH = 8
+# The states of invitations that the code asks for, and the role in a team that adds and removes others.
+PENDING, ACCEPTED, DECLINED, REVOKED = "PENDING", "ACCEPTED", "DECLINED", "REVOKED"
+MAINTAINER = "MAINTAINER"
 # Of a user; otherwise a PERSON.
 SERVICE_ACCOUNT = "SERVICE_ACCOUNT"
 
@@ -59,6 +63,8 @@ class Workspace(Table):
     create_time: Mapped[Time]
     update_time: Mapped[Time]
     require_second_factor: Mapped[bool] = mapped_column(server_default=false())
+    default_role: Mapped[str] = mapped_column(Text, server_default=text("'viewer'"))
+    allowed_email_domains: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{}'"))
 
 
 class Member(Table):
@@ -122,10 +128,11 @@ class Team(Table):
     request_id: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time]
     update_time: Mapped[Time]
+    description: Mapped[str] = mapped_column(Text, server_default=text("''"))
 
 
 class TeamMember(Table):
-    """A user in a team."""
+    """A user in a team, until `expire_time`. `role` is the name of a TeamMember.Role."""
 
     __tablename__ = "team_members"
     __table_args__ = (
@@ -139,9 +146,52 @@ class TeamMember(Table):
             ondelete="CASCADE",
         ),
         Index("team_members_by_user", "workspace_id", "user_id"),
+        Index("team_members_by_expiry", "expire_time", postgresql_where=text("expire_time IS NOT NULL")),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     team_id: Mapped[Id] = mapped_column(primary_key=True)
     user_id: Mapped[Id] = mapped_column(primary_key=True)
     create_time: Mapped[Time]
+    role: Mapped[str] = mapped_column(Text, server_default=text("'MEMBER'"))
+    expire_time: Mapped[Time | None]
+
+
+class Invitation(Table):
+    """An address that may become a member; `state` is the name of an Invitation.State.
+
+    The token of its link is kept nowhere: it is a MAC over this row, and `generation` makes it another one. A pending
+    invitation after its `expire_time` has expired; EXPIRED is written where another one has taken its place.
+    """
+
+    __tablename__ = "invitations"
+    __table_args__ = (
+        UniqueConstraint("invitation_id", name="invitations_id_once"),
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="invitations_request_once"),
+        Index(
+            "invitations_pending_once",
+            "workspace_id",
+            "email_key",
+            unique=True,
+            postgresql_where=text("state = 'PENDING'"),
+        ),
+        Index("invitations_by_inviter", "inviter_id", "send_time"),
+        Index("invitations_by_acceptor", "acceptor_id", postgresql_where=text("acceptor_id IS NOT NULL")),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(ForeignKey("workspaces.workspace_id"), primary_key=True)
+    invitation_id: Mapped[Id] = mapped_column(primary_key=True)
+    email: Mapped[str] = mapped_column(Text)
+    email_key: Mapped[str] = mapped_column(Text)
+    role: Mapped[str] = mapped_column(Text)
+    team_ids: Mapped[list[str]] = mapped_column(ARRAY(Uuid(as_uuid=False)))
+    state: Mapped[str] = mapped_column(Text, server_default=text("'PENDING'"))
+    generation: Mapped[int] = mapped_column(server_default=text("1"))
+    inviter_id: Mapped[Id]
+    acceptor_id: Mapped[Id | None]
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    send_time: Mapped[Time]
+    expire_time: Mapped[Time]
+    end_time: Mapped[Time | None]

@@ -20,12 +20,14 @@ _RIGHTS = text("""
     WITH RECURSIVE above (team_id, parent_team_id) AS (
         SELECT team_id, parent_team_id
         FROM team_members JOIN teams USING (workspace_id, team_id)
-        WHERE workspace_id = :workspace_id AND user_id = :user_id
+        WHERE workspace_id = :workspace_id AND user_id = :user_id AND (expire_time IS NULL OR expire_time > now())
       UNION
         SELECT teams.team_id, teams.parent_team_id
         FROM above JOIN teams ON teams.workspace_id = :workspace_id AND teams.team_id = above.parent_team_id
     )
     SELECT role, rights_version, require_second_factor, ARRAY(SELECT team_id::text FROM above),
+        (SELECT min(expire_time) FROM team_members
+        WHERE workspace_id = :workspace_id AND user_id = :user_id AND expire_time > now()),
         (SELECT json_object_agg(name, permissions) FROM roles WHERE workspace_id = :workspace_id)
     FROM members JOIN workspaces USING (workspace_id)
     WHERE workspace_id = :workspace_id AND user_id = :user_id
@@ -39,40 +41,49 @@ def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
 
     async def fetch(user_id: str, workspace_id: str) -> Rights:
         async with db() as session:
-            found = await session.execute(_RIGHTS, {"user_id": user_id, "workspace_id": workspace_id})
-        row = found.one_or_none()
-        if row is None:
-            raise errors.not_found(
-                "WORKSPACE_NOT_FOUND", "There is no such workspace.", workspace_id=workspace_id
-            )
-        role, version, second_factor_required, team_ids, custom = row
-        roles = {
-            # Without what an older or newer version of this code calls a permission.
-            name: permission_set(tuple(sorted(_GIVABLE.intersection(permissions))))
-            for name, permissions in (custom or {}).items()
-        }
-        return Rights(
-            user_id,
-            workspace_id,
-            role,
-            ROLES.get(role) or roles.get(role, frozenset()),
-            frozenset(team_ids),
-            version,
-            second_factor_required,
-            roles,
-        )
+            return await read_rights(session, user_id, workspace_id)
 
     return fetch
 
 
+async def read_rights(session: AsyncSession, user_id: str, workspace_id: str) -> Rights:
+    """The rights as the transaction sees them; raises NOT_FOUND for who is not a member."""
+    found = await session.execute(_RIGHTS, {"user_id": user_id, "workspace_id": workspace_id})
+    row = found.one_or_none()
+    if row is None:
+        raise _workspace_not_found(workspace_id)
+    role, version, second_factor_required, team_ids, expire_time, custom = row
+    roles = {
+        # Without what an older or newer version of this code calls a permission.
+        name: permission_set(tuple(sorted(_GIVABLE.intersection(permissions))))
+        for name, permissions in (custom or {}).items()
+    }
+    return Rights(
+        user_id,
+        workspace_id,
+        role,
+        ROLES.get(role) or roles.get(role, frozenset()),
+        frozenset(team_ids),
+        version,
+        second_factor_required,
+        roles,
+        expire_time,
+    )
+
+
 async def lock_rights(session: AsyncSession, workspace_id: str) -> None:
-    """Has other changes of this workspace's rights wait for the end of the transaction."""
+    """Has other changes of this workspace's rights wait for the end of the transaction.
+
+    Raises NOT_FOUND when the workspace has been deleted.
+    """
     # NO KEY UPDATE, so that rows which refer to the workspace can be inserted meanwhile.
-    await session.execute(
+    found = await session.scalar(
         select(Workspace.workspace_id)
         .where(Workspace.workspace_id == workspace_id)
         .with_for_update(key_share=True)
     )
+    if found is None:
+        raise _workspace_not_found(workspace_id)
 
 
 async def announce_rights(session: AsyncSession, workspace_id: str) -> None:
@@ -88,3 +99,7 @@ async def announce_rights(session: AsyncSession, workspace_id: str) -> None:
         events_pb2.RightsChanged(workspace_id=workspace_id, version=version.scalar_one()),
         workspace_id=workspace_id,
     )
+
+
+def _workspace_not_found(workspace_id: str) -> errors.Error:
+    return errors.not_found("WORKSPACE_NOT_FOUND", "There is no such workspace.", workspace_id=workspace_id)

@@ -31,7 +31,7 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.rights import ROLES
 from services.user_svc.convert import builtin_role_to_pb, role_to_pb
-from services.user_svc.models import Member, Role
+from services.user_svc.models import Member, Role, Workspace
 from services.user_svc.permissions import require_complete
 from services.user_svc.rights import announce_rights, lock_rights
 
@@ -263,6 +263,11 @@ async def _require_unused(session: AsyncSession, role: Role) -> None:
     if members:
         raise errors.failed_precondition(
             "ROLE_IN_USE", "Members have the role: give them another one first.", members=members
+        )
+    workspace = await session.get_one(Workspace, role.workspace_id)
+    if workspace.default_role == role.name:
+        raise errors.failed_precondition(
+            "ROLE_IN_USE", "The workspace gives the role to newcomers: change its default role first."
         )
 
 

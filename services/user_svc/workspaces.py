@@ -1,6 +1,7 @@
 """Workspaces and their members."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,34 +13,56 @@ from meshboard.user.v1.workspace_service_pb2 import (
     AddMemberResponse,
     CreateWorkspaceRequest,
     CreateWorkspaceResponse,
+    DeleteWorkspaceRequest,
+    DeleteWorkspaceResponse,
     GetWorkspaceRequest,
     GetWorkspaceResponse,
+    LeaveWorkspaceRequest,
+    LeaveWorkspaceResponse,
     ListMembersRequest,
     ListMembersResponse,
     ListWorkspacesRequest,
     ListWorkspacesResponse,
     RemoveMemberRequest,
     RemoveMemberResponse,
+    TransferOwnershipRequest,
+    TransferOwnershipResponse,
     UpdateMemberRequest,
     UpdateMemberResponse,
     UpdateWorkspaceRequest,
     UpdateWorkspaceResponse,
 )
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceServicer
-from sqlalchemy import Text, cast, delete, func, select, true, update
+from sqlalchemy import Text, cast, delete, exists, func, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import aliased
 
 from services.chassis import auth, errors, outbox
+from services.chassis.emails import email_key
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
+from services.chassis.texts import clean_name
 from services.user_svc.convert import member_to_pb, workspace_to_pb
-from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, TeamMember, User, Workspace
+from services.user_svc.models import (
+    SERVICE_ACCOUNT,
+    Invitation,
+    Member,
+    Role,
+    Team,
+    TeamMember,
+    User,
+    Workspace,
+)
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.roles import OWNER, owner_role_reserved, require_rank, require_role
 from services.user_svc.users import user_not_found
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_MUTABLE = ("title", "require_second_factor", "default_role", "allowed_email_domains")
+_LABEL = r"[^\W_]([\w-]{0,61}[^\W_])?"
+_DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})+")
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class WorkspaceServicer(WorkspaceServiceServicer):
                 session,
                 owner,
                 self.new_id(),
-                title=request.title,
+                title=clean_name(request.title, "title"),
                 request_id=request.request_id or None,
                 now=self.now(),
             )
@@ -104,14 +127,14 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         self, request: UpdateWorkspaceRequest, context: Context
     ) -> UpdateWorkspaceResponse:
         workspace_id = auth.caller().workspace_id
-        changes = {
-            field: getattr(request.workspace, field)
-            for field in changed_fields(
-                request.workspace, request.update_mask, {"title", "require_second_factor"}
-            )
-        }
-        if changes.get("title") == "":
-            raise errors.invalid_fields([("workspace.title", "must have at least 1 character")])
+        fields = changed_fields(request.workspace, request.update_mask, _MUTABLE)
+        changes = {field: getattr(request.workspace, field) for field in fields}
+        if "title" in changes:
+            changes["title"] = clean_name(changes["title"], "workspace.title")
+        if "allowed_email_domains" in changes:
+            changes["allowed_email_domains"] = _domains(changes["allowed_email_domains"])
+        if changes.get("default_role") == OWNER:
+            raise owner_role_reserved()
         claims = auth.caller().claims
         if changes.get("require_second_factor") and claims and not claims.has_second_factor:
             raise errors.permission_denied(
@@ -120,6 +143,8 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         etag = request.workspace.etag
         async with self.db.begin() as session:
             await lock_rights(session, workspace_id)
+            if "default_role" in changes:
+                await require_role(session, workspace_id, changes["default_role"])
             workspace = await session.scalar(
                 update(Workspace)
                 .where(
@@ -137,36 +162,62 @@ class WorkspaceServicer(WorkspaceServiceServicer):
                 await announce_rights(session, workspace_id)
         return UpdateWorkspaceResponse(workspace=workspace_to_pb(workspace))
 
+    async def DeleteWorkspace(
+        self, request: DeleteWorkspaceRequest, context: Context
+    ) -> DeleteWorkspaceResponse:
+        workspace_id = auth.caller().workspace_id
+        async with self.db.begin() as session:
+            await lock_rights(session, workspace_id)
+            workspace = await session.get_one(Workspace, workspace_id)
+            if request.etag and request.etag != str(workspace.version):
+                raise errors.etag_mismatch()
+            await delete_workspace(session, workspace_id)
+        return DeleteWorkspaceResponse()
+
+    async def LeaveWorkspace(
+        self, request: LeaveWorkspaceRequest, context: Context
+    ) -> LeaveWorkspaceResponse:
+        caller = auth.caller()
+        async with self.db.begin() as session:
+            await lock_rights(session, caller.workspace_id)
+            member, _ = await _find_member(session, caller.workspace_id, caller.user_id)
+            await _require_another_owner(session, member)
+            await _remove(session, member)
+        return LeaveWorkspaceResponse()
+
+    async def TransferOwnership(
+        self, request: TransferOwnershipRequest, context: Context
+    ) -> TransferOwnershipResponse:
+        caller, role = auth.caller(), request.role or "admin"
+        if role == OWNER:
+            raise errors.invalid_fields([("role", "is that of an owner")])
+        if request.user_id.lower() == caller.user_id:
+            raise errors.invalid_fields([("user_id", "is the caller")])
+        async with self.db.begin() as session:
+            await lock_rights(session, caller.workspace_id)
+            await require_rank(session, OWNER)
+            await require_role(session, caller.workspace_id, role)
+            successor, user = await _find_member(session, caller.workspace_id, request.user_id)
+            if user.kind == SERVICE_ACCOUNT:
+                raise owner_role_reserved()
+            former, former_user = await _find_member(session, caller.workspace_id, caller.user_id)
+            successor.role, former.role = OWNER, role
+            owners = [member_to_pb(successor, user), member_to_pb(former, former_user)]
+            for member in owners:
+                event = events_pb2.MemberUpdated(member=member)
+                outbox.add(session, event, workspace_id=caller.workspace_id)
+            await announce_rights(session, caller.workspace_id)
+        return TransferOwnershipResponse(owner=owners[0], former_owner=owners[1])
+
     async def AddMember(self, request: AddMemberRequest, context: Context) -> AddMemberResponse:
         caller = auth.caller()
         async with self.db.begin() as session:
             await lock_rights(session, caller.workspace_id)
             await require_role(session, caller.workspace_id, request.role)
             await require_rank(session, request.role)
-            user = await session.get(User, request.user_id)
-            # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
-            if user is None or (
-                user.kind == SERVICE_ACCOUNT
-                and not await session.get(Member, (caller.workspace_id, user.user_id))
-            ):
-                raise user_not_found(request.user_id)
-            member = await session.scalar(
-                insert(Member)
-                .values(
-                    workspace_id=caller.workspace_id,
-                    user_id=user.user_id,
-                    role=request.role,
-                    create_time=self.now(),
-                )
-                .on_conflict_do_nothing()
-                .returning(Member)
-            )
-            if member is None:
-                raise errors.already_exists(
-                    "MEMBER_EXISTS", "The user is a member already.", user_id=user.user_id
-                )
-            event = events_pb2.MemberAdded(member=member_to_pb(member, user))
-            outbox.add(session, event, workspace_id=caller.workspace_id)
+            user = await _find_acquaintance(session, request.user_id)
+            workspace = await session.get_one(Workspace, caller.workspace_id)
+            member = await add_member(session, workspace, user, request.role, self.now())
             await announce_rights(session, caller.workspace_id)
         return AddMemberResponse(member=member_to_pb(member, user))
 
@@ -177,7 +228,11 @@ class WorkspaceServicer(WorkspaceServiceServicer):
             rows = await session.execute(
                 select(Member, User)
                 .join(User, User.user_id == Member.user_id)
-                .where(Member.workspace_id == workspace_id, page.after(Member.create_time, Member.user_id))
+                .where(
+                    Member.workspace_id == workspace_id,
+                    Member.role == request.role if request.role else true(),
+                    page.after(Member.create_time, Member.user_id),
+                )
                 .order_by(Member.create_time, Member.user_id)
                 .limit(page.limit)
             )
@@ -208,15 +263,10 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         workspace_id = auth.caller().workspace_id
         async with self.db.begin() as session:
             await lock_rights(session, workspace_id)
-            member, user = await _find_member(session, workspace_id, request.user_id)
+            member, _ = await _find_member(session, workspace_id, request.user_id)
             await require_rank(session, member.role)
             await _require_another_owner(session, member)
-            await session.execute(
-                delete(Member).where(Member.workspace_id == workspace_id, Member.user_id == user.user_id)
-            )
-            event = events_pb2.MemberRemoved(workspace_id=workspace_id, user_id=user.user_id)
-            outbox.add(session, event, workspace_id=workspace_id)
-            await announce_rights(session, workspace_id)
+            await _remove(session, member)
         return RemoveMemberResponse()
 
 
@@ -257,9 +307,61 @@ async def add_workspace(
 async def delete_workspace(session: AsyncSession, workspace_id: str) -> None:
     """Deletes a workspace with its teams and members, and tells of it; other services delete what they have in it."""
     await lock_rights(session, workspace_id)
-    for table in (TeamMember, Team, Member, Workspace):
+    # So that nobody uses rights that are remembered.
+    await announce_rights(session, workspace_id)
+    for table in (Invitation, TeamMember, Team, Member, Role, Workspace):
         await session.execute(delete(table).where(table.workspace_id == workspace_id))
     outbox.add(session, events_pb2.WorkspaceDeleted(workspace_id=workspace_id), workspace_id=workspace_id)
+
+
+async def add_member(
+    session: AsyncSession, workspace: Workspace, user: User, role: str, now: datetime
+) -> Member:
+    """Adds a member and the event that tells of it; the caller has locked the rights, and announces them.
+
+    Raises ALREADY_EXISTS (MEMBER_EXISTS), FAILED_PRECONDITION (EMAIL_DOMAIN_REFUSED).
+    """
+    member: Member | None = await session.scalar(
+        insert(Member)
+        .values(workspace_id=workspace.workspace_id, user_id=user.user_id, role=role, create_time=now)
+        .on_conflict_do_nothing()
+        .returning(Member)
+    )
+    if member is None:
+        raise errors.already_exists("MEMBER_EXISTS", "The user is a member already.", user_id=user.user_id)
+    require_allowed_email(workspace, user.email)
+    event = events_pb2.MemberAdded(member=member_to_pb(member, user))
+    outbox.add(session, event, workspace_id=workspace.workspace_id)
+    return member
+
+
+async def _remove(session: AsyncSession, member: Member) -> None:
+    await session.delete(member)
+    event = events_pb2.MemberRemoved(workspace_id=member.workspace_id, user_id=member.user_id)
+    outbox.add(session, event, workspace_id=member.workspace_id)
+    await announce_rights(session, member.workspace_id)
+
+
+def require_allowed_email(workspace: Workspace, email: str) -> None:
+    """Raises FAILED_PRECONDITION (EMAIL_DOMAIN_REFUSED) for an address that the workspace does not let in."""
+    allowed = workspace.allowed_email_domains
+    if allowed and email_key(email).rpartition("@")[2] not in allowed:
+        raise errors.failed_precondition(
+            "EMAIL_DOMAIN_REFUSED",
+            f"The workspace lets in people with an address in: {', '.join(allowed)}.",
+            allowed=", ".join(allowed),
+        )
+
+
+def _domains(names: Iterable[str]) -> list[str]:
+    """Domains as they are kept. Raises INVALID_ARGUMENT for what is none."""
+    domains = [email_key(name) for name in names]
+    for index, domain in enumerate(domains):
+        if not _DOMAIN.fullmatch(domain):
+            raise errors.invalid_fields(
+                [(f"workspace.allowed_email_domains[{index}]", "is no domain such as example.org")]
+            )
+    return sorted(set(domains))
 
 
 async def _find_member(session: AsyncSession, workspace_id: str, user_id: str) -> tuple[Member, User]:
@@ -273,6 +375,24 @@ async def _find_member(session: AsyncSession, workspace_id: str, user_id: str) -
         raise errors.not_found("MEMBER_NOT_FOUND", "The workspace has no such member.", user_id=user_id)
     member, user = row
     return member, user
+
+
+async def _find_acquaintance(session: AsyncSession, user_id: str) -> User:
+    """A user who shares a workspace with the caller; anyone else is nobody here. Raises NOT_FOUND (USER_NOT_FOUND)."""
+    theirs = aliased(Member)
+    shared = exists().where(
+        Member.user_id == auth.caller().user_id,
+        theirs.workspace_id == Member.workspace_id,
+        theirs.user_id == User.user_id,
+    )
+    user: User | None = await session.scalar(select(User).where(User.user_id == user_id, shared))
+    # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
+    if user is None or (
+        user.kind == SERVICE_ACCOUNT
+        and not await session.get(Member, (auth.caller().workspace_id, user.user_id))
+    ):
+        raise user_not_found(user_id)
+    return user
 
 
 async def _require_another_owner(session: AsyncSession, member: Member) -> None:

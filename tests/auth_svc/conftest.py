@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,27 @@ from meshboard.auth.v1.impersonation_service_pb2_grpc import ImpersonationServic
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.auth.v1.service_account_service_pb2_grpc import ServiceAccountServiceStub
 from meshboard.auth.v1.session_service_pb2_grpc import SessionServiceStub
+from meshboard.user.v1.internal_user_service_pb2 import GetInvitationMailRequest
+from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
+from meshboard.user.v1.invitation_service_pb2 import AcceptInvitationRequest, CreateInvitationRequest
+from meshboard.user.v1.invitation_service_pb2_grpc import InvitationServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc.__main__ import serve as serve_auth
+from services.auth_svc.models import Account
 from services.auth_svc.settings import AuthSettings
 from services.chassis import db
 from services.chassis.settings import Settings
 from services.user_svc.__main__ import serve as serve_user
 from tests import mailbox as mailboxes
-from tests.harness import make_keys, make_settings, new_id
+from tests.harness import make_keys, make_settings, new_id, service_metadata
 from tests.mailbox import Mailbox
 from tests.parts import Parts, free_port
 
 PASSWORD = "a long enough passphrase"
+Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Services:
     impersonations: ImpersonationServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
+    invitations: InvitationServiceStub
+    internal_users: InternalUserServiceStub
     sessions: async_sessionmaker[AsyncSession]
     user_sessions: async_sessionmaker[AsyncSession]
 
@@ -65,6 +74,30 @@ class Services:
     async def sign_in(self, email: str, password: str = PASSWORD) -> SignInResponse:
         """Another session of somebody."""
         return await self.auth.SignIn(SignInRequest(email=email, password=password))
+
+    async def invite(self, workspace_id: str, email: str, metadata: Metadata, role: str = "viewer") -> str:
+        """Invites an address in the name of whose metadata this is, and gives the token of the link."""
+        request = CreateInvitationRequest(workspace_id=workspace_id, email=email, role=role)
+        created = await self.invitations.CreateInvitation(request, metadata=metadata)
+        mail = await self.internal_users.GetInvitationMail(
+            GetInvitationMailRequest(
+                workspace_id=workspace_id, invitation_id=created.invitation.invitation_id
+            ),
+            metadata=service_metadata(self.keys, "auth", "user"),
+        )
+        return mail.token
+
+    async def admit(
+        self, workspace_id: str, metadata: Metadata, user_id: str, token: str, role: str = "viewer"
+    ) -> None:
+        """Makes somebody with an account, whose access token this is, a member by an invitation."""
+        async with self.sessions.begin() as session:
+            account = await session.get_one(Account, user_id)
+            account.verify_time = account.verify_time or datetime.now(UTC)
+        invitation = await self.invite(workspace_id, account.email, metadata, role)
+        await self.invitations.AcceptInvitation(
+            AcceptInvitationRequest(token=invitation), metadata=bearer(token)
+        )
 
     async def sign_up_when_user_svc_is_back(self, email: str) -> SignUpResponse:
         """Repeats a sign-up until auth_svc has noticed that user_svc is there again."""
@@ -170,6 +203,8 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             impersonations=ImpersonationServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),
+            invitations=InvitationServiceStub(user_channel),
+            internal_users=InternalUserServiceStub(user_channel),
             sessions=sessions,
             user_sessions=user_sessions,
         )

@@ -16,7 +16,7 @@ from meshboard.auth.v1.service_account_service_pb2 import (
     ServiceAccount,
     UpdateServiceAccountRequest,
 )
-from meshboard.user.v1.workspace_service_pb2 import AddMemberRequest, GetWorkspaceRequest
+from meshboard.user.v1.workspace_service_pb2 import GetWorkspaceRequest
 from sqlalchemy import select
 
 from services.auth_svc.models import AuditEntryRow
@@ -54,10 +54,7 @@ async def owner_of(services: Services) -> Person:
 async def join(services: Services, owner: Person, role: str) -> Person:
     """Somebody new with a role in the owner's workspace, whose calls are about it."""
     account = await services.sign_up()
-    await services.workspaces.AddMember(
-        AddMemberRequest(workspace_id=owner.workspace_id, user_id=account.user.user_id, role=role),
-        metadata=owner.metadata,
-    )
+    await services.admit(owner.workspace_id, owner.metadata, account.user.user_id, account.access_token, role)
     return Person(account.user.user_id, owner.workspace_id, account, bearer(account.access_token))
 
 

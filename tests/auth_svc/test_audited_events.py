@@ -23,7 +23,6 @@ from meshboard.user.v1.role_pb2 import Role
 from meshboard.user.v1.user_pb2 import User
 from meshboard.user.v1.workspace_pb2 import Member, Workspace
 from meshboard.user.v1.workspace_service_pb2 import (
-    AddMemberRequest,
     CreateWorkspaceRequest,
     RemoveMemberRequest,
     UpdateMemberRequest,
@@ -184,9 +183,7 @@ async def test_who_did_what_to_members_is_known(services: Services):
         CreateWorkspaceRequest(title="Shared"), metadata=metadata
     )
     workspace_id, user_id = shared.workspace.workspace_id, guest.user.user_id
-    await services.workspaces.AddMember(
-        AddMemberRequest(workspace_id=workspace_id, user_id=user_id, role="viewer"), metadata=metadata
-    )
+    await services.admit(workspace_id, metadata, user_id, guest.access_token)
     await services.workspaces.UpdateMember(
         UpdateMemberRequest(workspace_id=workspace_id, user_id=user_id, role="editor"), metadata=metadata
     )
@@ -196,6 +193,8 @@ async def test_who_did_what_to_members_is_known(services: Services):
     expected = {
         ("workspace.created", "", ""),
         ("member.added", owner.user.user_id, "owner"),
+        ("invitation.created", "", "viewer"),
+        ("invitation.accepted", user_id, ""),
         ("member.added", user_id, "viewer"),
         ("member.updated", user_id, "editor"),
         ("member.removed", user_id, ""),
@@ -206,7 +205,12 @@ async def test_who_did_what_to_members_is_known(services: Services):
             rows = list(
                 await session.scalars(select(AuditEntryRow).where(AuditEntryRow.workspace_id == workspace_id))
             )
-        assert {row.actor_id for row in rows} <= {owner.user.user_id}
+        for row in rows:
+            by_guest = row.kind == "invitation.accepted" or (row.kind, row.subject_id) == (
+                "member.added",
+                user_id,
+            )
+            assert row.actor_id == (user_id if by_guest else owner.user.user_id), row.kind
         return {(row.kind, row.subject_id, row.details.get("role", "")) for row in rows} == expected
 
     await eventually(arrived)

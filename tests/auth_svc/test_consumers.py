@@ -6,7 +6,6 @@ from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
 from meshboard.user.v1.user_pb2 import User
 from meshboard.user.v1.user_service_pb2 import UpdateUserRequest
 from meshboard.user.v1.workspace_service_pb2 import (
-    AddMemberRequest,
     CreateWorkspaceRequest,
     RemoveMemberRequest,
 )
@@ -56,10 +55,7 @@ async def test_the_next_sign_in_is_not_to_a_workspace_that_was_left(services: Se
         CreateWorkspaceRequest(title="Shared"), metadata=bearer(owner.access_token)
     )
     workspace_id, user_id = shared.workspace.workspace_id, guest.user.user_id
-    await services.workspaces.AddMember(
-        AddMemberRequest(workspace_id=workspace_id, user_id=user_id, role="viewer"),
-        metadata=bearer(owner.access_token),
-    )
+    await services.admit(workspace_id, bearer(owner.access_token), user_id, guest.access_token)
     async with services.sessions.begin() as session:
         await session.execute(
             update(Account).where(Account.user_id == user_id).values(last_workspace_id=workspace_id)

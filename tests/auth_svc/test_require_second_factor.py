@@ -8,7 +8,6 @@ from grpc import StatusCode
 from meshboard.auth.v1.auth_service_pb2 import CompleteSignInRequest, RefreshRequest, SignUpResponse
 from meshboard.user.v1.workspace_pb2 import Workspace
 from meshboard.user.v1.workspace_service_pb2 import (
-    AddMemberRequest,
     GetWorkspaceRequest,
     GetWorkspaceResponse,
     ListMembersRequest,
@@ -52,10 +51,7 @@ def get(services: Services, workspace_id: str, metadata: Metadata) -> Awaitable[
 
 async def join(owner: Person) -> Person:
     member = await new_person(owner.services)
-    await owner.services.workspaces.AddMember(
-        AddMemberRequest(workspace_id=workspace_of(owner), user_id=member.user_id, role="viewer"),
-        metadata=owner.metadata,
-    )
+    await owner.services.admit(workspace_of(owner), owner.metadata, member.user_id, member.access_token)
     return member
 
 

@@ -70,6 +70,9 @@ OPEN_RPCS = {
     "meshboard.user.v1.UserService.UpdateUser": "authenticated",
     "meshboard.user.v1.WorkspaceService.CreateWorkspace": "authenticated",
     "meshboard.user.v1.WorkspaceService.ListWorkspaces": "authenticated",
+    "meshboard.user.v1.InvitationService.PreviewInvitation": "public",
+    "meshboard.user.v1.InvitationService.AcceptInvitation": "authenticated",
+    "meshboard.user.v1.InvitationService.DeclineInvitation": "public",
     "meshboard.analytics.v1.IngestService.Ingest": "write_key",
 }
 

@@ -310,15 +310,9 @@ MATRIX: Mapping[str, Row] = {
     "user.v1.InvitationService.RevokeInvitation": In(
         {**_W, "invitation_id": "{absent}"}, "---++", ("INVITATION_NOT_FOUND",)
     ),
-    "user.v1.InvitationService.PreviewInvitation": Anyone(
-        {"invitation_token": "none"}, ("INVITATION_INVALID",)
-    ),
-    "user.v1.InvitationService.AcceptInvitation": SignedIn(
-        {"invitation_token": "none"}, ("INVITATION_INVALID",)
-    ),
-    "user.v1.InvitationService.DeclineInvitation": Anyone(
-        {"invitation_token": "none"}, ("INVITATION_INVALID",)
-    ),
+    "user.v1.InvitationService.PreviewInvitation": Anyone({"token": "none"}, ("INVITATION_INVALID",)),
+    "user.v1.InvitationService.AcceptInvitation": SignedIn({"token": "none"}, ("INVITATION_INVALID",)),
+    "user.v1.InvitationService.DeclineInvitation": Anyone({"token": "none"}, ("INVITATION_INVALID",)),
     "user.v1.RoleService.CreateRole": In(
         {**_W, "name": "odd", "permissions": ["workspaces.view", "no.permission"]},
         "---++",
@@ -394,7 +388,7 @@ MATRIX: Mapping[str, Row] = {
         {"invitation_id": "{absent}"}, _AUTH, ("INVITATION_NOT_FOUND",)
     ),
     "user.v1.InternalUserService.CheckInvitation": Services(
-        {"invitation_token": "none"}, _AUTH, ("INVITATION_INVALID",)
+        {"token": "none"}, _AUTH, ("INVITATION_INVALID",)
     ),
     "user.v1.InternalGrantService.GetResourceGrants": Services(
         {**_W, "resource_type": "dashboard", "resource_ids": ["{dashboard}"], "user_id": "{member}"},

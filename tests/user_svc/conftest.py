@@ -3,18 +3,25 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
+from meshboard.auth.v1.internal_auth_service_pb2 import GetVerifiedEmailRequest, GetVerifiedEmailResponse
+from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest, GetInvitationMailRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import (
     InternalUserServiceStub,
     add_InternalUserServiceServicer_to_server,
+)
+from meshboard.user.v1.invitation_pb2 import Invitation
+from meshboard.user.v1.invitation_service_pb2 import AcceptInvitationRequest, CreateInvitationRequest
+from meshboard.user.v1.invitation_service_pb2_grpc import (
+    InvitationServiceStub,
+    add_InvitationServiceServicer_to_server,
 )
 from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub, add_RoleServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub, add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub, add_UserServiceServicer_to_server
-from meshboard.user.v1.workspace_service_pb2 import AddMemberRequest
 from meshboard.user.v1.workspace_service_pb2_grpc import (
     WorkspaceServiceStub,
     add_WorkspaceServiceServicer_to_server,
@@ -30,6 +37,8 @@ from services.chassis.rights import RightsCache
 from services.chassis.server import contracts
 from services.chassis.settings import Settings
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.invitations import Invitations, InvitationServicer
+from services.user_svc.models import User
 from services.user_svc.permissions import catalogue
 from services.user_svc.rights import rights_of
 from services.user_svc.roles import RoleServicer
@@ -38,6 +47,9 @@ from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
 from tests.harness import ISSUER, Identity, make_settings, new_id, service_metadata, serving
 from tests.parts import Parts
+
+if TYPE_CHECKING:
+    from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -52,6 +64,20 @@ class Person:
     metadata: Metadata
 
 
+class Accounts:
+    """Stands in for auth_svc: has an account for everybody, whose address is verified unless it is in `unverified`."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession]) -> None:
+        self._sessions = sessions
+        self.unverified: set[str] = set()
+
+    async def GetVerifiedEmail(self, request: GetVerifiedEmailRequest) -> GetVerifiedEmailResponse:
+        """The address."""
+        async with self._sessions() as session:
+            email = (await session.get_one(User, request.user_id)).email
+        return GetVerifiedEmailResponse(email="" if email in self.unverified else email)
+
+
 @dataclass(frozen=True)
 class UserSvc:
     """Stubs of user_svc, and its database."""
@@ -64,6 +90,9 @@ class UserSvc:
     workspaces: WorkspaceServiceStub
     teams: TeamServiceStub
     roles: RoleServiceStub
+    invitations: InvitationServiceStub
+    tokens: Invitations
+    accounts: Accounts
     internal: InternalUserServiceStub
 
     def calling_as(self, service: str) -> Metadata:
@@ -81,17 +110,49 @@ class UserSvc:
         token = self.identity.token(sub=user_id, wid=workspace_id)
         return Person(user_id, workspace_id, email, (("authorization", f"Bearer {token}"),))
 
+    async def invite(self, owner: Person, email: str = "", **more: Any) -> Invitation:
+        """An invitation to somebody new, or to this address."""
+        request = CreateInvitationRequest(
+            workspace_id=owner.workspace_id, email=email or f"{new_id()}@example.org", **more
+        )
+        return (await self.invitations.CreateInvitation(request, metadata=owner.metadata)).invitation
+
+    async def token_of(self, invitation: Invitation) -> str:
+        """The token in the link of an invitation."""
+        request = GetInvitationMailRequest(
+            workspace_id=invitation.workspace_id, invitation_id=invitation.invitation_id
+        )
+        return (await self.internal.GetInvitationMail(request, metadata=self.calling_as("auth"))).token
+
     async def join(self, owner: Person, role: str) -> Person:
-        """Somebody new, whom the owner has made a member of the owner's workspace, and whose token is for it."""
+        """Somebody new, who has signed up by an invitation to the owner's workspace."""
+        invitation = await self.invite(owner, role=role)
+        user_id = new_id()
+        await self.internal.CreateUser(
+            CreateUserRequest(
+                user_id=user_id,
+                workspace_id=new_id(),
+                email=invitation.email,
+                display_name="Grace",
+                invitation_token=await self.token_of(invitation),
+            ),
+            metadata=self.calling_as("auth"),
+        )
+        token = self.identity.token(sub=user_id, wid=owner.workspace_id)
+        return Person(user_id, owner.workspace_id, invitation.email, (("authorization", f"Bearer {token}"),))
+
+    async def admit(self, owner: Person, person: Person, role: str = "viewer") -> None:
+        """Makes somebody who is here already a member of the owner's workspace, by an invitation."""
+        token = await self.token_of(await self.invite(owner, person.email, role=role))
+        await self.invitations.AcceptInvitation(
+            AcceptInvitationRequest(token=token), metadata=person.metadata
+        )
+
+    async def acquaintance(self, owner: Person) -> Person:
+        """Somebody new, whom the owner meets in another workspace."""
         person = await self.person()
-        await self.workspaces.AddMember(
-            AddMemberRequest(workspace_id=owner.workspace_id, user_id=person.user_id, role=role),
-            metadata=owner.metadata,
-        )
-        token = self.identity.token(sub=person.user_id, wid=owner.workspace_id)
-        return Person(
-            person.user_id, owner.workspace_id, person.email, (("authorization", f"Bearer {token}"),)
-        )
+        await self.admit(person, owner)
+        return person
 
 
 def now() -> datetime:
@@ -120,12 +181,18 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
     roles = RoleServicer(sessions, pages, catalogue(contracts()), now)
-    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
+    tokens = Invitations(settings.derived_keys("invitations"), now)
+    accounts = Accounts(sessions)
+    invitations = InvitationServicer(
+        sessions, tokens, cast("InternalAuthServiceStub", accounts), pages, now, new_id
+    )
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, tokens, now)
     registrations = [
         lambda server: add_UserServiceServicer_to_server(users, server),
         lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
         lambda server: add_TeamServiceServicer_to_server(teams, server),
         lambda server: add_RoleServiceServicer_to_server(roles, server),
+        lambda server: add_InvitationServiceServicer_to_server(invitations, server),
         lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
     ]
     async with serving(settings, registrations, access) as (channel, _):
@@ -138,6 +205,9 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
             workspaces=WorkspaceServiceStub(channel),
             teams=TeamServiceStub(channel),
             roles=RoleServiceStub(channel),
+            invitations=InvitationServiceStub(channel),
+            tokens=tokens,
+            accounts=accounts,
             internal=InternalUserServiceStub(channel),
         )
     await cache.close()

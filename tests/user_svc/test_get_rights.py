@@ -53,7 +53,11 @@ async def test_the_version_grows_with_each_change(svc: UserSvc, owner: Person):
     viewer = await svc.join(owner, "viewer")
     versions.append((await rights_of(svc, owner)).version)
     (team_id,) = await nested_teams(svc, owner, 1)
-    in_team = {"workspace_id": owner.workspace_id, "team_id": team_id, "user_id": viewer.user_id}
+    in_team: dict[str, Any] = {
+        "workspace_id": owner.workspace_id,
+        "team_id": team_id,
+        "user_id": viewer.user_id,
+    }
     of_member = {"workspace_id": owner.workspace_id, "user_id": viewer.user_id}
     changes: list[tuple[Any, Message]] = [
         (svc.workspaces.UpdateMember, UpdateMemberRequest(**of_member, role="editor")),
@@ -70,7 +74,11 @@ async def test_the_version_grows_with_each_change(svc: UserSvc, owner: Person):
 async def test_a_repeat_changes_no_version(svc: UserSvc, owner: Person):
     viewer = await svc.join(owner, "viewer")
     (team_id,) = await nested_teams(svc, owner, 1)
-    in_team = {"workspace_id": owner.workspace_id, "team_id": team_id, "user_id": viewer.user_id}
+    in_team: dict[str, Any] = {
+        "workspace_id": owner.workspace_id,
+        "team_id": team_id,
+        "user_id": viewer.user_id,
+    }
     role = UpdateMemberRequest(workspace_id=owner.workspace_id, user_id=viewer.user_id, role="viewer")
     before = (await rights_of(svc, owner)).version
     for _ in range(2):

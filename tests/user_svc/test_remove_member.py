@@ -1,11 +1,7 @@
 from grpc import StatusCode
 from meshboard.user.v1.internal_user_service_pb2 import GetRightsRequest
 from meshboard.user.v1.team_service_pb2 import AddTeamMemberRequest, CreateTeamRequest
-from meshboard.user.v1.workspace_service_pb2 import (
-    AddMemberRequest,
-    GetWorkspaceRequest,
-    RemoveMemberRequest,
-)
+from meshboard.user.v1.workspace_service_pb2 import GetWorkspaceRequest, RemoveMemberRequest
 
 from tests.harness import new_id, refused
 from tests.user_svc.conftest import Person, UserSvc
@@ -33,10 +29,7 @@ async def test_takes_all_rights_also_those_of_teams(svc: UserSvc, owner: Person)
     )
     assert outcome == (StatusCode.NOT_FOUND, "WORKSPACE_NOT_FOUND")
 
-    await svc.workspaces.AddMember(
-        AddMemberRequest(workspace_id=workspace_id, user_id=viewer.user_id, role="viewer"),
-        metadata=owner.metadata,
-    )
+    await svc.admit(owner, viewer)
     rights = await svc.internal.GetRights(
         GetRightsRequest(user_id=viewer.user_id, workspace_id=workspace_id),
         metadata=svc.calling_as("dashboard"),

@@ -78,6 +78,7 @@ class SignUpRequest(_message.Message):
     PASSWORD_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     COOKIES_FIELD_NUMBER: _builtins.int
+    INVITATION_TOKEN_FIELD_NUMBER: _builtins.int
     email: _builtins.str
     """The address to sign in with; compared without regard to case."""
     password: _builtins.str
@@ -86,6 +87,10 @@ class SignUpRequest(_message.Message):
     """How the person is shown to others, 1 to 100 characters."""
     cookies: _builtins.bool
     """For pages in a browser: the tokens come as HttpOnly cookies and not in the answer."""
+    invitation_token: _builtins.str
+    """The token of an invitation, out of the link in its mail; `email` must be the invited address. It proves the address, so
+    that no link is mailed; the account gets no workspace of its own, and is a member of the inviting one.
+    """
     def __init__(
         self,
         *,
@@ -93,10 +98,11 @@ class SignUpRequest(_message.Message):
         password: _builtins.str = ...,
         display_name: _builtins.str = ...,
         cookies: _builtins.bool = ...,
+        invitation_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookies", b"cookies", "display_name", b"display_name", "email", b"email", "password", b"password"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookies", b"cookies", "display_name", b"display_name", "email", b"email", "invitation_token", b"invitation_token", "password", b"password"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,7 +139,7 @@ class SignUpResponse(_message.Message):
 
     @_builtins.property
     def workspace(self) -> _workspace_pb2.Workspace:
-        """The personal workspace, of which the person is the owner."""
+        """The personal workspace, of which the person is the owner; or the one that the person was invited to."""
 
     def __init__(
         self,

@@ -81,9 +81,11 @@ class AuthServiceServicer:
 
         A mail with a link for `VerifyEmail` is sent to the address. A repeat with the same password while the first try has
         not finished resumes it. Fails with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has an account; with
-        INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones.
+        INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones. With `invitation_token` also
+        with NOT_FOUND, reason INVITATION_INVALID; with PERMISSION_DENIED, reason INVITATION_FOR_ANOTHER; with
+        FAILED_PRECONDITION, reason EMAIL_DOMAIN_REFUSED or INVITATION_ROLE_GONE.
 
-        Where the setting `require_verified_email` is on, everyone gets the same empty answer, whether the address has an
+        Where the setting `require_verified_email` is on, everyone without an invitation gets the same empty answer, whether the address has an
         account or not; the account is created, and the tokens are given, when the mailed link is used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

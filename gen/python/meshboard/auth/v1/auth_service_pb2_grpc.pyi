@@ -21,9 +21,11 @@ class AuthServiceStub:
 
     A mail with a link for `VerifyEmail` is sent to the address. A repeat with the same password while the first try has
     not finished resumes it. Fails with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has an account; with
-    INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones.
+    INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones. With `invitation_token` also
+    with NOT_FOUND, reason INVITATION_INVALID; with PERMISSION_DENIED, reason INVITATION_FOR_ANOTHER; with
+    FAILED_PRECONDITION, reason EMAIL_DOMAIN_REFUSED or INVITATION_ROLE_GONE.
 
-    Where the setting `require_verified_email` is on, everyone gets the same empty answer, whether the address has an
+    Where the setting `require_verified_email` is on, everyone without an invitation gets the same empty answer, whether the address has an
     account or not; the account is created, and the tokens are given, when the mailed link is used.
     """
     SignIn: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.SignInRequest, _auth_service_pb2.SignInResponse]
@@ -71,9 +73,11 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A mail with a link for `VerifyEmail` is sent to the address. A repeat with the same password while the first try has
         not finished resumes it. Fails with ALREADY_EXISTS, reason EMAIL_TAKEN, when the address has an account; with
-        INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones.
+        INVALID_ARGUMENT, reason PASSWORD_COMMON, when the password is among the most used ones. With `invitation_token` also
+        with NOT_FOUND, reason INVITATION_INVALID; with PERMISSION_DENIED, reason INVITATION_FOR_ANOTHER; with
+        FAILED_PRECONDITION, reason EMAIL_DOMAIN_REFUSED or INVITATION_ROLE_GONE.
 
-        Where the setting `require_verified_email` is on, everyone gets the same empty answer, whether the address has an
+        Where the setting `require_verified_email` is on, everyone without an invitation gets the same empty answer, whether the address has an
         account or not; the account is created, and the tokens are given, when the mailed link is used.
         """
 

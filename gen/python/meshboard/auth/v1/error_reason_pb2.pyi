@@ -76,6 +76,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the workspace has no such member."""
     IMPERSONATION_POINTLESS: _ErrorReason.ValueType  # 25
     """INVALID_ARGUMENT: nobody impersonates themselves or a service account."""
+    INVITATION_FOR_ANOTHER: _ErrorReason.ValueType  # 33
+    """PERMISSION_DENIED: the invitation is for another address than the one to sign up with."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that auth_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -134,4 +136,6 @@ MEMBER_NOT_FOUND: ErrorReason.ValueType  # 24
 """NOT_FOUND: the workspace has no such member."""
 IMPERSONATION_POINTLESS: ErrorReason.ValueType  # 25
 """INVALID_ARGUMENT: nobody impersonates themselves or a service account."""
+INVITATION_FOR_ANOTHER: ErrorReason.ValueType  # 33
+"""PERMISSION_DENIED: the invitation is for another address than the one to sign up with."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-meshboard/auth/v1/internal_auth_service.proto\x12\x11meshboard.auth.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\"h\n\nRevocation\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\x12;\n\x0brevoke_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"\x18\n\x16ListRevocationsRequest\"Z\n\x17ListRevocationsResponse\x12?\n\x0brevocations\x18\x01 \x03(\x0b\x32\x1d.meshboard.auth.v1.RevocationR\x0brevocations\">\n\x13\x43heckSessionRequest\x12\'\n\nsession_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\tsessionId\",\n\x14\x43heckSessionResponse\x12\x14\n\x05\x61live\x18\x01 \x01(\x08R\x05\x61live\"Z\n\x19SetAccountDisabledRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1a\n\x08\x64isabled\x18\x02 \x01(\x08R\x08\x64isabled\"\x1c\n\x1aSetAccountDisabledResponse2\xb7\x03\n\x13InternalAuthService\x12\x92\x01\n\x0fListRevocations\x12).meshboard.auth.v1.ListRevocationsRequest\x1a*.meshboard.auth.v1.ListRevocationsResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12\x89\x01\n\x0c\x43heckSession\x12&.meshboard.auth.v1.CheckSessionRequest\x1a\'.meshboard.auth.v1.CheckSessionResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12\x7f\n\x12SetAccountDisabled\x12,.meshboard.auth.v1.SetAccountDisabledRequest\x1a-.meshboard.auth.v1.SetAccountDisabledResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04userb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-meshboard/auth/v1/internal_auth_service.proto\x12\x11meshboard.auth.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\"h\n\nRevocation\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\x12;\n\x0brevoke_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"\x18\n\x16ListRevocationsRequest\"Z\n\x17ListRevocationsResponse\x12?\n\x0brevocations\x18\x01 \x03(\x0b\x32\x1d.meshboard.auth.v1.RevocationR\x0brevocations\">\n\x13\x43heckSessionRequest\x12\'\n\nsession_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\tsessionId\",\n\x14\x43heckSessionResponse\x12\x14\n\x05\x61live\x18\x01 \x01(\x08R\x05\x61live\"Z\n\x19SetAccountDisabledRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1a\n\x08\x64isabled\x18\x02 \x01(\x08R\x08\x64isabled\"\x1c\n\x1aSetAccountDisabledResponse\"<\n\x17GetVerifiedEmailRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\"0\n\x18GetVerifiedEmailResponse\x12\x14\n\x05\x65mail\x18\x01 \x01(\tR\x05\x65mail2\xb2\x04\n\x13InternalAuthService\x12\x92\x01\n\x0fListRevocations\x12).meshboard.auth.v1.ListRevocationsRequest\x1a*.meshboard.auth.v1.ListRevocationsResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12\x89\x01\n\x0c\x43heckSession\x12&.meshboard.auth.v1.CheckSessionRequest\x1a\'.meshboard.auth.v1.CheckSessionResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12\x7f\n\x12SetAccountDisabled\x12,.meshboard.auth.v1.SetAccountDisabledRequest\x1a-.meshboard.auth.v1.SetAccountDisabledResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04user\x12y\n\x10GetVerifiedEmail\x12*.meshboard.auth.v1.GetVerifiedEmailRequest\x1a+.meshboard.auth.v1.GetVerifiedEmailResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04userb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKSESSIONREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_SETACCOUNTDISABLEDREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_SETACCOUNTDISABLEDREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_GETVERIFIEDEMAILREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_GETVERIFIEDEMAILREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_INTERNALAUTHSERVICE'].methods_by_name['ListRevocations']._loaded_options = None
   _globals['_INTERNALAUTHSERVICE'].methods_by_name['ListRevocations']._serialized_options = b'\212\265\030$2\"\n\004auth\n\004user\n\tdashboard\n\tanalytics'
   _globals['_INTERNALAUTHSERVICE'].methods_by_name['CheckSession']._loaded_options = None
   _globals['_INTERNALAUTHSERVICE'].methods_by_name['CheckSession']._serialized_options = b'\212\265\030$2\"\n\004auth\n\004user\n\tdashboard\n\tanalytics'
   _globals['_INTERNALAUTHSERVICE'].methods_by_name['SetAccountDisabled']._loaded_options = None
   _globals['_INTERNALAUTHSERVICE'].methods_by_name['SetAccountDisabled']._serialized_options = b'\212\265\030\0102\006\n\004user'
+  _globals['_INTERNALAUTHSERVICE'].methods_by_name['GetVerifiedEmail']._loaded_options = None
+  _globals['_INTERNALAUTHSERVICE'].methods_by_name['GetVerifiedEmail']._serialized_options = b'\212\265\030\0102\006\n\004user'
   _globals['_REVOCATION']._serialized_start=165
   _globals['_REVOCATION']._serialized_end=269
   _globals['_LISTREVOCATIONSREQUEST']._serialized_start=271
@@ -58,6 +62,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETACCOUNTDISABLEDREQUEST']._serialized_end=589
   _globals['_SETACCOUNTDISABLEDRESPONSE']._serialized_start=591
   _globals['_SETACCOUNTDISABLEDRESPONSE']._serialized_end=619
-  _globals['_INTERNALAUTHSERVICE']._serialized_start=622
-  _globals['_INTERNALAUTHSERVICE']._serialized_end=1061
+  _globals['_GETVERIFIEDEMAILREQUEST']._serialized_start=621
+  _globals['_GETVERIFIEDEMAILREQUEST']._serialized_end=681
+  _globals['_GETVERIFIEDEMAILRESPONSE']._serialized_start=683
+  _globals['_GETVERIFIEDEMAILRESPONSE']._serialized_end=731
+  _globals['_INTERNALAUTHSERVICE']._serialized_start=734
+  _globals['_INTERNALAUTHSERVICE']._serialized_end=1296
 # @@protoc_insertion_point(module_scope)

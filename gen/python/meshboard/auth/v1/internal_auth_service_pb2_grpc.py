@@ -50,6 +50,11 @@ class InternalAuthServiceStub:
                 request_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledRequest.SerializeToString,
                 response_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledResponse.FromString,
                 _registered_method=True)
+        self.GetVerifiedEmail = channel.unary_unary(
+                '/meshboard.auth.v1.InternalAuthService/GetVerifiedEmail',
+                request_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.GetVerifiedEmailRequest.SerializeToString,
+                response_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.GetVerifiedEmailResponse.FromString,
+                _registered_method=True)
 
 
 class InternalAuthServiceServicer:
@@ -79,6 +84,15 @@ class InternalAuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVerifiedEmail(self, request, context):
+        """Returns the address of an account when it is known to belong to the person.
+
+        Fails with NOT_FOUND, reason RESOURCE_NOT_FOUND, when there is no such account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InternalAuthServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +110,11 @@ def add_InternalAuthServiceServicer_to_server(servicer, server):
                     servicer.SetAccountDisabled,
                     request_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledRequest.FromString,
                     response_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledResponse.SerializeToString,
+            ),
+            'GetVerifiedEmail': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerifiedEmail,
+                    request_deserializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.GetVerifiedEmailRequest.FromString,
+                    response_serializer=meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.GetVerifiedEmailResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +199,33 @@ class InternalAuthService:
             '/meshboard.auth.v1.InternalAuthService/SetAccountDisabled',
             meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledRequest.SerializeToString,
             meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.SetAccountDisabledResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerifiedEmail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.auth.v1.InternalAuthService/GetVerifiedEmail',
+            meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.GetVerifiedEmailRequest.SerializeToString,
+            meshboard_dot_auth_dot_v1_dot_internal__auth__service__pb2.GetVerifiedEmailResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,11 @@ class InternalAuthServiceStub:
     """Disables an account, ends its sessions, and emits `SessionRevoked` for each; or enables it again. A repeat changes
     nothing.
     """
+    GetVerifiedEmail: _aio.UnaryUnaryMultiCallable[_internal_auth_service_pb2.GetVerifiedEmailRequest, _internal_auth_service_pb2.GetVerifiedEmailResponse]
+    """Returns the address of an account when it is known to belong to the person.
+
+    Fails with NOT_FOUND, reason RESOURCE_NOT_FOUND, when there is no such account.
+    """
 
 class InternalAuthServiceServicer(metaclass=_abc_1.ABCMeta):
     """What other services ask auth_svc about sessions."""
@@ -56,6 +61,17 @@ class InternalAuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_internal_auth_service_pb2.SetAccountDisabledResponse]:
         """Disables an account, ends its sessions, and emits `SessionRevoked` for each; or enables it again. A repeat changes
         nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def GetVerifiedEmail(
+        self,
+        request: _internal_auth_service_pb2.GetVerifiedEmailRequest,
+        context: _aio.ServicerContext[_internal_auth_service_pb2.GetVerifiedEmailRequest, _abc.Awaitable[_internal_auth_service_pb2.GetVerifiedEmailResponse]],
+    ) -> _abc.Awaitable[_internal_auth_service_pb2.GetVerifiedEmailResponse]:
+        """Returns the address of an account when it is known to belong to the person.
+
+        Fails with NOT_FOUND, reason RESOURCE_NOT_FOUND, when there is no such account.
         """
 
 def add_InternalAuthServiceServicer_to_server(servicer: InternalAuthServiceServicer, server: _aio.Server) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/error_reason.proto\x12\x11meshboard.user.v1*\xf3\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eUSER_NOT_FOUND\x10\x01\x12\x11\n\rMEMBER_EXISTS\x10\x02\x12\x14\n\x10MEMBER_NOT_FOUND\x10\x03\x12\x0e\n\nLAST_OWNER\x10\x04\x12\x14\n\x10TEAM_TITLE_TAKEN\x10\x05\x12\x12\n\x0eTEAM_NOT_FOUND\x10\x06\x12\x11\n\rTEAM_TOO_DEEP\x10\x07\x12\x17\n\x13OWNER_ROLE_RESERVED\x10\t\x12\x11\n\rUSER_ID_TAKEN\x10\n\x12\x12\n\x0eROLE_NOT_FOUND\x10/\x12\x0f\n\x0bROLE_EXISTS\x10\x30\x12\x10\n\x0cROLE_BUILTIN\x10\x31\x12\x0f\n\x0bROLE_IN_USE\x10\x32\x12\x0e\n\nROLE_LIMIT\x10\x33\x12\x17\n\x13PERMISSION_RESERVED\x10\x34\x12\x19\n\x15PERMISSION_INCOMPLETE\x10\x35\"\x04\x08\x08\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/error_reason.proto\x12\x11meshboard.user.v1*\x8b\x05\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eUSER_NOT_FOUND\x10\x01\x12\x11\n\rMEMBER_EXISTS\x10\x02\x12\x14\n\x10MEMBER_NOT_FOUND\x10\x03\x12\x0e\n\nLAST_OWNER\x10\x04\x12\x14\n\x10TEAM_TITLE_TAKEN\x10\x05\x12\x12\n\x0eTEAM_NOT_FOUND\x10\x06\x12\x11\n\rTEAM_TOO_DEEP\x10\x07\x12\x17\n\x13OWNER_ROLE_RESERVED\x10\t\x12\x11\n\rUSER_ID_TAKEN\x10\n\x12\x12\n\x0eROLE_NOT_FOUND\x10/\x12\x0f\n\x0bROLE_EXISTS\x10\x30\x12\x10\n\x0cROLE_BUILTIN\x10\x31\x12\x0f\n\x0bROLE_IN_USE\x10\x32\x12\x0e\n\nROLE_LIMIT\x10\x33\x12\x17\n\x13PERMISSION_RESERVED\x10\x34\x12\x19\n\x15PERMISSION_INCOMPLETE\x10\x35\x12\x0e\n\nTEAM_CYCLE\x10\x0b\x12\x12\n\x0eTEAM_NOT_EMPTY\x10\x0c\x12\x18\n\x14\x45MAIL_DOMAIN_REFUSED\x10\r\x12\x15\n\x11INVITATION_EXISTS\x10\x0e\x12\x18\n\x14INVITATION_NOT_FOUND\x10\x0f\x12\x16\n\x12INVITATION_INVALID\x10\x10\x12\x15\n\x11INVITATION_CLOSED\x10\x11\x12\x16\n\x12INVITATION_DELAYED\x10\x12\x12\x14\n\x10INVITATION_LIMIT\x10\x13\x12\x1a\n\x16INVITATION_FOR_ANOTHER\x10\x14\x12\x14\n\x10\x45MAIL_UNVERIFIED\x10\x15\x12\x18\n\x14INVITATION_ROLE_GONE\x10\x16\"\x04\x08\x08\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.error_rea
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=60
-  _globals['_ERRORREASON']._serialized_end=431
+  _globals['_ERRORREASON']._serialized_end=711
 # @@protoc_insertion_point(module_scope)

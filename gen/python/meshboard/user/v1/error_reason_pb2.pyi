@@ -56,6 +56,32 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: only owners have this permission, and no custom role can have it."""
     PERMISSION_INCOMPLETE: _ErrorReason.ValueType  # 53
     """INVALID_ARGUMENT: the role lacks a permission that goes with one of its others, `missing`. Add that one."""
+    TEAM_CYCLE: _ErrorReason.ValueType  # 11
+    """FAILED_PRECONDITION: the team would be below itself."""
+    TEAM_NOT_EMPTY: _ErrorReason.ValueType  # 12
+    """FAILED_PRECONDITION: there are teams below the team. Move or delete them first."""
+    EMAIL_DOMAIN_REFUSED: _ErrorReason.ValueType  # 13
+    """FAILED_PRECONDITION: the workspace lets in only people with an address in certain domains."""
+    INVITATION_EXISTS: _ErrorReason.ValueType  # 14
+    """ALREADY_EXISTS: the address has an invitation to the workspace already. Resend or revoke that one."""
+    INVITATION_NOT_FOUND: _ErrorReason.ValueType  # 15
+    """NOT_FOUND: the workspace has no such invitation."""
+    INVITATION_INVALID: _ErrorReason.ValueType  # 16
+    """NOT_FOUND: the link of an invitation is forged, superseded, revoked, used or too old, or who has sent it may not invite
+    any more. Ask for another one.
+    """
+    INVITATION_CLOSED: _ErrorReason.ValueType  # 17
+    """FAILED_PRECONDITION: the invitation is accepted, declined or revoked already."""
+    INVITATION_DELAYED: _ErrorReason.ValueType  # 18
+    """RESOURCE_EXHAUSTED: the invitation was mailed a moment ago. Wait for `RetryInfo.retry_delay`."""
+    INVITATION_LIMIT: _ErrorReason.ValueType  # 19
+    """RESOURCE_EXHAUSTED: the caller has sent as many invitations as one may in a day. Wait for `RetryInfo.retry_delay`."""
+    INVITATION_FOR_ANOTHER: _ErrorReason.ValueType  # 20
+    """PERMISSION_DENIED: the invitation is for another address than that of the account. Sign in with that one."""
+    EMAIL_UNVERIFIED: _ErrorReason.ValueType  # 21
+    """FAILED_PRECONDITION: the address of the account is not verified. Open the link in its mail, or ask for another one."""
+    INVITATION_ROLE_GONE: _ErrorReason.ValueType  # 22
+    """FAILED_PRECONDITION: the role that the invitation gives is gone. Ask for another one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that user_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -94,4 +120,30 @@ PERMISSION_RESERVED: ErrorReason.ValueType  # 52
 """INVALID_ARGUMENT: only owners have this permission, and no custom role can have it."""
 PERMISSION_INCOMPLETE: ErrorReason.ValueType  # 53
 """INVALID_ARGUMENT: the role lacks a permission that goes with one of its others, `missing`. Add that one."""
+TEAM_CYCLE: ErrorReason.ValueType  # 11
+"""FAILED_PRECONDITION: the team would be below itself."""
+TEAM_NOT_EMPTY: ErrorReason.ValueType  # 12
+"""FAILED_PRECONDITION: there are teams below the team. Move or delete them first."""
+EMAIL_DOMAIN_REFUSED: ErrorReason.ValueType  # 13
+"""FAILED_PRECONDITION: the workspace lets in only people with an address in certain domains."""
+INVITATION_EXISTS: ErrorReason.ValueType  # 14
+"""ALREADY_EXISTS: the address has an invitation to the workspace already. Resend or revoke that one."""
+INVITATION_NOT_FOUND: ErrorReason.ValueType  # 15
+"""NOT_FOUND: the workspace has no such invitation."""
+INVITATION_INVALID: ErrorReason.ValueType  # 16
+"""NOT_FOUND: the link of an invitation is forged, superseded, revoked, used or too old, or who has sent it may not invite
+any more. Ask for another one.
+"""
+INVITATION_CLOSED: ErrorReason.ValueType  # 17
+"""FAILED_PRECONDITION: the invitation is accepted, declined or revoked already."""
+INVITATION_DELAYED: ErrorReason.ValueType  # 18
+"""RESOURCE_EXHAUSTED: the invitation was mailed a moment ago. Wait for `RetryInfo.retry_delay`."""
+INVITATION_LIMIT: ErrorReason.ValueType  # 19
+"""RESOURCE_EXHAUSTED: the caller has sent as many invitations as one may in a day. Wait for `RetryInfo.retry_delay`."""
+INVITATION_FOR_ANOTHER: ErrorReason.ValueType  # 20
+"""PERMISSION_DENIED: the invitation is for another address than that of the account. Sign in with that one."""
+EMAIL_UNVERIFIED: ErrorReason.ValueType  # 21
+"""FAILED_PRECONDITION: the address of the account is not verified. Open the link in its mail, or ask for another one."""
+INVITATION_ROLE_GONE: ErrorReason.ValueType  # 22
+"""FAILED_PRECONDITION: the role that the invitation gives is gone. Ask for another one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

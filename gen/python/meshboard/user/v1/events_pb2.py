@@ -22,46 +22,64 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from meshboard.user.v1 import invitation_pb2 as meshboard_dot_user_dot_v1_dot_invitation__pb2
 from meshboard.user.v1 import role_pb2 as meshboard_dot_user_dot_v1_dot_role__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/role.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\":\n\x0bRoleCreated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\"\x98\x01\n\x0bRoleUpdated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\x12+\n\x11\x61\x64\x64\x65\x64_permissions\x18\x02 \x03(\tR\x10\x61\x64\x64\x65\x64Permissions\x12/\n\x13removed_permissions\x18\x03 \x03(\tR\x12removedPermissions\"D\n\x0bRoleDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"meshboard/user/v1/invitation.proto\x1a\x1cmeshboard/user/v1/role.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\":\n\x0bTeamUpdated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"I\n\x0bTeamDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\"\xdb\x01\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\xdd\x01\n\x11TeamMemberUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\":\n\x0bRoleCreated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\"\x98\x01\n\x0bRoleUpdated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\x12+\n\x11\x61\x64\x64\x65\x64_permissions\x18\x02 \x03(\tR\x10\x61\x64\x64\x65\x64Permissions\x12/\n\x13removed_permissions\x18\x03 \x03(\tR\x12removedPermissions\"D\n\x0bRoleDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\"R\n\x11InvitationCreated\x12=\n\ninvitation\x18\x01 \x01(\x0b\x32\x1d.meshboard.user.v1.InvitationR\ninvitation\"Z\n\x10InvitationResent\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"[\n\x11InvitationRevoked\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"u\n\x12InvitationAccepted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"\\\n\x12InvitationDeclined\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USERCREATED']._serialized_start=148
-  _globals['_USERCREATED']._serialized_end=206
-  _globals['_USERUPDATED']._serialized_start=208
-  _globals['_USERUPDATED']._serialized_end=266
-  _globals['_WORKSPACECREATED']._serialized_start=268
-  _globals['_WORKSPACECREATED']._serialized_end=346
-  _globals['_WORKSPACEUPDATED']._serialized_start=348
-  _globals['_WORKSPACEUPDATED']._serialized_end=426
-  _globals['_WORKSPACEDELETED']._serialized_start=428
-  _globals['_WORKSPACEDELETED']._serialized_end=481
-  _globals['_MEMBERADDED']._serialized_start=483
-  _globals['_MEMBERADDED']._serialized_end=547
-  _globals['_MEMBERUPDATED']._serialized_start=549
-  _globals['_MEMBERUPDATED']._serialized_end=615
-  _globals['_MEMBERREMOVED']._serialized_start=617
-  _globals['_MEMBERREMOVED']._serialized_end=692
-  _globals['_TEAMCREATED']._serialized_start=694
-  _globals['_TEAMCREATED']._serialized_end=752
-  _globals['_TEAMMEMBERADDED']._serialized_start=754
-  _globals['_TEAMMEMBERADDED']._serialized_end=856
-  _globals['_TEAMMEMBERREMOVED']._serialized_start=858
-  _globals['_TEAMMEMBERREMOVED']._serialized_end=962
-  _globals['_ROLECREATED']._serialized_start=964
-  _globals['_ROLECREATED']._serialized_end=1022
-  _globals['_ROLEUPDATED']._serialized_start=1025
-  _globals['_ROLEUPDATED']._serialized_end=1177
-  _globals['_ROLEDELETED']._serialized_start=1179
-  _globals['_ROLEDELETED']._serialized_end=1247
-  _globals['_RIGHTSCHANGED']._serialized_start=1249
-  _globals['_RIGHTSCHANGED']._serialized_end=1325
+  _globals['_USERCREATED']._serialized_start=217
+  _globals['_USERCREATED']._serialized_end=275
+  _globals['_USERUPDATED']._serialized_start=277
+  _globals['_USERUPDATED']._serialized_end=335
+  _globals['_WORKSPACECREATED']._serialized_start=337
+  _globals['_WORKSPACECREATED']._serialized_end=415
+  _globals['_WORKSPACEUPDATED']._serialized_start=417
+  _globals['_WORKSPACEUPDATED']._serialized_end=495
+  _globals['_WORKSPACEDELETED']._serialized_start=497
+  _globals['_WORKSPACEDELETED']._serialized_end=550
+  _globals['_MEMBERADDED']._serialized_start=552
+  _globals['_MEMBERADDED']._serialized_end=616
+  _globals['_MEMBERUPDATED']._serialized_start=618
+  _globals['_MEMBERUPDATED']._serialized_end=684
+  _globals['_MEMBERREMOVED']._serialized_start=686
+  _globals['_MEMBERREMOVED']._serialized_end=761
+  _globals['_TEAMCREATED']._serialized_start=763
+  _globals['_TEAMCREATED']._serialized_end=821
+  _globals['_TEAMUPDATED']._serialized_start=823
+  _globals['_TEAMUPDATED']._serialized_end=881
+  _globals['_TEAMDELETED']._serialized_start=883
+  _globals['_TEAMDELETED']._serialized_end=956
+  _globals['_TEAMMEMBERADDED']._serialized_start=959
+  _globals['_TEAMMEMBERADDED']._serialized_end=1178
+  _globals['_TEAMMEMBERUPDATED']._serialized_start=1181
+  _globals['_TEAMMEMBERUPDATED']._serialized_end=1402
+  _globals['_TEAMMEMBERREMOVED']._serialized_start=1404
+  _globals['_TEAMMEMBERREMOVED']._serialized_end=1508
+  _globals['_ROLECREATED']._serialized_start=1510
+  _globals['_ROLECREATED']._serialized_end=1568
+  _globals['_ROLEUPDATED']._serialized_start=1571
+  _globals['_ROLEUPDATED']._serialized_end=1723
+  _globals['_ROLEDELETED']._serialized_start=1725
+  _globals['_ROLEDELETED']._serialized_end=1793
+  _globals['_INVITATIONCREATED']._serialized_start=1795
+  _globals['_INVITATIONCREATED']._serialized_end=1877
+  _globals['_INVITATIONRESENT']._serialized_start=1879
+  _globals['_INVITATIONRESENT']._serialized_end=1969
+  _globals['_INVITATIONREVOKED']._serialized_start=1971
+  _globals['_INVITATIONREVOKED']._serialized_end=2062
+  _globals['_INVITATIONACCEPTED']._serialized_start=2064
+  _globals['_INVITATIONACCEPTED']._serialized_end=2181
+  _globals['_INVITATIONDECLINED']._serialized_start=2183
+  _globals['_INVITATIONDECLINED']._serialized_end=2275
+  _globals['_RIGHTSCHANGED']._serialized_start=2277
+  _globals['_RIGHTSCHANGED']._serialized_end=2353
 # @@protoc_insertion_point(module_scope)

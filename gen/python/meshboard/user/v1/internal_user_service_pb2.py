@@ -23,12 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-meshboard/user/v1/internal_user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\"\xb3\x01\n\x11\x43reateUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12 \n\x05\x65mail\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\xfe\x01R\x05\x65mail\x12,\n\x0c\x64isplay_name\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\"}\n\x12\x43reateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"\xb2\x01\n\x15PutServiceUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12,\n\x0c\x64isplay_name\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\x12\x1b\n\x04role\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04role\"E\n\x16PutServiceUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"j\n\x18RemoveServiceUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"\x1b\n\x19RemoveServiceUserResponse\"X\n\x10GetSignInRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"|\n\x11GetSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"b\n\x10GetRightsRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"F\n\x11GetRightsResponse\x12\x31\n\x06rights\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.RightsR\x06rights\"g\n\x15GetTeamsOfUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"o\n\x16GetTeamsOfUserResponse\x12-\n\x05teams\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.TeamR\x05teams\x12&\n\x0f\x64irect_team_ids\x18\x02 \x03(\tR\rdirectTeamIds\"\x9b\x01\n\x14\x43heckSubjectsRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12*\n\x08user_ids\x18\x02 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07userIds\x12*\n\x08team_ids\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07teamIds\"M\n\x15\x43heckSubjectsResponse\x12\x19\n\x08user_ids\x18\x01 \x03(\tR\x07userIds\x12\x19\n\x08team_ids\x18\x02 \x03(\tR\x07teamIds2\xd2\x06\n\x13InternalUserService\x12g\n\nCreateUser\x12$.meshboard.user.v1.CreateUserRequest\x1a%.meshboard.user.v1.CreateUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12s\n\x0ePutServiceUser\x12(.meshboard.user.v1.PutServiceUserRequest\x1a).meshboard.user.v1.PutServiceUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12|\n\x11RemoveServiceUser\x12+.meshboard.user.v1.RemoveServiceUserRequest\x1a,.meshboard.user.v1.RemoveServiceUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x64\n\tGetSignIn\x12#.meshboard.user.v1.GetSignInRequest\x1a$.meshboard.user.v1.GetSignInResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x80\x01\n\tGetRights\x12#.meshboard.user.v1.GetRightsRequest\x1a$.meshboard.user.v1.GetRightsResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12s\n\x0eGetTeamsOfUser\x12(.meshboard.user.v1.GetTeamsOfUserRequest\x1a).meshboard.user.v1.GetTeamsOfUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x80\x01\n\rCheckSubjects\x12\'.meshboard.user.v1.CheckSubjectsRequest\x1a(.meshboard.user.v1.CheckSubjectsResponse\"\x1c\x8a\xb5\x18\x18\x32\x16\n\tdashboard\n\tanalyticsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-meshboard/user/v1/internal_user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\"\xec\x01\n\x11\x43reateUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12 \n\x05\x65mail\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\xfe\x01R\x05\x65mail\x12,\n\x0c\x64isplay_name\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\x12\x37\n\x10invitation_token\x18\x05 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x02\x90\xb5\x18\x01R\x0finvitationToken\"}\n\x12\x43reateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"\xb2\x01\n\x15PutServiceUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12,\n\x0c\x64isplay_name\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x0b\x64isplayName\x12\x1b\n\x04role\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04role\"E\n\x16PutServiceUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"j\n\x18RemoveServiceUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"\x1b\n\x19RemoveServiceUserResponse\"X\n\x10GetSignInRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\"|\n\x11GetSignInResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12:\n\tworkspace\x18\x02 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"b\n\x10GetRightsRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"F\n\x11GetRightsResponse\x12\x31\n\x06rights\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.RightsR\x06rights\"g\n\x15GetTeamsOfUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"o\n\x16GetTeamsOfUserResponse\x12-\n\x05teams\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.TeamR\x05teams\x12&\n\x0f\x64irect_team_ids\x18\x02 \x03(\tR\rdirectTeamIds\"\x9b\x01\n\x14\x43heckSubjectsRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12*\n\x08user_ids\x18\x02 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07userIds\x12*\n\x08team_ids\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\xb0\x01\x01R\x07teamIds\"M\n\x15\x43heckSubjectsResponse\x12\x19\n\x08user_ids\x18\x01 \x03(\tR\x07userIds\x12\x19\n\x08team_ids\x18\x02 \x03(\tR\x07teamIds\"v\n\x18GetInvitationMailRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12-\n\rinvitation_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0cinvitationId\"\xea\x01\n\x19GetInvitationMailResponse\x12\x14\n\x05\x65mail\x18\x01 \x01(\tR\x05\x65mail\x12\x1a\n\x05token\x18\x02 \x01(\tB\x04\x90\xb5\x18\x01R\x05token\x12\'\n\x0fworkspace_title\x18\x03 \x01(\tR\x0eworkspaceTitle\x12!\n\x0cinviter_name\x18\x04 \x01(\tR\x0binviterName\x12\x12\n\x04role\x18\x05 \x01(\tR\x04role\x12;\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"<\n\x16\x43heckInvitationRequest\x12\"\n\x05token\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x02\x90\xb5\x18\x01R\x05token\"/\n\x17\x43heckInvitationResponse\x12\x14\n\x05\x65mail\x18\x01 \x01(\tR\x05\x65mail2\xc8\x08\n\x13InternalUserService\x12g\n\nCreateUser\x12$.meshboard.user.v1.CreateUserRequest\x1a%.meshboard.user.v1.CreateUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12s\n\x0ePutServiceUser\x12(.meshboard.user.v1.PutServiceUserRequest\x1a).meshboard.user.v1.PutServiceUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12|\n\x11RemoveServiceUser\x12+.meshboard.user.v1.RemoveServiceUserRequest\x1a,.meshboard.user.v1.RemoveServiceUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x64\n\tGetSignIn\x12#.meshboard.user.v1.GetSignInRequest\x1a$.meshboard.user.v1.GetSignInResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x80\x01\n\tGetRights\x12#.meshboard.user.v1.GetRightsRequest\x1a$.meshboard.user.v1.GetRightsResponse\"(\x8a\xb5\x18$2\"\n\x04\x61uth\n\x04user\n\tdashboard\n\tanalytics\x12s\n\x0eGetTeamsOfUser\x12(.meshboard.user.v1.GetTeamsOfUserRequest\x1a).meshboard.user.v1.GetTeamsOfUserResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12\x80\x01\n\rCheckSubjects\x12\'.meshboard.user.v1.CheckSubjectsRequest\x1a(.meshboard.user.v1.CheckSubjectsResponse\"\x1c\x8a\xb5\x18\x18\x32\x16\n\tdashboard\n\tanalytics\x12|\n\x11GetInvitationMail\x12+.meshboard.user.v1.GetInvitationMailRequest\x1a,.meshboard.user.v1.GetInvitationMailResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uth\x12v\n\x0f\x43heckInvitation\x12).meshboard.user.v1.CheckInvitationRequest\x1a*.meshboard.user.v1.CheckInvitationResponse\"\x0c\x8a\xb5\x18\x08\x32\x06\n\x04\x61uthb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +44,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEUSERREQUEST'].fields_by_name['email']._serialized_options = b'\272H\007r\005\020\003\030\376\001'
   _globals['_CREATEUSERREQUEST'].fields_by_name['display_name']._loaded_options = None
   _globals['_CREATEUSERREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_CREATEUSERREQUEST'].fields_by_name['invitation_token']._loaded_options = None
+  _globals['_CREATEUSERREQUEST'].fields_by_name['invitation_token']._serialized_options = b'\272H\005r\003\030\200\002\220\265\030\001'
   _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_PUTSERVICEUSERREQUEST'].fields_by_name['workspace_id']._loaded_options = None
@@ -71,6 +74,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKSUBJECTSREQUEST'].fields_by_name['user_ids']._serialized_options = b'\272H\014\222\001\t\020d\"\005r\003\260\001\001'
   _globals['_CHECKSUBJECTSREQUEST'].fields_by_name['team_ids']._loaded_options = None
   _globals['_CHECKSUBJECTSREQUEST'].fields_by_name['team_ids']._serialized_options = b'\272H\014\222\001\t\020d\"\005r\003\260\001\001'
+  _globals['_GETINVITATIONMAILREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_GETINVITATIONMAILREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_GETINVITATIONMAILREQUEST'].fields_by_name['invitation_id']._loaded_options = None
+  _globals['_GETINVITATIONMAILREQUEST'].fields_by_name['invitation_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_GETINVITATIONMAILRESPONSE'].fields_by_name['token']._loaded_options = None
+  _globals['_GETINVITATIONMAILRESPONSE'].fields_by_name['token']._serialized_options = b'\220\265\030\001'
+  _globals['_CHECKINVITATIONREQUEST'].fields_by_name['token']._loaded_options = None
+  _globals['_CHECKINVITATIONREQUEST'].fields_by_name['token']._serialized_options = b'\272H\005r\003\030\200\002\220\265\030\001'
   _globals['_INTERNALUSERSERVICE'].methods_by_name['CreateUser']._loaded_options = None
   _globals['_INTERNALUSERSERVICE'].methods_by_name['CreateUser']._serialized_options = b'\212\265\030\0102\006\n\004auth'
   _globals['_INTERNALUSERSERVICE'].methods_by_name['PutServiceUser']._loaded_options = None
@@ -85,34 +96,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTERNALUSERSERVICE'].methods_by_name['GetTeamsOfUser']._serialized_options = b'\212\265\030\0102\006\n\004auth'
   _globals['_INTERNALUSERSERVICE'].methods_by_name['CheckSubjects']._loaded_options = None
   _globals['_INTERNALUSERSERVICE'].methods_by_name['CheckSubjects']._serialized_options = b'\212\265\030\0302\026\n\tdashboard\n\tanalytics'
-  _globals['_CREATEUSERREQUEST']._serialized_start=198
-  _globals['_CREATEUSERREQUEST']._serialized_end=377
-  _globals['_CREATEUSERRESPONSE']._serialized_start=379
-  _globals['_CREATEUSERRESPONSE']._serialized_end=504
-  _globals['_PUTSERVICEUSERREQUEST']._serialized_start=507
-  _globals['_PUTSERVICEUSERREQUEST']._serialized_end=685
-  _globals['_PUTSERVICEUSERRESPONSE']._serialized_start=687
-  _globals['_PUTSERVICEUSERRESPONSE']._serialized_end=756
-  _globals['_REMOVESERVICEUSERREQUEST']._serialized_start=758
-  _globals['_REMOVESERVICEUSERREQUEST']._serialized_end=864
-  _globals['_REMOVESERVICEUSERRESPONSE']._serialized_start=866
-  _globals['_REMOVESERVICEUSERRESPONSE']._serialized_end=893
-  _globals['_GETSIGNINREQUEST']._serialized_start=895
-  _globals['_GETSIGNINREQUEST']._serialized_end=983
-  _globals['_GETSIGNINRESPONSE']._serialized_start=985
-  _globals['_GETSIGNINRESPONSE']._serialized_end=1109
-  _globals['_GETRIGHTSREQUEST']._serialized_start=1111
-  _globals['_GETRIGHTSREQUEST']._serialized_end=1209
-  _globals['_GETRIGHTSRESPONSE']._serialized_start=1211
-  _globals['_GETRIGHTSRESPONSE']._serialized_end=1281
-  _globals['_GETTEAMSOFUSERREQUEST']._serialized_start=1283
-  _globals['_GETTEAMSOFUSERREQUEST']._serialized_end=1386
-  _globals['_GETTEAMSOFUSERRESPONSE']._serialized_start=1388
-  _globals['_GETTEAMSOFUSERRESPONSE']._serialized_end=1499
-  _globals['_CHECKSUBJECTSREQUEST']._serialized_start=1502
-  _globals['_CHECKSUBJECTSREQUEST']._serialized_end=1657
-  _globals['_CHECKSUBJECTSRESPONSE']._serialized_start=1659
-  _globals['_CHECKSUBJECTSRESPONSE']._serialized_end=1736
-  _globals['_INTERNALUSERSERVICE']._serialized_start=1739
-  _globals['_INTERNALUSERSERVICE']._serialized_end=2589
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['GetInvitationMail']._loaded_options = None
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['GetInvitationMail']._serialized_options = b'\212\265\030\0102\006\n\004auth'
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['CheckInvitation']._loaded_options = None
+  _globals['_INTERNALUSERSERVICE'].methods_by_name['CheckInvitation']._serialized_options = b'\212\265\030\0102\006\n\004auth'
+  _globals['_CREATEUSERREQUEST']._serialized_start=231
+  _globals['_CREATEUSERREQUEST']._serialized_end=467
+  _globals['_CREATEUSERRESPONSE']._serialized_start=469
+  _globals['_CREATEUSERRESPONSE']._serialized_end=594
+  _globals['_PUTSERVICEUSERREQUEST']._serialized_start=597
+  _globals['_PUTSERVICEUSERREQUEST']._serialized_end=775
+  _globals['_PUTSERVICEUSERRESPONSE']._serialized_start=777
+  _globals['_PUTSERVICEUSERRESPONSE']._serialized_end=846
+  _globals['_REMOVESERVICEUSERREQUEST']._serialized_start=848
+  _globals['_REMOVESERVICEUSERREQUEST']._serialized_end=954
+  _globals['_REMOVESERVICEUSERRESPONSE']._serialized_start=956
+  _globals['_REMOVESERVICEUSERRESPONSE']._serialized_end=983
+  _globals['_GETSIGNINREQUEST']._serialized_start=985
+  _globals['_GETSIGNINREQUEST']._serialized_end=1073
+  _globals['_GETSIGNINRESPONSE']._serialized_start=1075
+  _globals['_GETSIGNINRESPONSE']._serialized_end=1199
+  _globals['_GETRIGHTSREQUEST']._serialized_start=1201
+  _globals['_GETRIGHTSREQUEST']._serialized_end=1299
+  _globals['_GETRIGHTSRESPONSE']._serialized_start=1301
+  _globals['_GETRIGHTSRESPONSE']._serialized_end=1371
+  _globals['_GETTEAMSOFUSERREQUEST']._serialized_start=1373
+  _globals['_GETTEAMSOFUSERREQUEST']._serialized_end=1476
+  _globals['_GETTEAMSOFUSERRESPONSE']._serialized_start=1478
+  _globals['_GETTEAMSOFUSERRESPONSE']._serialized_end=1589
+  _globals['_CHECKSUBJECTSREQUEST']._serialized_start=1592
+  _globals['_CHECKSUBJECTSREQUEST']._serialized_end=1747
+  _globals['_CHECKSUBJECTSRESPONSE']._serialized_start=1749
+  _globals['_CHECKSUBJECTSRESPONSE']._serialized_end=1826
+  _globals['_GETINVITATIONMAILREQUEST']._serialized_start=1828
+  _globals['_GETINVITATIONMAILREQUEST']._serialized_end=1946
+  _globals['_GETINVITATIONMAILRESPONSE']._serialized_start=1949
+  _globals['_GETINVITATIONMAILRESPONSE']._serialized_end=2183
+  _globals['_CHECKINVITATIONREQUEST']._serialized_start=2185
+  _globals['_CHECKINVITATIONREQUEST']._serialized_end=2245
+  _globals['_CHECKINVITATIONRESPONSE']._serialized_start=2247
+  _globals['_CHECKINVITATIONRESPONSE']._serialized_end=2294
+  _globals['_INTERNALUSERSERVICE']._serialized_start=2297
+  _globals['_INTERNALUSERSERVICE']._serialized_end=3393
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from meshboard.user.v1 import user_pb2 as _user_pb2
 from meshboard.user.v1 import workspace_pb2 as _workspace_pb2
@@ -30,14 +31,17 @@ class CreateUserRequest(_message.Message):
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
     EMAIL_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    INVITATION_TOKEN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The id of the user."""
     workspace_id: _builtins.str
-    """The id of the personal workspace."""
+    """The id of the personal workspace; without meaning when there is an invitation."""
     email: _builtins.str
     """The address of the account."""
     display_name: _builtins.str
     """How the person is shown to others."""
+    invitation_token: _builtins.str
+    """The token of the invitation that the person signs up with; empty: none."""
     def __init__(
         self,
         *,
@@ -45,10 +49,11 @@ class CreateUserRequest(_message.Message):
         workspace_id: _builtins.str = ...,
         email: _builtins.str = ...,
         display_name: _builtins.str = ...,
+        invitation_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "user_id", b"user_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "invitation_token", b"invitation_token", "user_id", b"user_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -68,7 +73,7 @@ class CreateUserResponse(_message.Message):
 
     @_builtins.property
     def workspace(self) -> _workspace_pb2.Workspace:
-        """The personal workspace."""
+        """The personal workspace, or the inviting one."""
 
     def __init__(
         self,
@@ -410,3 +415,117 @@ class CheckSubjectsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckSubjectsResponse: _TypeAlias = CheckSubjectsResponse  # noqa: Y015
+
+@_typing.final
+class GetInvitationMailRequest(_message.Message):
+    """Asks for what the mail of an invitation needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    INVITATION_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    invitation_id: _builtins.str
+    """The invitation."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        invitation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invitation_id", b"invitation_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInvitationMailRequest: _TypeAlias = GetInvitationMailRequest  # noqa: Y015
+
+@_typing.final
+class GetInvitationMailResponse(_message.Message):
+    """What the mail of an invitation needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMAIL_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    WORKSPACE_TITLE_FIELD_NUMBER: _builtins.int
+    INVITER_NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    email: _builtins.str
+    """Where it goes."""
+    token: _builtins.str
+    """The token of its link."""
+    workspace_title: _builtins.str
+    """The name of the workspace."""
+    inviter_name: _builtins.str
+    """The name of who invites."""
+    role: _builtins.str
+    """The name of the role."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the link ends."""
+
+    def __init__(
+        self,
+        *,
+        email: _builtins.str = ...,
+        token: _builtins.str = ...,
+        workspace_title: _builtins.str = ...,
+        inviter_name: _builtins.str = ...,
+        role: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email", "expire_time", b"expire_time", "inviter_name", b"inviter_name", "role", b"role", "token", b"token", "workspace_title", b"workspace_title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInvitationMailResponse: _TypeAlias = GetInvitationMailResponse  # noqa: Y015
+
+@_typing.final
+class CheckInvitationRequest(_message.Message):
+    """Asks whom a link was mailed to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The token."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckInvitationRequest: _TypeAlias = CheckInvitationRequest  # noqa: Y015
+
+@_typing.final
+class CheckInvitationResponse(_message.Message):
+    """Whom a link was mailed to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMAIL_FIELD_NUMBER: _builtins.int
+    email: _builtins.str
+    """The address."""
+    def __init__(
+        self,
+        *,
+        email: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckInvitationResponse: _TypeAlias = CheckInvitationResponse  # noqa: Y015

@@ -70,6 +70,16 @@ class InternalUserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsResponse.FromString,
                 _registered_method=True)
+        self.GetInvitationMail = channel.unary_unary(
+                '/meshboard.user.v1.InternalUserService/GetInvitationMail',
+                request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetInvitationMailRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetInvitationMailResponse.FromString,
+                _registered_method=True)
+        self.CheckInvitation = channel.unary_unary(
+                '/meshboard.user.v1.InternalUserService/CheckInvitation',
+                request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationResponse.FromString,
+                _registered_method=True)
 
 
 class InternalUserServiceServicer:
@@ -79,6 +89,9 @@ class InternalUserServiceServicer:
     def CreateUser(self, request, context):
         """Creates a user with a personal workspace under ids that the caller chose, and emits `UserCreated`, `WorkspaceCreated`
         and `MemberAdded`. A repeat with the same ids returns the same rows.
+
+        With the token of an invitation the user gets no workspace of their own, and becomes a member of the inviting one, as
+        `AcceptInvitation` says. Fails with ALREADY_EXISTS, reason USER_ID_TAKEN; with the token also as `AcceptInvitation`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,6 +147,24 @@ class InternalUserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetInvitationMail(self, request, context):
+        """Returns what the mail of an invitation needs, its link among it.
+
+        Fails with NOT_FOUND, reason INVITATION_INVALID, when it is not pending any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckInvitation(self, request, context):
+        """Says whom the link of an invitation was mailed to.
+
+        Fails with NOT_FOUND, reason INVITATION_INVALID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InternalUserServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -171,6 +202,16 @@ def add_InternalUserServiceServicer_to_server(servicer, server):
                     servicer.CheckSubjects,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsResponse.SerializeToString,
+            ),
+            'GetInvitationMail': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInvitationMail,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetInvitationMailRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetInvitationMailResponse.SerializeToString,
+            ),
+            'CheckInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckInvitation,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -363,6 +404,60 @@ class InternalUserService:
             '/meshboard.user.v1.InternalUserService/CheckSubjects',
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckSubjectsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInvitationMail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.InternalUserService/GetInvitationMail',
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetInvitationMailRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.GetInvitationMailResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.InternalUserService/CheckInvitation',
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationResponse.FromString,
             options,
             channel_credentials,
             insecure,

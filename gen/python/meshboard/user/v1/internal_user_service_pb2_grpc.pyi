@@ -19,6 +19,9 @@ class InternalUserServiceStub:
     CreateUser: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.CreateUserRequest, _internal_user_service_pb2.CreateUserResponse]
     """Creates a user with a personal workspace under ids that the caller chose, and emits `UserCreated`, `WorkspaceCreated`
     and `MemberAdded`. A repeat with the same ids returns the same rows.
+
+    With the token of an invitation the user gets no workspace of their own, and becomes a member of the inviting one, as
+    `AcceptInvitation` says. Fails with ALREADY_EXISTS, reason USER_ID_TAKEN; with the token also as `AcceptInvitation`.
     """
     PutServiceUser: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.PutServiceUserRequest, _internal_user_service_pb2.PutServiceUserResponse]
     """Creates a service account as a user and member of a workspace, under an id that the caller chose, and emits
@@ -43,6 +46,16 @@ class InternalUserServiceStub:
     """Returns the teams that a user is in, and all teams above them, so that it can be told how a grant to a team comes to a user."""
     CheckSubjects: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.CheckSubjectsRequest, _internal_user_service_pb2.CheckSubjectsResponse]
     """Says which of some users and teams belong to a workspace, so that a grant names nobody else."""
+    GetInvitationMail: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.GetInvitationMailRequest, _internal_user_service_pb2.GetInvitationMailResponse]
+    """Returns what the mail of an invitation needs, its link among it.
+
+    Fails with NOT_FOUND, reason INVITATION_INVALID, when it is not pending any more.
+    """
+    CheckInvitation: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.CheckInvitationRequest, _internal_user_service_pb2.CheckInvitationResponse]
+    """Says whom the link of an invitation was mailed to.
+
+    Fails with NOT_FOUND, reason INVITATION_INVALID.
+    """
 
 class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
     """What other services ask user_svc."""
@@ -55,6 +68,9 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_internal_user_service_pb2.CreateUserResponse]:
         """Creates a user with a personal workspace under ids that the caller chose, and emits `UserCreated`, `WorkspaceCreated`
         and `MemberAdded`. A repeat with the same ids returns the same rows.
+
+        With the token of an invitation the user gets no workspace of their own, and becomes a member of the inviting one, as
+        `AcceptInvitation` says. Fails with ALREADY_EXISTS, reason USER_ID_TAKEN; with the token also as `AcceptInvitation`.
         """
 
     @_abc_1.abstractmethod
@@ -115,5 +131,27 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_internal_user_service_pb2.CheckSubjectsRequest, _abc.Awaitable[_internal_user_service_pb2.CheckSubjectsResponse]],
     ) -> _abc.Awaitable[_internal_user_service_pb2.CheckSubjectsResponse]:
         """Says which of some users and teams belong to a workspace, so that a grant names nobody else."""
+
+    @_abc_1.abstractmethod
+    def GetInvitationMail(
+        self,
+        request: _internal_user_service_pb2.GetInvitationMailRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.GetInvitationMailRequest, _abc.Awaitable[_internal_user_service_pb2.GetInvitationMailResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.GetInvitationMailResponse]:
+        """Returns what the mail of an invitation needs, its link among it.
+
+        Fails with NOT_FOUND, reason INVITATION_INVALID, when it is not pending any more.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckInvitation(
+        self,
+        request: _internal_user_service_pb2.CheckInvitationRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.CheckInvitationRequest, _abc.Awaitable[_internal_user_service_pb2.CheckInvitationResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.CheckInvitationResponse]:
+        """Says whom the link of an invitation was mailed to.
+
+        Fails with NOT_FOUND, reason INVITATION_INVALID.
+        """
 
 def add_InternalUserServiceServicer_to_server(servicer: InternalUserServiceServicer, server: _aio.Server) -> None: ...

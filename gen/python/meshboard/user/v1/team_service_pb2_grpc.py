@@ -45,6 +45,26 @@ class TeamServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamsRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamsResponse.FromString,
                 _registered_method=True)
+        self.GetTeam = channel.unary_unary(
+                '/meshboard.user.v1.TeamService/GetTeam',
+                request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.GetTeamRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.GetTeamResponse.FromString,
+                _registered_method=True)
+        self.UpdateTeam = channel.unary_unary(
+                '/meshboard.user.v1.TeamService/UpdateTeam',
+                request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.UpdateTeamRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.UpdateTeamResponse.FromString,
+                _registered_method=True)
+        self.MoveTeam = channel.unary_unary(
+                '/meshboard.user.v1.TeamService/MoveTeam',
+                request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.MoveTeamRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.MoveTeamResponse.FromString,
+                _registered_method=True)
+        self.DeleteTeam = channel.unary_unary(
+                '/meshboard.user.v1.TeamService/DeleteTeam',
+                request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.DeleteTeamRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.DeleteTeamResponse.FromString,
+                _registered_method=True)
         self.AddTeamMember = channel.unary_unary(
                 '/meshboard.user.v1.TeamService/AddTeamMember',
                 request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.AddTeamMemberRequest.SerializeToString,
@@ -54,6 +74,16 @@ class TeamServiceStub:
                 '/meshboard.user.v1.TeamService/RemoveTeamMember',
                 request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.RemoveTeamMemberRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.RemoveTeamMemberResponse.FromString,
+                _registered_method=True)
+        self.ListTeamMembers = channel.unary_unary(
+                '/meshboard.user.v1.TeamService/ListTeamMembers',
+                request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamMembersRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamMembersResponse.FromString,
+                _registered_method=True)
+        self.ListUserTeams = channel.unary_unary(
+                '/meshboard.user.v1.TeamService/ListUserTeams',
+                request_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListUserTeamsRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListUserTeamsResponse.FromString,
                 _registered_method=True)
 
 
@@ -78,10 +108,54 @@ class TeamServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AddTeamMember(self, request, context):
-        """Puts a member of the workspace into a team, and emits `TeamMemberAdded` and `RightsChanged`. A repeat changes nothing.
+    def GetTeam(self, request, context):
+        """Returns a team.
 
-        Fails with NOT_FOUND, reason TEAM_NOT_FOUND or MEMBER_NOT_FOUND.
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateTeam(self, request, context):
+        """Changes a team and emits `TeamUpdated`. `MoveTeam` changes what it belongs to.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with ALREADY_EXISTS, reason TEAM_TITLE_TAKEN; with ABORTED, reason
+        ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveTeam(self, request, context):
+        """Puts a team, with all teams below it, below another one or at the top, and emits `TeamUpdated` and `RightsChanged`. Where
+        it is already, nothing changes.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with FAILED_PRECONDITION, reason TEAM_CYCLE, when the new parent is the team
+        itself or below it, or TEAM_TOO_DEEP; with ABORTED, reason ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTeam(self, request, context):
+        """Deletes a team with its memberships, and emits `TeamDeleted` and `RightsChanged`. What was granted to it is void at once,
+        and deleted by the services that own the grants.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with FAILED_PRECONDITION, reason TEAM_NOT_EMPTY, while there are teams
+        below it; with ABORTED, reason ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddTeamMember(self, request, context):
+        """Puts a member of the workspace into a team, or gives one who is in it another role or expiry; emits `TeamMemberAdded` or
+        `TeamMemberUpdated`, and `RightsChanged`. A repeat changes nothing.
+
+        Needs the permission `teams.edit`. Without it, maintainers of the team or of one above it may add others as MEMBER, and
+        change no maintainer. Fails with NOT_FOUND, reason TEAM_NOT_FOUND or MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason
+        PERMISSION_MISSING or SCOPE_MISSING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +164,27 @@ class TeamServiceServicer:
     def RemoveTeamMember(self, request, context):
         """Takes a user out of a team, and emits `TeamMemberRemoved` and `RightsChanged`. A repeat changes nothing.
 
+        Needs the permission `teams.edit`. Without it, maintainers of the team or of one above it may remove whoever is no
+        maintainer, and everyone may leave. Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with PERMISSION_DENIED, reason
+        PERMISSION_MISSING or SCOPE_MISSING.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTeamMembers(self, request, context):
+        """Lists the members of a team in the order of their ids, without those whose membership has expired.
+
         Fails with NOT_FOUND, reason TEAM_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUserTeams(self, request, context):
+        """Lists the teams that a member is in, and all teams above them, in the order of their ids.
+
+        Fails with NOT_FOUND, reason MEMBER_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +203,26 @@ def add_TeamServiceServicer_to_server(servicer, server):
                     request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamsRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamsResponse.SerializeToString,
             ),
+            'GetTeam': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTeam,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.GetTeamRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.GetTeamResponse.SerializeToString,
+            ),
+            'UpdateTeam': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTeam,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.UpdateTeamRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.UpdateTeamResponse.SerializeToString,
+            ),
+            'MoveTeam': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveTeam,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.MoveTeamRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.MoveTeamResponse.SerializeToString,
+            ),
+            'DeleteTeam': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTeam,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.DeleteTeamRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.DeleteTeamResponse.SerializeToString,
+            ),
             'AddTeamMember': grpc.unary_unary_rpc_method_handler(
                     servicer.AddTeamMember,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.AddTeamMemberRequest.FromString,
@@ -118,6 +232,16 @@ def add_TeamServiceServicer_to_server(servicer, server):
                     servicer.RemoveTeamMember,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.RemoveTeamMemberRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.RemoveTeamMemberResponse.SerializeToString,
+            ),
+            'ListTeamMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTeamMembers,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamMembersRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamMembersResponse.SerializeToString,
+            ),
+            'ListUserTeams': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUserTeams,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListUserTeamsRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_team__service__pb2.ListUserTeamsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -186,6 +310,114 @@ class TeamService:
             _registered_method=True)
 
     @staticmethod
+    def GetTeam(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.TeamService/GetTeam',
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.GetTeamRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.GetTeamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateTeam(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.TeamService/UpdateTeam',
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.UpdateTeamRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.UpdateTeamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveTeam(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.TeamService/MoveTeam',
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.MoveTeamRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.MoveTeamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTeam(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.TeamService/DeleteTeam',
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.DeleteTeamRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.DeleteTeamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def AddTeamMember(request,
             target,
             options=(),
@@ -229,6 +461,60 @@ class TeamService:
             '/meshboard.user.v1.TeamService/RemoveTeamMember',
             meshboard_dot_user_dot_v1_dot_team__service__pb2.RemoveTeamMemberRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_team__service__pb2.RemoveTeamMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTeamMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.TeamService/ListTeamMembers',
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamMembersRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.ListTeamMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUserTeams(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.TeamService/ListUserTeams',
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.ListUserTeamsRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_team__service__pb2.ListUserTeamsResponse.FromString,
             options,
             channel_credentials,
             insecure,

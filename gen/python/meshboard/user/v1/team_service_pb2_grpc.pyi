@@ -24,15 +24,55 @@ class TeamServiceStub:
     """
     ListTeams: _aio.UnaryUnaryMultiCallable[_team_service_pb2.ListTeamsRequest, _team_service_pb2.ListTeamsResponse]
     """Lists the teams of a workspace, the oldest first."""
-    AddTeamMember: _aio.UnaryUnaryMultiCallable[_team_service_pb2.AddTeamMemberRequest, _team_service_pb2.AddTeamMemberResponse]
-    """Puts a member of the workspace into a team, and emits `TeamMemberAdded` and `RightsChanged`. A repeat changes nothing.
+    GetTeam: _aio.UnaryUnaryMultiCallable[_team_service_pb2.GetTeamRequest, _team_service_pb2.GetTeamResponse]
+    """Returns a team.
 
-    Fails with NOT_FOUND, reason TEAM_NOT_FOUND or MEMBER_NOT_FOUND.
+    Fails with NOT_FOUND, reason TEAM_NOT_FOUND.
+    """
+    UpdateTeam: _aio.UnaryUnaryMultiCallable[_team_service_pb2.UpdateTeamRequest, _team_service_pb2.UpdateTeamResponse]
+    """Changes a team and emits `TeamUpdated`. `MoveTeam` changes what it belongs to.
+
+    Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with ALREADY_EXISTS, reason TEAM_TITLE_TAKEN; with ABORTED, reason
+    ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+    """
+    MoveTeam: _aio.UnaryUnaryMultiCallable[_team_service_pb2.MoveTeamRequest, _team_service_pb2.MoveTeamResponse]
+    """Puts a team, with all teams below it, below another one or at the top, and emits `TeamUpdated` and `RightsChanged`. Where
+    it is already, nothing changes.
+
+    Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with FAILED_PRECONDITION, reason TEAM_CYCLE, when the new parent is the team
+    itself or below it, or TEAM_TOO_DEEP; with ABORTED, reason ETAG_MISMATCH.
+    """
+    DeleteTeam: _aio.UnaryUnaryMultiCallable[_team_service_pb2.DeleteTeamRequest, _team_service_pb2.DeleteTeamResponse]
+    """Deletes a team with its memberships, and emits `TeamDeleted` and `RightsChanged`. What was granted to it is void at once,
+    and deleted by the services that own the grants.
+
+    Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with FAILED_PRECONDITION, reason TEAM_NOT_EMPTY, while there are teams
+    below it; with ABORTED, reason ETAG_MISMATCH.
+    """
+    AddTeamMember: _aio.UnaryUnaryMultiCallable[_team_service_pb2.AddTeamMemberRequest, _team_service_pb2.AddTeamMemberResponse]
+    """Puts a member of the workspace into a team, or gives one who is in it another role or expiry; emits `TeamMemberAdded` or
+    `TeamMemberUpdated`, and `RightsChanged`. A repeat changes nothing.
+
+    Needs the permission `teams.edit`. Without it, maintainers of the team or of one above it may add others as MEMBER, and
+    change no maintainer. Fails with NOT_FOUND, reason TEAM_NOT_FOUND or MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason
+    PERMISSION_MISSING or SCOPE_MISSING.
     """
     RemoveTeamMember: _aio.UnaryUnaryMultiCallable[_team_service_pb2.RemoveTeamMemberRequest, _team_service_pb2.RemoveTeamMemberResponse]
     """Takes a user out of a team, and emits `TeamMemberRemoved` and `RightsChanged`. A repeat changes nothing.
 
+    Needs the permission `teams.edit`. Without it, maintainers of the team or of one above it may remove whoever is no
+    maintainer, and everyone may leave. Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with PERMISSION_DENIED, reason
+    PERMISSION_MISSING or SCOPE_MISSING.
+    """
+    ListTeamMembers: _aio.UnaryUnaryMultiCallable[_team_service_pb2.ListTeamMembersRequest, _team_service_pb2.ListTeamMembersResponse]
+    """Lists the members of a team in the order of their ids, without those whose membership has expired.
+
     Fails with NOT_FOUND, reason TEAM_NOT_FOUND.
+    """
+    ListUserTeams: _aio.UnaryUnaryMultiCallable[_team_service_pb2.ListUserTeamsRequest, _team_service_pb2.ListUserTeamsResponse]
+    """Lists the teams that a member is in, and all teams above them, in the order of their ids.
+
+    Fails with NOT_FOUND, reason MEMBER_NOT_FOUND.
     """
 
 class TeamServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,14 +99,66 @@ class TeamServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the teams of a workspace, the oldest first."""
 
     @_abc_1.abstractmethod
+    def GetTeam(
+        self,
+        request: _team_service_pb2.GetTeamRequest,
+        context: _aio.ServicerContext[_team_service_pb2.GetTeamRequest, _abc.Awaitable[_team_service_pb2.GetTeamResponse]],
+    ) -> _abc.Awaitable[_team_service_pb2.GetTeamResponse]:
+        """Returns a team.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateTeam(
+        self,
+        request: _team_service_pb2.UpdateTeamRequest,
+        context: _aio.ServicerContext[_team_service_pb2.UpdateTeamRequest, _abc.Awaitable[_team_service_pb2.UpdateTeamResponse]],
+    ) -> _abc.Awaitable[_team_service_pb2.UpdateTeamResponse]:
+        """Changes a team and emits `TeamUpdated`. `MoveTeam` changes what it belongs to.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with ALREADY_EXISTS, reason TEAM_TITLE_TAKEN; with ABORTED, reason
+        ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        """
+
+    @_abc_1.abstractmethod
+    def MoveTeam(
+        self,
+        request: _team_service_pb2.MoveTeamRequest,
+        context: _aio.ServicerContext[_team_service_pb2.MoveTeamRequest, _abc.Awaitable[_team_service_pb2.MoveTeamResponse]],
+    ) -> _abc.Awaitable[_team_service_pb2.MoveTeamResponse]:
+        """Puts a team, with all teams below it, below another one or at the top, and emits `TeamUpdated` and `RightsChanged`. Where
+        it is already, nothing changes.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with FAILED_PRECONDITION, reason TEAM_CYCLE, when the new parent is the team
+        itself or below it, or TEAM_TOO_DEEP; with ABORTED, reason ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteTeam(
+        self,
+        request: _team_service_pb2.DeleteTeamRequest,
+        context: _aio.ServicerContext[_team_service_pb2.DeleteTeamRequest, _abc.Awaitable[_team_service_pb2.DeleteTeamResponse]],
+    ) -> _abc.Awaitable[_team_service_pb2.DeleteTeamResponse]:
+        """Deletes a team with its memberships, and emits `TeamDeleted` and `RightsChanged`. What was granted to it is void at once,
+        and deleted by the services that own the grants.
+
+        Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with FAILED_PRECONDITION, reason TEAM_NOT_EMPTY, while there are teams
+        below it; with ABORTED, reason ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
     def AddTeamMember(
         self,
         request: _team_service_pb2.AddTeamMemberRequest,
         context: _aio.ServicerContext[_team_service_pb2.AddTeamMemberRequest, _abc.Awaitable[_team_service_pb2.AddTeamMemberResponse]],
     ) -> _abc.Awaitable[_team_service_pb2.AddTeamMemberResponse]:
-        """Puts a member of the workspace into a team, and emits `TeamMemberAdded` and `RightsChanged`. A repeat changes nothing.
+        """Puts a member of the workspace into a team, or gives one who is in it another role or expiry; emits `TeamMemberAdded` or
+        `TeamMemberUpdated`, and `RightsChanged`. A repeat changes nothing.
 
-        Fails with NOT_FOUND, reason TEAM_NOT_FOUND or MEMBER_NOT_FOUND.
+        Needs the permission `teams.edit`. Without it, maintainers of the team or of one above it may add others as MEMBER, and
+        change no maintainer. Fails with NOT_FOUND, reason TEAM_NOT_FOUND or MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason
+        PERMISSION_MISSING or SCOPE_MISSING.
         """
 
     @_abc_1.abstractmethod
@@ -77,7 +169,31 @@ class TeamServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_team_service_pb2.RemoveTeamMemberResponse]:
         """Takes a user out of a team, and emits `TeamMemberRemoved` and `RightsChanged`. A repeat changes nothing.
 
+        Needs the permission `teams.edit`. Without it, maintainers of the team or of one above it may remove whoever is no
+        maintainer, and everyone may leave. Fails with NOT_FOUND, reason TEAM_NOT_FOUND; with PERMISSION_DENIED, reason
+        PERMISSION_MISSING or SCOPE_MISSING.
+        """
+
+    @_abc_1.abstractmethod
+    def ListTeamMembers(
+        self,
+        request: _team_service_pb2.ListTeamMembersRequest,
+        context: _aio.ServicerContext[_team_service_pb2.ListTeamMembersRequest, _abc.Awaitable[_team_service_pb2.ListTeamMembersResponse]],
+    ) -> _abc.Awaitable[_team_service_pb2.ListTeamMembersResponse]:
+        """Lists the members of a team in the order of their ids, without those whose membership has expired.
+
         Fails with NOT_FOUND, reason TEAM_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ListUserTeams(
+        self,
+        request: _team_service_pb2.ListUserTeamsRequest,
+        context: _aio.ServicerContext[_team_service_pb2.ListUserTeamsRequest, _abc.Awaitable[_team_service_pb2.ListUserTeamsResponse]],
+    ) -> _abc.Awaitable[_team_service_pb2.ListUserTeamsResponse]:
+        """Lists the teams that a member is in, and all teams above them, in the order of their ids.
+
+        Fails with NOT_FOUND, reason MEMBER_NOT_FOUND.
         """
 
 def add_TeamServiceServicer_to_server(servicer: TeamServiceServicer, server: _aio.Server) -> None: ...

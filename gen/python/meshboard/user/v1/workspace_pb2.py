@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!meshboard/user/v1/workspace.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmeshboard/user/v1/user.proto\"\xa2\x02\n\tWorkspace\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12\x1d\n\x05title\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x32\n\x15require_second_factor\x18\x06 \x01(\x08R\x13requireSecondFactor\"\xa9\x01\n\x06Member\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12+\n\x04user\x18\x02 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"\x8c\x02\n\x04Team\x12\x17\n\x07team_id\x18\x01 \x01(\tR\x06teamId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x14\n\x05title\x18\x03 \x01(\tR\x05title\x12$\n\x0eparent_team_id\x18\x04 \x01(\tR\x0cparentTeamId\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x12\n\x04\x65tag\x18\x07 \x01(\tR\x04\x65tag\"\xf2\x02\n\x06Rights\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12 \n\x0bpermissions\x18\x04 \x03(\tR\x0bpermissions\x12\x19\n\x08team_ids\x18\x05 \x03(\tR\x07teamIds\x12\x18\n\x07version\x18\x06 \x01(\x03R\x07version\x12\x34\n\x16second_factor_required\x18\x07 \x01(\x08R\x14secondFactorRequired\x12G\n\x0c\x63ustom_roles\x18\x08 \x03(\x0b\x32$.meshboard.user.v1.Rights.CustomRoleR\x0b\x63ustomRoles\x1a\x42\n\nCustomRole\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12 \n\x0bpermissions\x18\x02 \x03(\tR\x0bpermissionsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!meshboard/user/v1/workspace.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmeshboard/user/v1/user.proto\"\x95\x03\n\tWorkspace\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12\x1d\n\x05title\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x32\n\x15require_second_factor\x18\x06 \x01(\x08R\x13requireSecondFactor\x12*\n\x0c\x64\x65\x66\x61ult_role\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x0b\x64\x65\x66\x61ultRole\x12\x45\n\x15\x61llowed_email_domains\x18\x08 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x64\"\x07r\x05\x10\x01\x18\xfd\x01R\x13\x61llowedEmailDomains\"\xa9\x01\n\x06Member\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12+\n\x04user\x18\x02 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"\xf4\x02\n\x04Team\x12!\n\x07team_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06teamId\x12+\n\x0cworkspace_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12\x1d\n\x05title\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12$\n\x0eparent_team_id\x18\x04 \x01(\tR\x0cparentTeamId\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12*\n\x0b\x64\x65scription\x18\x08 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07R\x0b\x64\x65scription\x12\x14\n\x05\x64\x65pth\x18\t \x01(\x05R\x05\x64\x65pth\"\xdf\x02\n\nTeamMember\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x16\n\x06\x64irect\x18\x02 \x01(\x08R\x06\x64irect\x12\x36\n\x04role\x18\x03 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12 \n\x0cvia_team_ids\x18\x06 \x03(\tR\nviaTeamIds\"8\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\n\n\x06MEMBER\x10\x01\x12\x0e\n\nMAINTAINER\x10\x02\"\xaf\x03\n\x06Rights\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x12\n\x04role\x18\x03 \x01(\tR\x04role\x12 \n\x0bpermissions\x18\x04 \x03(\tR\x0bpermissions\x12\x19\n\x08team_ids\x18\x05 \x03(\tR\x07teamIds\x12\x18\n\x07version\x18\x06 \x01(\x03R\x07version\x12\x34\n\x16second_factor_required\x18\x07 \x01(\x08R\x14secondFactorRequired\x12G\n\x0c\x63ustom_roles\x18\x08 \x03(\x0b\x32$.meshboard.user.v1.Rights.CustomRoleR\x0b\x63ustomRoles\x12;\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x1a\x42\n\nCustomRole\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12 \n\x0bpermissions\x18\x02 \x03(\tR\x0bpermissionsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,14 +40,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKSPACE'].fields_by_name['title']._serialized_options = b'\272H\004r\002\030d'
   _globals['_WORKSPACE'].fields_by_name['etag']._loaded_options = None
   _globals['_WORKSPACE'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_WORKSPACE'].fields_by_name['default_role']._loaded_options = None
+  _globals['_WORKSPACE'].fields_by_name['default_role']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_WORKSPACE'].fields_by_name['allowed_email_domains']._loaded_options = None
+  _globals['_WORKSPACE'].fields_by_name['allowed_email_domains']._serialized_options = b'\272H\016\222\001\013\020d\"\007r\005\020\001\030\375\001'
+  _globals['_TEAM'].fields_by_name['team_id']._loaded_options = None
+  _globals['_TEAM'].fields_by_name['team_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_TEAM'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_TEAM'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_TEAM'].fields_by_name['title']._loaded_options = None
+  _globals['_TEAM'].fields_by_name['title']._serialized_options = b'\272H\004r\002\030d'
+  _globals['_TEAM'].fields_by_name['etag']._loaded_options = None
+  _globals['_TEAM'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_TEAM'].fields_by_name['description']._loaded_options = None
+  _globals['_TEAM'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\350\007'
   _globals['_WORKSPACE']._serialized_start=149
-  _globals['_WORKSPACE']._serialized_end=439
-  _globals['_MEMBER']._serialized_start=442
-  _globals['_MEMBER']._serialized_end=611
-  _globals['_TEAM']._serialized_start=614
-  _globals['_TEAM']._serialized_end=882
-  _globals['_RIGHTS']._serialized_start=885
-  _globals['_RIGHTS']._serialized_end=1255
-  _globals['_RIGHTS_CUSTOMROLE']._serialized_start=1189
-  _globals['_RIGHTS_CUSTOMROLE']._serialized_end=1255
+  _globals['_WORKSPACE']._serialized_end=554
+  _globals['_MEMBER']._serialized_start=557
+  _globals['_MEMBER']._serialized_end=726
+  _globals['_TEAM']._serialized_start=729
+  _globals['_TEAM']._serialized_end=1101
+  _globals['_TEAMMEMBER']._serialized_start=1104
+  _globals['_TEAMMEMBER']._serialized_end=1455
+  _globals['_TEAMMEMBER_ROLE']._serialized_start=1399
+  _globals['_TEAMMEMBER_ROLE']._serialized_end=1455
+  _globals['_RIGHTS']._serialized_start=1458
+  _globals['_RIGHTS']._serialized_end=1889
+  _globals['_RIGHTS_CUSTOMROLE']._serialized_start=1823
+  _globals['_RIGHTS_CUSTOMROLE']._serialized_end=1889
 # @@protoc_insertion_point(module_scope)

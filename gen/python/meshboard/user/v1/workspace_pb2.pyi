@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from meshboard.user.v1 import user_pb2 as _user_pb2
 import builtins as _builtins
 import sys
@@ -32,6 +33,8 @@ class Workspace(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     REQUIRE_SECOND_FACTOR_FIELD_NUMBER: _builtins.int
+    DEFAULT_ROLE_FIELD_NUMBER: _builtins.int
+    ALLOWED_EMAIL_DOMAINS_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """Identifies the workspace; a UUIDv7."""
     title: _builtins.str
@@ -40,6 +43,8 @@ class Workspace(_message.Message):
     """Changes with every change of the workspace."""
     require_second_factor: _builtins.bool
     """Whether members must have signed in with a second factor. Service accounts need none."""
+    default_role: _builtins.str
+    """The name of the role that an invitation gives which names none: `viewer` unless it was changed, and never `owner`."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the workspace was created."""
@@ -47,6 +52,12 @@ class Workspace(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When the workspace was last changed."""
+
+    @_builtins.property
+    def allowed_email_domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who can become a member: people with an address in one of these domains, such as `example.org`, without their
+        subdomains; empty: anyone. Who is a member already stays. At most 100; they are kept in lower case, and sorted.
+        """
 
     def __init__(
         self,
@@ -57,10 +68,12 @@ class Workspace(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         require_second_factor: _builtins.bool = ...,
+        default_role: _builtins.str = ...,
+        allowed_email_domains: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "require_second_factor", b"require_second_factor", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_email_domains", b"allowed_email_domains", "create_time", b"create_time", "default_role", b"default_role", "etag", b"etag", "require_second_factor", b"require_second_factor", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -117,6 +130,8 @@ class Team(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
     team_id: _builtins.str
     """Identifies the team; a UUIDv7."""
     workspace_id: _builtins.str
@@ -127,6 +142,10 @@ class Team(_message.Message):
     """The team above this one; empty at the top."""
     etag: _builtins.str
     """Changes with every change of the team."""
+    description: _builtins.str
+    """What the team is for, at most 1,000 characters."""
+    depth: _builtins.int
+    """How deep it is: 1 at the top, at most 8."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the team was created."""
@@ -145,14 +164,89 @@ class Team(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        description: _builtins.str = ...,
+        depth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "parent_team_id", b"parent_team_id", "team_id", b"team_id", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "depth", b"depth", "description", b"description", "etag", b"etag", "parent_team_id", b"parent_team_id", "team_id", b"team_id", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Team: _TypeAlias = Team  # noqa: Y015
+
+@_typing.final
+class TeamMember(_message.Message):
+    """A user whom a team has as a member, by itself or by a team below it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Role:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TeamMember._Role.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ROLE_UNSPECIFIED: TeamMember._Role.ValueType  # 0
+        """The same as MEMBER."""
+        MEMBER: TeamMember._Role.ValueType  # 1
+        """Has what is granted to the team."""
+        MAINTAINER: TeamMember._Role.ValueType  # 2
+        """Besides adds and removes members of the team and of all teams below it, without the permission `teams.edit`."""
+
+    class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+        """What a member may do in a team."""
+
+    ROLE_UNSPECIFIED: TeamMember.Role.ValueType  # 0
+    """The same as MEMBER."""
+    MEMBER: TeamMember.Role.ValueType  # 1
+    """Has what is granted to the team."""
+    MAINTAINER: TeamMember.Role.ValueType  # 2
+    """Besides adds and removes members of the team and of all teams below it, without the permission `teams.edit`."""
+
+    USER_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    VIA_TEAM_IDS_FIELD_NUMBER: _builtins.int
+    direct: _builtins.bool
+    """Whether the user was put into this team itself."""
+    role: Global___TeamMember.Role.ValueType
+    """What the user may do in this team; absent unless `direct`."""
+    @_builtins.property
+    def user(self) -> _user_pb2.User:
+        """The user."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the membership ends by itself; absent: never, or not `direct`."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when the user is in this team; absent unless `direct`."""
+
+    @_builtins.property
+    def via_team_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The teams below that make the user a member too, sorted."""
+
+    def __init__(
+        self,
+        *,
+        user: _user_pb2.User | None = ...,
+        direct: _builtins.bool = ...,
+        role: Global___TeamMember.Role.ValueType = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        via_team_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "user", b"user"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "direct", b"direct", "expire_time", b"expire_time", "role", b"role", "user", b"user", "via_team_ids", b"via_team_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TeamMember: _TypeAlias = TeamMember  # noqa: Y015
 
 @_typing.final
 class Rights(_message.Message):
@@ -194,6 +288,7 @@ class Rights(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     SECOND_FACTOR_REQUIRED_FIELD_NUMBER: _builtins.int
     CUSTOM_ROLES_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user."""
     workspace_id: _builtins.str
@@ -216,6 +311,10 @@ class Rights(_message.Message):
     def custom_roles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rights.CustomRole]:
         """The custom roles of the workspace, which grants may name, sorted by name."""
 
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When one of the memberships in teams that count here ends; absent: none does. Nobody remembers the rights longer."""
+
     def __init__(
         self,
         *,
@@ -227,10 +326,11 @@ class Rights(_message.Message):
         version: _builtins.int = ...,
         second_factor_required: _builtins.bool = ...,
         custom_roles: _abc.Iterable[Global___Rights.CustomRole] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["custom_roles", b"custom_roles", "permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["custom_roles", b"custom_roles", "expire_time", b"expire_time", "permissions", b"permissions", "role", b"role", "second_factor_required", b"second_factor_required", "team_ids", b"team_ids", "user_id", b"user_id", "version", b"version", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,7 +29,7 @@ from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/user/v1/workspace_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a!meshboard/options/v1/access.proto\x1a!meshboard/user/v1/workspace.proto\"b\n\x16\x43reateWorkspaceRequest\x12\x1f\n\x05title\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x05title\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"U\n\x17\x43reateWorkspaceResponse\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"B\n\x13GetWorkspaceRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"R\n\x14GetWorkspaceResponse\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"f\n\x15ListWorkspacesRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"~\n\x16ListWorkspacesResponse\x12<\n\nworkspaces\x18\x01 \x03(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\nworkspaces\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x99\x01\n\x16UpdateWorkspaceRequest\x12\x42\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceB\x06\xbaH\x03\xc8\x01\x01R\tworkspace\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"U\n\x17UpdateWorkspaceResponse\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"\x81\x01\n\x10\x41\x64\x64MemberRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1d\n\x04role\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04role\"F\n\x11\x41\x64\x64MemberResponse\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"\x90\x01\n\x12ListMembersRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12$\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"r\n\x13ListMembersResponse\x12\x33\n\x07members\x18\x01 \x03(\x0b\x32\x19.meshboard.user.v1.MemberR\x07members\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x84\x01\n\x13UpdateMemberRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1d\n\x04role\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04role\"I\n\x14UpdateMemberResponse\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"e\n\x13RemoveMemberRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\"\x16\n\x14RemoveMemberResponse2\xfa\n\n\x10WorkspaceService\x12\x8b\x01\n\x0f\x43reateWorkspace\x12).meshboard.user.v1.CreateWorkspaceRequest\x1a*.meshboard.user.v1.CreateWorkspaceResponse\"!\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/workspaces:\x01*\x12\xa9\x01\n\x0cGetWorkspace\x12&.meshboard.user.v1.GetWorkspaceRequest\x1a\'.meshboard.user.v1.GetWorkspaceResponse\"H\x8a\xb5\x18\x1f\x1a\x0fworkspaces.view:\x0cworkspace_id\x82\xd3\xe4\x93\x02\x1f\x12\x1d/v1/workspaces/{workspace_id}\x12\x85\x01\n\x0eListWorkspaces\x12(.meshboard.user.v1.ListWorkspacesRequest\x1a).meshboard.user.v1.ListWorkspacesResponse\"\x1e\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/workspaces\x12\xd1\x01\n\x0fUpdateWorkspace\x12).meshboard.user.v1.UpdateWorkspaceRequest\x1a*.meshboard.user.v1.UpdateWorkspaceResponse\"g\x8a\xb5\x18)\x1a\x0fworkspaces.edit:\x16workspace.workspace_id\x82\xd3\xe4\x93\x02\x34\x32\'/v1/workspaces/{workspace.workspace_id}:\tworkspace\x12\xa8\x01\n\tAddMember\x12#.meshboard.user.v1.AddMemberRequest\x1a$.meshboard.user.v1.AddMemberResponse\"P\x8a\xb5\x18\x1c\x1a\x0cmembers.edit:\x0cworkspace_id\x82\xd3\xe4\x93\x02*\"%/v1/workspaces/{workspace_id}/members:\x01*\x12\xab\x01\n\x0bListMembers\x12%.meshboard.user.v1.ListMembersRequest\x1a&.meshboard.user.v1.ListMembersResponse\"M\x8a\xb5\x18\x1c\x1a\x0cmembers.view:\x0cworkspace_id\x82\xd3\xe4\x93\x02\'\x12%/v1/workspaces/{workspace_id}/members\x12\xbb\x01\n\x0cUpdateMember\x12&.meshboard.user.v1.UpdateMemberRequest\x1a\'.meshboard.user.v1.UpdateMemberResponse\"Z\x8a\xb5\x18\x1c\x1a\x0cmembers.edit:\x0cworkspace_id\x82\xd3\xe4\x93\x02\x34\x32//v1/workspaces/{workspace_id}/members/{user_id}:\x01*\x12\xb8\x01\n\x0cRemoveMember\x12&.meshboard.user.v1.RemoveMemberRequest\x1a\'.meshboard.user.v1.RemoveMemberResponse\"W\x8a\xb5\x18\x1c\x1a\x0cmembers.edit:\x0cworkspace_id\x82\xd3\xe4\x93\x02\x31*//v1/workspaces/{workspace_id}/members/{user_id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/user/v1/workspace_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a!meshboard/options/v1/access.proto\x1a!meshboard/user/v1/workspace.proto\"b\n\x16\x43reateWorkspaceRequest\x12\x1f\n\x05title\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x05title\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"U\n\x17\x43reateWorkspaceResponse\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"B\n\x13GetWorkspaceRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"R\n\x14GetWorkspaceResponse\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"f\n\x15ListWorkspacesRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"~\n\x16ListWorkspacesResponse\x12<\n\nworkspaces\x18\x01 \x03(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\nworkspaces\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x99\x01\n\x16UpdateWorkspaceRequest\x12\x42\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceB\x06\xbaH\x03\xc8\x01\x01R\tworkspace\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"U\n\x17UpdateWorkspaceResponse\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"b\n\x16\x44\x65leteWorkspaceRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12\x1b\n\x04\x65tag\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\"\x19\n\x17\x44\x65leteWorkspaceResponse\"D\n\x15LeaveWorkspaceRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\"\x18\n\x16LeaveWorkspaceResponse\"\x87\x01\n\x18TransferOwnershipRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1b\n\x04role\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04role\"\x8a\x01\n\x19TransferOwnershipResponse\x12/\n\x05owner\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x05owner\x12<\n\x0c\x66ormer_owner\x18\x02 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x0b\x66ormerOwner\"\x81\x01\n\x10\x41\x64\x64MemberRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1d\n\x04role\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04role\"F\n\x11\x41\x64\x64MemberResponse\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"\xad\x01\n\x12ListMembersRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12$\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\x12\x1b\n\x04role\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04role\"r\n\x13ListMembersResponse\x12\x33\n\x07members\x18\x01 \x03(\x0b\x32\x19.meshboard.user.v1.MemberR\x07members\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x84\x01\n\x13UpdateMemberRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12\x1d\n\x04role\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x04role\"I\n\x14UpdateMemberResponse\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"e\n\x13RemoveMemberRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12!\n\x07user_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\"\x16\n\x14RemoveMemberResponse2\xc6\x0f\n\x10WorkspaceService\x12\x8b\x01\n\x0f\x43reateWorkspace\x12).meshboard.user.v1.CreateWorkspaceRequest\x1a*.meshboard.user.v1.CreateWorkspaceResponse\"!\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/workspaces:\x01*\x12\xa9\x01\n\x0cGetWorkspace\x12&.meshboard.user.v1.GetWorkspaceRequest\x1a\'.meshboard.user.v1.GetWorkspaceResponse\"H\x8a\xb5\x18\x1f\x1a\x0fworkspaces.view:\x0cworkspace_id\x82\xd3\xe4\x93\x02\x1f\x12\x1d/v1/workspaces/{workspace_id}\x12\x85\x01\n\x0eListWorkspaces\x12(.meshboard.user.v1.ListWorkspacesRequest\x1a).meshboard.user.v1.ListWorkspacesResponse\"\x1e\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/workspaces\x12\xd1\x01\n\x0fUpdateWorkspace\x12).meshboard.user.v1.UpdateWorkspaceRequest\x1a*.meshboard.user.v1.UpdateWorkspaceResponse\"g\x8a\xb5\x18)\x1a\x0fworkspaces.edit:\x16workspace.workspace_id\x82\xd3\xe4\x93\x02\x34\x32\'/v1/workspaces/{workspace.workspace_id}:\tworkspace\x12\xb6\x01\n\x0f\x44\x65leteWorkspace\x12).meshboard.user.v1.DeleteWorkspaceRequest\x1a*.meshboard.user.v1.DeleteWorkspaceResponse\"L\x8a\xb5\x18#\x1a\x11workspaces.delete:\x0cworkspace_idH\x01\x82\xd3\xe4\x93\x02\x1f*\x1d/v1/workspaces/{workspace_id}\x12\xba\x01\n\x0eLeaveWorkspace\x12(.meshboard.user.v1.LeaveWorkspaceRequest\x1a).meshboard.user.v1.LeaveWorkspaceResponse\"S\x8a\xb5\x18!\x1a\x0fworkspaces.view:\x0cworkspace_id@\x01\x82\xd3\xe4\x93\x02(\"#/v1/workspaces/{workspace_id}:leave:\x01*\x12\xd3\x01\n\x11TransferOwnership\x12+.meshboard.user.v1.TransferOwnershipRequest\x1a,.meshboard.user.v1.TransferOwnershipResponse\"c\x8a\xb5\x18%\x1a\x13workspaces.transfer:\x0cworkspace_idH\x01\x82\xd3\xe4\x93\x02\x34\"//v1/workspaces/{workspace_id}:transferOwnership:\x01*\x12\xa8\x01\n\tAddMember\x12#.meshboard.user.v1.AddMemberRequest\x1a$.meshboard.user.v1.AddMemberResponse\"P\x8a\xb5\x18\x1c\x1a\x0cmembers.edit:\x0cworkspace_id\x82\xd3\xe4\x93\x02*\"%/v1/workspaces/{workspace_id}/members:\x01*\x12\xab\x01\n\x0bListMembers\x12%.meshboard.user.v1.ListMembersRequest\x1a&.meshboard.user.v1.ListMembersResponse\"M\x8a\xb5\x18\x1c\x1a\x0cmembers.view:\x0cworkspace_id\x82\xd3\xe4\x93\x02\'\x12%/v1/workspaces/{workspace_id}/members\x12\xbb\x01\n\x0cUpdateMember\x12&.meshboard.user.v1.UpdateMemberRequest\x1a\'.meshboard.user.v1.UpdateMemberResponse\"Z\x8a\xb5\x18\x1c\x1a\x0cmembers.edit:\x0cworkspace_id\x82\xd3\xe4\x93\x02\x34\x32//v1/workspaces/{workspace_id}/members/{user_id}:\x01*\x12\xb8\x01\n\x0cRemoveMember\x12&.meshboard.user.v1.RemoveMemberRequest\x1a\'.meshboard.user.v1.RemoveMemberResponse\"W\x8a\xb5\x18\x1c\x1a\x0cmembers.edit:\x0cworkspace_id\x82\xd3\xe4\x93\x02\x31*//v1/workspaces/{workspace_id}/members/{user_id}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,6 +48,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKSPACESREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\020'
   _globals['_UPDATEWORKSPACEREQUEST'].fields_by_name['workspace']._loaded_options = None
   _globals['_UPDATEWORKSPACEREQUEST'].fields_by_name['workspace']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_DELETEWORKSPACEREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_DELETEWORKSPACEREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_DELETEWORKSPACEREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_DELETEWORKSPACEREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_LEAVEWORKSPACEREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_LEAVEWORKSPACEREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_TRANSFEROWNERSHIPREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_TRANSFEROWNERSHIPREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_TRANSFEROWNERSHIPREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_TRANSFEROWNERSHIPREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_TRANSFEROWNERSHIPREQUEST'].fields_by_name['role']._loaded_options = None
+  _globals['_TRANSFEROWNERSHIPREQUEST'].fields_by_name['role']._serialized_options = b'\272H\004r\002\030@'
   _globals['_ADDMEMBERREQUEST'].fields_by_name['workspace_id']._loaded_options = None
   _globals['_ADDMEMBERREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_ADDMEMBERREQUEST'].fields_by_name['user_id']._loaded_options = None
@@ -60,6 +72,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMEMBERSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_LISTMEMBERSREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTMEMBERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\020'
+  _globals['_LISTMEMBERSREQUEST'].fields_by_name['role']._loaded_options = None
+  _globals['_LISTMEMBERSREQUEST'].fields_by_name['role']._serialized_options = b'\272H\004r\002\030@'
   _globals['_UPDATEMEMBERREQUEST'].fields_by_name['workspace_id']._loaded_options = None
   _globals['_UPDATEMEMBERREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_UPDATEMEMBERREQUEST'].fields_by_name['user_id']._loaded_options = None
@@ -78,6 +92,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKSPACESERVICE'].methods_by_name['ListWorkspaces']._serialized_options = b'\212\265\030\004\020\001@\001\202\323\344\223\002\020\022\016/v1/workspaces'
   _globals['_WORKSPACESERVICE'].methods_by_name['UpdateWorkspace']._loaded_options = None
   _globals['_WORKSPACESERVICE'].methods_by_name['UpdateWorkspace']._serialized_options = b'\212\265\030)\032\017workspaces.edit:\026workspace.workspace_id\202\323\344\223\00242\'/v1/workspaces/{workspace.workspace_id}:\tworkspace'
+  _globals['_WORKSPACESERVICE'].methods_by_name['DeleteWorkspace']._loaded_options = None
+  _globals['_WORKSPACESERVICE'].methods_by_name['DeleteWorkspace']._serialized_options = b'\212\265\030#\032\021workspaces.delete:\014workspace_idH\001\202\323\344\223\002\037*\035/v1/workspaces/{workspace_id}'
+  _globals['_WORKSPACESERVICE'].methods_by_name['LeaveWorkspace']._loaded_options = None
+  _globals['_WORKSPACESERVICE'].methods_by_name['LeaveWorkspace']._serialized_options = b'\212\265\030!\032\017workspaces.view:\014workspace_id@\001\202\323\344\223\002(\"#/v1/workspaces/{workspace_id}:leave:\001*'
+  _globals['_WORKSPACESERVICE'].methods_by_name['TransferOwnership']._loaded_options = None
+  _globals['_WORKSPACESERVICE'].methods_by_name['TransferOwnership']._serialized_options = b'\212\265\030%\032\023workspaces.transfer:\014workspace_idH\001\202\323\344\223\0024\"//v1/workspaces/{workspace_id}:transferOwnership:\001*'
   _globals['_WORKSPACESERVICE'].methods_by_name['AddMember']._loaded_options = None
   _globals['_WORKSPACESERVICE'].methods_by_name['AddMember']._serialized_options = b'\212\265\030\034\032\014members.edit:\014workspace_id\202\323\344\223\002*\"%/v1/workspaces/{workspace_id}/members:\001*'
   _globals['_WORKSPACESERVICE'].methods_by_name['ListMembers']._loaded_options = None
@@ -102,22 +122,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEWORKSPACEREQUEST']._serialized_end=952
   _globals['_UPDATEWORKSPACERESPONSE']._serialized_start=954
   _globals['_UPDATEWORKSPACERESPONSE']._serialized_end=1039
-  _globals['_ADDMEMBERREQUEST']._serialized_start=1042
-  _globals['_ADDMEMBERREQUEST']._serialized_end=1171
-  _globals['_ADDMEMBERRESPONSE']._serialized_start=1173
-  _globals['_ADDMEMBERRESPONSE']._serialized_end=1243
-  _globals['_LISTMEMBERSREQUEST']._serialized_start=1246
-  _globals['_LISTMEMBERSREQUEST']._serialized_end=1390
-  _globals['_LISTMEMBERSRESPONSE']._serialized_start=1392
-  _globals['_LISTMEMBERSRESPONSE']._serialized_end=1506
-  _globals['_UPDATEMEMBERREQUEST']._serialized_start=1509
-  _globals['_UPDATEMEMBERREQUEST']._serialized_end=1641
-  _globals['_UPDATEMEMBERRESPONSE']._serialized_start=1643
-  _globals['_UPDATEMEMBERRESPONSE']._serialized_end=1716
-  _globals['_REMOVEMEMBERREQUEST']._serialized_start=1718
-  _globals['_REMOVEMEMBERREQUEST']._serialized_end=1819
-  _globals['_REMOVEMEMBERRESPONSE']._serialized_start=1821
-  _globals['_REMOVEMEMBERRESPONSE']._serialized_end=1843
-  _globals['_WORKSPACESERVICE']._serialized_start=1846
-  _globals['_WORKSPACESERVICE']._serialized_end=3248
+  _globals['_DELETEWORKSPACEREQUEST']._serialized_start=1041
+  _globals['_DELETEWORKSPACEREQUEST']._serialized_end=1139
+  _globals['_DELETEWORKSPACERESPONSE']._serialized_start=1141
+  _globals['_DELETEWORKSPACERESPONSE']._serialized_end=1166
+  _globals['_LEAVEWORKSPACEREQUEST']._serialized_start=1168
+  _globals['_LEAVEWORKSPACEREQUEST']._serialized_end=1236
+  _globals['_LEAVEWORKSPACERESPONSE']._serialized_start=1238
+  _globals['_LEAVEWORKSPACERESPONSE']._serialized_end=1262
+  _globals['_TRANSFEROWNERSHIPREQUEST']._serialized_start=1265
+  _globals['_TRANSFEROWNERSHIPREQUEST']._serialized_end=1400
+  _globals['_TRANSFEROWNERSHIPRESPONSE']._serialized_start=1403
+  _globals['_TRANSFEROWNERSHIPRESPONSE']._serialized_end=1541
+  _globals['_ADDMEMBERREQUEST']._serialized_start=1544
+  _globals['_ADDMEMBERREQUEST']._serialized_end=1673
+  _globals['_ADDMEMBERRESPONSE']._serialized_start=1675
+  _globals['_ADDMEMBERRESPONSE']._serialized_end=1745
+  _globals['_LISTMEMBERSREQUEST']._serialized_start=1748
+  _globals['_LISTMEMBERSREQUEST']._serialized_end=1921
+  _globals['_LISTMEMBERSRESPONSE']._serialized_start=1923
+  _globals['_LISTMEMBERSRESPONSE']._serialized_end=2037
+  _globals['_UPDATEMEMBERREQUEST']._serialized_start=2040
+  _globals['_UPDATEMEMBERREQUEST']._serialized_end=2172
+  _globals['_UPDATEMEMBERRESPONSE']._serialized_start=2174
+  _globals['_UPDATEMEMBERRESPONSE']._serialized_end=2247
+  _globals['_REMOVEMEMBERREQUEST']._serialized_start=2249
+  _globals['_REMOVEMEMBERREQUEST']._serialized_end=2350
+  _globals['_REMOVEMEMBERRESPONSE']._serialized_start=2352
+  _globals['_REMOVEMEMBERRESPONSE']._serialized_end=2374
+  _globals['_WORKSPACESERVICE']._serialized_start=2377
+  _globals['_WORKSPACESERVICE']._serialized_end=4367
 # @@protoc_insertion_point(module_scope)

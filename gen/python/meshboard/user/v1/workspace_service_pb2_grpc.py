@@ -55,6 +55,21 @@ class WorkspaceServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.UpdateWorkspaceRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.UpdateWorkspaceResponse.FromString,
                 _registered_method=True)
+        self.DeleteWorkspace = channel.unary_unary(
+                '/meshboard.user.v1.WorkspaceService/DeleteWorkspace',
+                request_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.DeleteWorkspaceRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.DeleteWorkspaceResponse.FromString,
+                _registered_method=True)
+        self.LeaveWorkspace = channel.unary_unary(
+                '/meshboard.user.v1.WorkspaceService/LeaveWorkspace',
+                request_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.LeaveWorkspaceRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.LeaveWorkspaceResponse.FromString,
+                _registered_method=True)
+        self.TransferOwnership = channel.unary_unary(
+                '/meshboard.user.v1.WorkspaceService/TransferOwnership',
+                request_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.TransferOwnershipRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.TransferOwnershipResponse.FromString,
+                _registered_method=True)
         self.AddMember = channel.unary_unary(
                 '/meshboard.user.v1.WorkspaceService/AddMember',
                 request_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.AddMemberRequest.SerializeToString,
@@ -105,17 +120,51 @@ class WorkspaceServiceServicer:
     def UpdateWorkspace(self, request, context):
         """Changes a workspace and emits `WorkspaceUpdated`.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, VALIDATION_FAILED for a
+        domain that is none, or ROLE_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteWorkspace(self, request, context):
+        """Deletes a workspace for good, with its members, teams and invitations, and emits `WorkspaceDeleted` and
+        `RightsChanged`: within two seconds nobody has access to anything in it. Its dashboards, sources, service accounts and
+        their keys are deleted by the services that own them; events that were collected stay in the event store until their
+        retention ends, out of everyone's reach.
+
+        Fails with ABORTED, reason ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveWorkspace(self, request, context):
+        """Ends the caller's own membership, also in all teams of the workspace, and emits `MemberRemoved` and `RightsChanged`.
+
+        Fails with FAILED_PRECONDITION, reason LAST_OWNER.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TransferOwnership(self, request, context):
+        """Makes another member an owner, and gives the caller another role; emits `MemberUpdated` for both and `RightsChanged`.
+
+        Fails with NOT_FOUND, reason MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when the caller is no
+        owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AddMember(self, request, context):
-        """Makes a user a member and emits `MemberAdded` and `RightsChanged`.
+        """Makes a user a member whom the caller meets in another workspace already, and emits `MemberAdded` and `RightsChanged`.
+        Everyone else is invited, so that nobody becomes a member of a stranger's workspace without wanting it.
 
-        Fails with NOT_FOUND, reason USER_NOT_FOUND; with ALREADY_EXISTS, reason MEMBER_EXISTS; with PERMISSION_DENIED, reason
-        OWNER_ROLE_RESERVED, when someone who is not an owner gives that role.
+        Fails with NOT_FOUND, reason USER_NOT_FOUND, when the user is absent or shares no workspace with the caller; with
+        ALREADY_EXISTS, reason MEMBER_EXISTS; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when someone who is not an
+        owner gives that role; with FAILED_PRECONDITION, reason EMAIL_DOMAIN_REFUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +218,21 @@ def add_WorkspaceServiceServicer_to_server(servicer, server):
                     servicer.UpdateWorkspace,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.UpdateWorkspaceRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.UpdateWorkspaceResponse.SerializeToString,
+            ),
+            'DeleteWorkspace': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteWorkspace,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.DeleteWorkspaceRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.DeleteWorkspaceResponse.SerializeToString,
+            ),
+            'LeaveWorkspace': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveWorkspace,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.LeaveWorkspaceRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.LeaveWorkspaceResponse.SerializeToString,
+            ),
+            'TransferOwnership': grpc.unary_unary_rpc_method_handler(
+                    servicer.TransferOwnership,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.TransferOwnershipRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_workspace__service__pb2.TransferOwnershipResponse.SerializeToString,
             ),
             'AddMember': grpc.unary_unary_rpc_method_handler(
                     servicer.AddMember,
@@ -300,6 +364,87 @@ class WorkspaceService:
             '/meshboard.user.v1.WorkspaceService/UpdateWorkspace',
             meshboard_dot_user_dot_v1_dot_workspace__service__pb2.UpdateWorkspaceRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_workspace__service__pb2.UpdateWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteWorkspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.WorkspaceService/DeleteWorkspace',
+            meshboard_dot_user_dot_v1_dot_workspace__service__pb2.DeleteWorkspaceRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_workspace__service__pb2.DeleteWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveWorkspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.WorkspaceService/LeaveWorkspace',
+            meshboard_dot_user_dot_v1_dot_workspace__service__pb2.LeaveWorkspaceRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_workspace__service__pb2.LeaveWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TransferOwnership(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.WorkspaceService/TransferOwnership',
+            meshboard_dot_user_dot_v1_dot_workspace__service__pb2.TransferOwnershipRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_workspace__service__pb2.TransferOwnershipResponse.FromString,
             options,
             channel_credentials,
             insecure,

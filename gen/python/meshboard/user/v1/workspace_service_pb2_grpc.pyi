@@ -25,13 +25,35 @@ class WorkspaceServiceStub:
     UpdateWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.UpdateWorkspaceRequest, _workspace_service_pb2.UpdateWorkspaceResponse]
     """Changes a workspace and emits `WorkspaceUpdated`.
 
-    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, VALIDATION_FAILED for a
+    domain that is none, or ROLE_UNKNOWN.
+    """
+    DeleteWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.DeleteWorkspaceRequest, _workspace_service_pb2.DeleteWorkspaceResponse]
+    """Deletes a workspace for good, with its members, teams and invitations, and emits `WorkspaceDeleted` and
+    `RightsChanged`: within two seconds nobody has access to anything in it. Its dashboards, sources, service accounts and
+    their keys are deleted by the services that own them; events that were collected stay in the event store until their
+    retention ends, out of everyone's reach.
+
+    Fails with ABORTED, reason ETAG_MISMATCH.
+    """
+    LeaveWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.LeaveWorkspaceRequest, _workspace_service_pb2.LeaveWorkspaceResponse]
+    """Ends the caller's own membership, also in all teams of the workspace, and emits `MemberRemoved` and `RightsChanged`.
+
+    Fails with FAILED_PRECONDITION, reason LAST_OWNER.
+    """
+    TransferOwnership: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.TransferOwnershipRequest, _workspace_service_pb2.TransferOwnershipResponse]
+    """Makes another member an owner, and gives the caller another role; emits `MemberUpdated` for both and `RightsChanged`.
+
+    Fails with NOT_FOUND, reason MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when the caller is no
+    owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN.
     """
     AddMember: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.AddMemberRequest, _workspace_service_pb2.AddMemberResponse]
-    """Makes a user a member and emits `MemberAdded` and `RightsChanged`.
+    """Makes a user a member whom the caller meets in another workspace already, and emits `MemberAdded` and `RightsChanged`.
+    Everyone else is invited, so that nobody becomes a member of a stranger's workspace without wanting it.
 
-    Fails with NOT_FOUND, reason USER_NOT_FOUND; with ALREADY_EXISTS, reason MEMBER_EXISTS; with PERMISSION_DENIED, reason
-    OWNER_ROLE_RESERVED, when someone who is not an owner gives that role.
+    Fails with NOT_FOUND, reason USER_NOT_FOUND, when the user is absent or shares no workspace with the caller; with
+    ALREADY_EXISTS, reason MEMBER_EXISTS; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when someone who is not an
+    owner gives that role; with FAILED_PRECONDITION, reason EMAIL_DOMAIN_REFUSED.
     """
     ListMembers: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.ListMembersRequest, _workspace_service_pb2.ListMembersResponse]
     """Lists the members of a workspace, those of longest standing first."""
@@ -82,7 +104,45 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_workspace_service_pb2.UpdateWorkspaceResponse]:
         """Changes a workspace and emits `WorkspaceUpdated`.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, VALIDATION_FAILED for a
+        domain that is none, or ROLE_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteWorkspace(
+        self,
+        request: _workspace_service_pb2.DeleteWorkspaceRequest,
+        context: _aio.ServicerContext[_workspace_service_pb2.DeleteWorkspaceRequest, _abc.Awaitable[_workspace_service_pb2.DeleteWorkspaceResponse]],
+    ) -> _abc.Awaitable[_workspace_service_pb2.DeleteWorkspaceResponse]:
+        """Deletes a workspace for good, with its members, teams and invitations, and emits `WorkspaceDeleted` and
+        `RightsChanged`: within two seconds nobody has access to anything in it. Its dashboards, sources, service accounts and
+        their keys are deleted by the services that own them; events that were collected stay in the event store until their
+        retention ends, out of everyone's reach.
+
+        Fails with ABORTED, reason ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def LeaveWorkspace(
+        self,
+        request: _workspace_service_pb2.LeaveWorkspaceRequest,
+        context: _aio.ServicerContext[_workspace_service_pb2.LeaveWorkspaceRequest, _abc.Awaitable[_workspace_service_pb2.LeaveWorkspaceResponse]],
+    ) -> _abc.Awaitable[_workspace_service_pb2.LeaveWorkspaceResponse]:
+        """Ends the caller's own membership, also in all teams of the workspace, and emits `MemberRemoved` and `RightsChanged`.
+
+        Fails with FAILED_PRECONDITION, reason LAST_OWNER.
+        """
+
+    @_abc_1.abstractmethod
+    def TransferOwnership(
+        self,
+        request: _workspace_service_pb2.TransferOwnershipRequest,
+        context: _aio.ServicerContext[_workspace_service_pb2.TransferOwnershipRequest, _abc.Awaitable[_workspace_service_pb2.TransferOwnershipResponse]],
+    ) -> _abc.Awaitable[_workspace_service_pb2.TransferOwnershipResponse]:
+        """Makes another member an owner, and gives the caller another role; emits `MemberUpdated` for both and `RightsChanged`.
+
+        Fails with NOT_FOUND, reason MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when the caller is no
+        owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN.
         """
 
     @_abc_1.abstractmethod
@@ -91,10 +151,12 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workspace_service_pb2.AddMemberRequest,
         context: _aio.ServicerContext[_workspace_service_pb2.AddMemberRequest, _abc.Awaitable[_workspace_service_pb2.AddMemberResponse]],
     ) -> _abc.Awaitable[_workspace_service_pb2.AddMemberResponse]:
-        """Makes a user a member and emits `MemberAdded` and `RightsChanged`.
+        """Makes a user a member whom the caller meets in another workspace already, and emits `MemberAdded` and `RightsChanged`.
+        Everyone else is invited, so that nobody becomes a member of a stranger's workspace without wanting it.
 
-        Fails with NOT_FOUND, reason USER_NOT_FOUND; with ALREADY_EXISTS, reason MEMBER_EXISTS; with PERMISSION_DENIED, reason
-        OWNER_ROLE_RESERVED, when someone who is not an owner gives that role.
+        Fails with NOT_FOUND, reason USER_NOT_FOUND, when the user is absent or shares no workspace with the caller; with
+        ALREADY_EXISTS, reason MEMBER_EXISTS; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when someone who is not an
+        owner gives that role; with FAILED_PRECONDITION, reason EMAIL_DOMAIN_REFUSED.
         """
 
     @_abc_1.abstractmethod

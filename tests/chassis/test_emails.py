@@ -1,6 +1,6 @@
 import pytest
 
-from services.auth_svc.emails import email_key
+from services.chassis.emails import email_key
 
 
 @pytest.mark.parametrize(
