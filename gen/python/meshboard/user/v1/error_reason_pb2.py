@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/error_reason.proto\x12\x11meshboard.user.v1*\xe7\x01\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eUSER_NOT_FOUND\x10\x01\x12\x11\n\rMEMBER_EXISTS\x10\x02\x12\x14\n\x10MEMBER_NOT_FOUND\x10\x03\x12\x0e\n\nLAST_OWNER\x10\x04\x12\x14\n\x10TEAM_TITLE_TAKEN\x10\x05\x12\x12\n\x0eTEAM_NOT_FOUND\x10\x06\x12\x11\n\rTEAM_TOO_DEEP\x10\x07\x12\x17\n\x13OWNER_ROLE_RESERVED\x10\t\x12\x11\n\rUSER_ID_TAKEN\x10\n\"\x04\x08\x08\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/error_reason.proto\x12\x11meshboard.user.v1*\xb9\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eUSER_NOT_FOUND\x10\x01\x12\x11\n\rMEMBER_EXISTS\x10\x02\x12\x14\n\x10MEMBER_NOT_FOUND\x10\x03\x12\x0e\n\nLAST_OWNER\x10\x04\x12\x14\n\x10TEAM_TITLE_TAKEN\x10\x05\x12\x12\n\x0eTEAM_NOT_FOUND\x10\x06\x12\x11\n\rTEAM_TOO_DEEP\x10\x07\x12\x17\n\x13OWNER_ROLE_RESERVED\x10\t\x12\x11\n\rUSER_ID_TAKEN\x10\n\x12\x0f\n\x0b\x45MAIL_TAKEN\x10\x1f\x12\x12\n\x0e\x41VATAR_INVALID\x10 \x12\x14\n\x10\x41VATAR_NOT_FOUND\x10!\x12\x15\n\x11\x45RASURE_NOT_FOUND\x10\"\"\x04\x08\x08\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.error_rea
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=60
-  _globals['_ERRORREASON']._serialized_end=291
+  _globals['_ERRORREASON']._serialized_end=373
 # @@protoc_insertion_point(module_scope)

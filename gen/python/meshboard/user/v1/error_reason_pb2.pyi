@@ -42,6 +42,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
     USER_ID_TAKEN: _ErrorReason.ValueType  # 10
     """ALREADY_EXISTS: the ids belong to another user or workspace."""
+    EMAIL_TAKEN: _ErrorReason.ValueType  # 31
+    """ALREADY_EXISTS: the address has an account. Whoever it belongs to can be made a member instead."""
+    AVATAR_INVALID: _ErrorReason.ValueType  # 32
+    """INVALID_ARGUMENT: the picture is no whole PNG, JPEG or WebP, is too large, or is animated. The violation says which."""
+    AVATAR_NOT_FOUND: _ErrorReason.ValueType  # 33
+    """NOT_FOUND: the user has no picture, or the caller may not see the user."""
+    ERASURE_NOT_FOUND: _ErrorReason.ValueType  # 34
+    """NOT_FOUND: there is no such erasure, the token is wrong, or the user was not managed by the workspace."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that user_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -66,4 +74,12 @@ OWNER_ROLE_RESERVED: ErrorReason.ValueType  # 9
 """PERMISSION_DENIED: only an owner can give or take the role of an owner, and a service account cannot have it."""
 USER_ID_TAKEN: ErrorReason.ValueType  # 10
 """ALREADY_EXISTS: the ids belong to another user or workspace."""
+EMAIL_TAKEN: ErrorReason.ValueType  # 31
+"""ALREADY_EXISTS: the address has an account. Whoever it belongs to can be made a member instead."""
+AVATAR_INVALID: ErrorReason.ValueType  # 32
+"""INVALID_ARGUMENT: the picture is no whole PNG, JPEG or WebP, is too large, or is animated. The violation says which."""
+AVATAR_NOT_FOUND: ErrorReason.ValueType  # 33
+"""NOT_FOUND: the user has no picture, or the caller may not see the user."""
+ERASURE_NOT_FOUND: ErrorReason.ValueType  # 34
+"""NOT_FOUND: there is no such erasure, the token is wrong, or the user was not managed by the workspace."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -22,39 +22,59 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from meshboard.user.v1 import profile_pb2 as meshboard_dot_user_dot_v1_dot_profile__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fmeshboard/user/v1/profile.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"\x90\x01\n\x10UserStateChanged\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32\x1d.meshboard.user.v1.User.StateR\x05state\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"_\n\x0eProfileUpdated\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x34\n\x07profile\x18\x02 \x01(\x0b\x32\x1a.meshboard.user.v1.ProfileR\x07profile\"~\n\x14UserErasureRequested\x12\x1d\n\nerasure_id\x18\x01 \x01(\tR\terasureId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"\x82\x03\n\nUserErased\x12\x1d\n\nerasure_id\x18\x01 \x01(\tR\terasureId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x18\n\x07service\x18\x03 \x01(\tR\x07service\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x41\n\x06\x65rased\x18\x05 \x03(\x0b\x32).meshboard.user.v1.UserErased.ErasedEntryR\x06\x65rased\x12;\n\x04kept\x18\x06 \x03(\x0b\x32\'.meshboard.user.v1.UserErased.KeptEntryR\x04kept\x1a\x39\n\x0b\x45rasedEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x05R\x05value:\x02\x38\x01\x1a\x37\n\tKeptEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x05R\x05value:\x02\x38\x01\"~\n\x14UserErasureCompleted\x12\x1d\n\nerasure_id\x18\x01 \x01(\tR\terasureId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"f\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USERCREATED']._serialized_start=118
-  _globals['_USERCREATED']._serialized_end=176
-  _globals['_USERUPDATED']._serialized_start=178
-  _globals['_USERUPDATED']._serialized_end=236
-  _globals['_WORKSPACECREATED']._serialized_start=238
-  _globals['_WORKSPACECREATED']._serialized_end=316
-  _globals['_WORKSPACEUPDATED']._serialized_start=318
-  _globals['_WORKSPACEUPDATED']._serialized_end=396
-  _globals['_WORKSPACEDELETED']._serialized_start=398
-  _globals['_WORKSPACEDELETED']._serialized_end=451
-  _globals['_MEMBERADDED']._serialized_start=453
-  _globals['_MEMBERADDED']._serialized_end=517
-  _globals['_MEMBERUPDATED']._serialized_start=519
-  _globals['_MEMBERUPDATED']._serialized_end=585
-  _globals['_MEMBERREMOVED']._serialized_start=587
-  _globals['_MEMBERREMOVED']._serialized_end=662
-  _globals['_TEAMCREATED']._serialized_start=664
-  _globals['_TEAMCREATED']._serialized_end=722
-  _globals['_TEAMMEMBERADDED']._serialized_start=724
-  _globals['_TEAMMEMBERADDED']._serialized_end=826
-  _globals['_TEAMMEMBERREMOVED']._serialized_start=828
-  _globals['_TEAMMEMBERREMOVED']._serialized_end=932
-  _globals['_RIGHTSCHANGED']._serialized_start=934
-  _globals['_RIGHTSCHANGED']._serialized_end=1010
+  _globals['_USERERASED_ERASEDENTRY']._loaded_options = None
+  _globals['_USERERASED_ERASEDENTRY']._serialized_options = b'8\001'
+  _globals['_USERERASED_KEPTENTRY']._loaded_options = None
+  _globals['_USERERASED_KEPTENTRY']._serialized_options = b'8\001'
+  _globals['_USERCREATED']._serialized_start=184
+  _globals['_USERCREATED']._serialized_end=242
+  _globals['_USERUPDATED']._serialized_start=244
+  _globals['_USERUPDATED']._serialized_end=302
+  _globals['_USERSTATECHANGED']._serialized_start=305
+  _globals['_USERSTATECHANGED']._serialized_end=449
+  _globals['_PROFILEUPDATED']._serialized_start=451
+  _globals['_PROFILEUPDATED']._serialized_end=546
+  _globals['_USERERASUREREQUESTED']._serialized_start=548
+  _globals['_USERERASUREREQUESTED']._serialized_end=674
+  _globals['_USERERASED']._serialized_start=677
+  _globals['_USERERASED']._serialized_end=1063
+  _globals['_USERERASED_ERASEDENTRY']._serialized_start=949
+  _globals['_USERERASED_ERASEDENTRY']._serialized_end=1006
+  _globals['_USERERASED_KEPTENTRY']._serialized_start=1008
+  _globals['_USERERASED_KEPTENTRY']._serialized_end=1063
+  _globals['_USERERASURECOMPLETED']._serialized_start=1065
+  _globals['_USERERASURECOMPLETED']._serialized_end=1191
+  _globals['_WORKSPACECREATED']._serialized_start=1193
+  _globals['_WORKSPACECREATED']._serialized_end=1271
+  _globals['_WORKSPACEUPDATED']._serialized_start=1273
+  _globals['_WORKSPACEUPDATED']._serialized_end=1351
+  _globals['_WORKSPACEDELETED']._serialized_start=1353
+  _globals['_WORKSPACEDELETED']._serialized_end=1406
+  _globals['_MEMBERADDED']._serialized_start=1408
+  _globals['_MEMBERADDED']._serialized_end=1472
+  _globals['_MEMBERUPDATED']._serialized_start=1474
+  _globals['_MEMBERUPDATED']._serialized_end=1540
+  _globals['_MEMBERREMOVED']._serialized_start=1542
+  _globals['_MEMBERREMOVED']._serialized_end=1617
+  _globals['_TEAMCREATED']._serialized_start=1619
+  _globals['_TEAMCREATED']._serialized_end=1677
+  _globals['_TEAMMEMBERADDED']._serialized_start=1679
+  _globals['_TEAMMEMBERADDED']._serialized_end=1781
+  _globals['_TEAMMEMBERREMOVED']._serialized_start=1783
+  _globals['_TEAMMEMBERREMOVED']._serialized_end=1887
+  _globals['_RIGHTSCHANGED']._serialized_start=1889
+  _globals['_RIGHTSCHANGED']._serialized_end=1965
 # @@protoc_insertion_point(module_scope)
