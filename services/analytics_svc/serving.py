@@ -8,7 +8,7 @@ from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.events_pb2 import MemberRemoved, UserErasureRequested
 
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
@@ -24,6 +24,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
+from services.chassis.erasures import erase_grants, erasing
 from services.chassis.inbox import consume
 from services.chassis.interceptor import warm_up
 from services.chassis.outbox import Relay
@@ -80,7 +81,15 @@ async def serve(settings: AnalyticsSettings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "analytics").run(),
-            consume(bus, sessions, "analytics", {MemberRemoved: grants.on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "analytics",
+                {
+                    MemberRemoved: grants.on_member_removed,
+                    UserErasureRequested: erasing("analytics", erase_grants),
+                },
+            ),
         )
     finally:
         await server.stop()

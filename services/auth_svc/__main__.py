@@ -5,18 +5,29 @@ from meshboard.auth.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.factor_service_pb2_grpc import add_FactorServiceServicer_to_server
 from meshboard.auth.v1.impersonation_service_pb2_grpc import add_ImpersonationServiceServicer_to_server
+from meshboard.auth.v1.internal_account_service_pb2_grpc import (
+    add_InternalAccountServiceServicer_to_server,
+)
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
 from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
 from meshboard.auth.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from meshboard.auth.v1.usable_key_pb2 import UsableKey
-from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated
+from meshboard.user.v1.events_pb2 import (
+    MemberRemoved,
+    MemberUpdated,
+    UserCreated,
+    UserErasureRequested,
+    UserStateChanged,
+    UserUpdated,
+)
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from redis.asyncio import Redis
 
 from services.auth_svc import mails as mail_sending
 from services.auth_svc import reaper
 from services.auth_svc.accounts import AccountServicer
+from services.auth_svc.accounts_of_users import AccountsOfUsers
 from services.auth_svc.audit_chain import Sealer, chain_keys
 from services.auth_svc.audit_entries import AuditServicer
 from services.auth_svc.audited_events import audited
@@ -24,6 +35,7 @@ from services.auth_svc.consumers import on_user_updated
 from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.impersonations import ImpersonationServicer
+from services.auth_svc.internal_accounts import InternalAccountServicer
 from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.mails import Mails
 from services.auth_svc.memberships import Memberships
@@ -46,6 +58,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
+from services.chassis.erasures import erasing
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
@@ -55,7 +68,7 @@ from services.chassis.server import Server, main
 from services.chassis.times import now
 
 
-async def serve(settings: AuthSettings) -> None:
+async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composition root
     """Serves until the process is told to stop."""
     await db.migrate(settings.postgres_url, "services.auth_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
@@ -141,6 +154,8 @@ async def serve(settings: AuthSettings) -> None:
     impersonations = ImpersonationServicer(sessions, settings, fetch_rights, tokens, now)
     memberships = Memberships(usable_keys, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
+    internal_accounts = InternalAccountServicer(sessions, now)
+    accounts_of_users = AccountsOfUsers(settings, tickets, mails, alive, now)
     audit_entries = AuditServicer(sessions, pages)
     server = Server(
         settings,
@@ -152,6 +167,7 @@ async def serve(settings: AuthSettings) -> None:
             lambda server: add_ServiceAccountServiceServicer_to_server(service_accounts, server),
             lambda server: add_ImpersonationServiceServicer_to_server(impersonations, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
+            lambda server: add_InternalAccountServiceServicer_to_server(internal_accounts, server),
             lambda server: add_AuditServiceServicer_to_server(audit_entries, server),
         ],
         access,
@@ -168,6 +184,9 @@ async def serve(settings: AuthSettings) -> None:
                 audited(
                     {
                         UserUpdated: on_user_updated,
+                        UserCreated: accounts_of_users.on_user_created,
+                        UserStateChanged: accounts_of_users.on_user_state_changed,
+                        UserErasureRequested: erasing("auth", accounts_of_users.erase),
                         MemberRemoved: memberships.on_member_removed,
                         MemberUpdated: memberships.on_member_updated,
                     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.user.v1.events_pb2 import MemberRemoved, UserErasureRequested
 
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
+from services.chassis.erasures import erase_grants, erasing
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
@@ -82,7 +83,15 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
-            consume(bus, sessions, "dashboard", {MemberRemoved: grants.on_member_removed}),
+            consume(
+                bus,
+                sessions,
+                "dashboard",
+                {
+                    MemberRemoved: grants.on_member_removed,
+                    UserErasureRequested: erasing("dashboard", erase_grants),
+                },
+            ),
         )
     finally:
         await server.stop()

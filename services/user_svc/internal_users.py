@@ -31,7 +31,7 @@ from services.chassis import errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.rights import Fetch
 from services.user_svc.convert import member_to_pb, rights_to_pb, user_to_pb, workspace_to_pb
-from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, User, Workspace
+from services.user_svc.models import ERASING, SERVICE_ACCOUNT, Member, Team, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
 from services.user_svc.workspaces import OWNER, add_workspace, owner_role_reserved, require_role
@@ -158,7 +158,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     async def GetSignIn(self, request: GetSignInRequest, context: Context) -> GetSignInResponse:
         async with self.db() as session:
             user = await session.get(User, request.user_id)
-            if user is None:
+            if user is None or user.state == ERASING:
                 raise user_not_found(request.user_id)
             # UUIDv7s sort by time: without a wanted workspace the oldest one comes first.
             workspace = await session.scalar(

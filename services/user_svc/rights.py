@@ -23,15 +23,15 @@ _RIGHTS = text("""
         FROM above JOIN teams ON teams.workspace_id = :workspace_id AND teams.team_id = above.parent_team_id
     )
     SELECT role, rights_version, require_second_factor, ARRAY(SELECT team_id::text FROM above)
-    FROM members JOIN workspaces USING (workspace_id)
-    WHERE workspace_id = :workspace_id AND user_id = :user_id
+    FROM members JOIN workspaces USING (workspace_id) JOIN users USING (user_id)
+    WHERE workspace_id = :workspace_id AND user_id = :user_id AND users.state = 'ACTIVE'
 """).bindparams(
     bindparam("workspace_id", type_=Uuid(as_uuid=False)), bindparam("user_id", type_=Uuid(as_uuid=False))
 )
 
 
 def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
-    """Reads rights from the tables; raises NOT_FOUND for who is not a member."""
+    """Reads rights from the tables; raises NOT_FOUND for who is not a member, or not active."""
 
     async def fetch(user_id: str, workspace_id: str) -> Rights:
         async with db() as session:

@@ -35,7 +35,16 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.rights import ROLES
 from services.user_svc.convert import member_to_pb, workspace_to_pb
-from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, TeamMember, User, Workspace
+from services.user_svc.models import (
+    ACTIVE,
+    ERASING,
+    SERVICE_ACCOUNT,
+    Member,
+    Team,
+    TeamMember,
+    User,
+    Workspace,
+)
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
 
@@ -147,9 +156,13 @@ class WorkspaceServicer(WorkspaceServiceServicer):
             await _require_owner_for(session, request.role)
             user = await session.get(User, request.user_id)
             # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
-            if user is None or (
-                user.kind == SERVICE_ACCOUNT
-                and not await session.get(Member, (caller.workspace_id, user.user_id))
+            if (
+                user is None
+                or user.state == ERASING
+                or (
+                    user.kind == SERVICE_ACCOUNT
+                    and not await session.get(Member, (caller.workspace_id, user.user_id))
+                )
             ):
                 raise user_not_found(request.user_id)
             member = await session.scalar(
@@ -308,8 +321,12 @@ async def _require_another_owner(session: AsyncSession, member: Member) -> None:
     others = await session.scalar(
         select(func.count())
         .select_from(Member)
+        .join(User, User.user_id == Member.user_id)
         .where(
-            Member.workspace_id == member.workspace_id, Member.role == OWNER, Member.user_id != member.user_id
+            Member.workspace_id == member.workspace_id,
+            Member.role == OWNER,
+            Member.user_id != member.user_id,
+            User.state == ACTIVE,
         )
     )
     if not others:

@@ -5,10 +5,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import pytest
+from meshboard.user.v1.avatar_service_pb2_grpc import AvatarServiceStub, add_AvatarServiceServicer_to_server
+from meshboard.user.v1.erasure_service_pb2_grpc import (
+    ErasureServiceStub,
+    add_ErasureServiceServicer_to_server,
+)
 from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import (
     InternalUserServiceStub,
     add_InternalUserServiceServicer_to_server,
+)
+from meshboard.user.v1.profile_service_pb2_grpc import (
+    ProfileServiceStub,
+    add_ProfileServiceServicer_to_server,
 )
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub, add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
@@ -27,7 +36,11 @@ from services.chassis.cache import Cache, CachedMessages
 from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
 from services.chassis.settings import Settings
+from services.user_svc.avatars import AvatarServicer
+from services.user_svc.erasures import ErasureServicer
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.pictures import Pictures
+from services.user_svc.profiles import ProfileServicer
 from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
@@ -60,6 +73,9 @@ class UserSvc:
     workspaces: WorkspaceServiceStub
     teams: TeamServiceStub
     internal: InternalUserServiceStub
+    profiles: ProfileServiceStub
+    avatars: AvatarServiceStub
+    erasures: ErasureServiceStub
 
     def calling_as(self, service: str) -> Metadata:
         """The metadata of a call that another service makes."""
@@ -115,11 +131,18 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
     internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
+    profiles = ProfileServicer(sessions, me, now)
+    pictures = Pictures()
+    avatars = AvatarServicer(sessions, pictures, me, now)
+    erasures = ErasureServicer(sessions, me, now, new_id)
     registrations = [
         lambda server: add_UserServiceServicer_to_server(users, server),
         lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
         lambda server: add_TeamServiceServicer_to_server(teams, server),
         lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
+        lambda server: add_ProfileServiceServicer_to_server(profiles, server),
+        lambda server: add_AvatarServiceServicer_to_server(avatars, server),
+        lambda server: add_ErasureServiceServicer_to_server(erasures, server),
     ]
     async with serving(settings, registrations, access) as (channel, _):
         yield UserSvc(
@@ -131,7 +154,11 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
             workspaces=WorkspaceServiceStub(channel),
             teams=TeamServiceStub(channel),
             internal=InternalUserServiceStub(channel),
+            profiles=ProfileServiceStub(channel),
+            avatars=AvatarServiceStub(channel),
+            erasures=ErasureServiceStub(channel),
         )
+    pictures.close()
     await cache.close()
     await bus.close()
     await db.engine(sessions).dispose()
