@@ -77,7 +77,7 @@ def shrink(data: bytes) -> bytes:
                 raise PictureError("has more than 4,096 by 4,096 pixels")
             image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a large JPEG is not read at its full size
             image.load()
-            turned = ImageOps.exif_transpose(image)
+            turned = _turned(image)
             seen = turned.convert("RGBA" if turned.has_transparency_data else "RGB")
             seen.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             # Pixels alone: what an image object remembers of its file stays behind.
@@ -89,6 +89,14 @@ def shrink(data: bytes) -> bytes:
         raise
     except Exception as error:  # decoders of files from anywhere raise whatever they like
         raise PictureError("is damaged") from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as the camera was held; as it is where what is said of that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the same decoders
+        return image
 
 
 def _size(data: bytes) -> tuple[int, int]:
