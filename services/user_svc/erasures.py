@@ -71,10 +71,12 @@ class ErasureServicer(ErasureServiceServicer):
         token = TOKEN_PREFIX + secrets.token_urlsafe(32)
         async with self.db.begin() as session:
             user, memberships = await lock_user(session, user_id)
-            if user is None:
-                raise user_not_found(user_id)
-            require_owners(memberships)
-            erasure = await self._begin(session, user, memberships)
+            erasure = await session.scalar(select(ErasureRow).where(ErasureRow.user_id == user_id))
+            if erasure is None:
+                if user is None:
+                    raise user_not_found(user_id)
+                require_owners(memberships)
+                erasure = await self._begin(session, user, memberships)
             erasure.token_hash = _hash(token)
         await self.me.invalidate(user_id)
         return DeleteUserResponse(erasure=erasure_to_pb(erasure), erasure_token=token)
@@ -85,11 +87,17 @@ class ErasureServicer(ErasureServiceServicer):
         user_id, workspace_id = request.user_id.lower(), auth.caller().workspace_id
         async with self.db.begin() as session:
             user, memberships = await lock_user(session, user_id)
-            if user is None or user.managing_workspace_id != workspace_id:
-                raise user_not_found(user_id)
-            await require_seniority(session, user_id)
-            require_owners(memberships, named_in=workspace_id)
-            erasure = await self._begin(session, user, memberships)
+            erasure = await session.scalar(
+                select(ErasureRow).where(
+                    ErasureRow.user_id == user_id, ErasureRow.managing_workspace_id == workspace_id
+                )
+            )
+            if erasure is None:
+                if user is None or user.managing_workspace_id != workspace_id:
+                    raise user_not_found(user_id)
+                await require_seniority(session, user_id)
+                require_owners(memberships, named_in=workspace_id)
+                erasure = await self._begin(session, user, memberships)
         await self.me.invalidate(user_id)
         return DeleteManagedUserResponse(erasure=erasure_to_pb(erasure))
 
@@ -112,10 +120,7 @@ class ErasureServicer(ErasureServiceServicer):
         )
 
     async def _begin(self, session: AsyncSession, user: User, memberships: list[Membership]) -> ErasureRow:
-        """Takes all rights and begins the erasure, or gives the one that has begun."""
-        begun = await session.scalar(select(ErasureRow).where(ErasureRow.user_id == user.user_id))
-        if begun is not None:
-            return begun
+        """Takes all rights, and has all services erase the user."""
         now = self.now()
         await leave(session, user.user_id, memberships)
         user.state, user.version, user.update_time = ERASING, user.version + 1, now

@@ -47,6 +47,7 @@ from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
 from tests.harness import ISSUER, Identity, make_settings, new_id, service_metadata, serving
 from tests.parts import Parts
+from tests.user_svc.people import People, running_people
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -162,6 +163,13 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     await cache.close()
     await bus.close()
     await db.engine(sessions).dispose()
+
+
+@pytest.fixture(scope="session")
+async def people(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[People]:
+    """Both services, with events. Mark the module with xdist_group("people"): one worker then runs them."""
+    async with running_people(tmp_path_factory.mktemp("people")) as both:
+        yield both
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ class ErasureServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteManagedUser(self, request, context):
-        """Deletes a user that the workspace manages, as `DeleteUser` does.
+        """Deletes a user that the workspace manages, as `DeleteUser` does. A repeat returns the same erasure.
 
         Fails with NOT_FOUND, reason USER_NOT_FOUND, for any other user; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when
         someone who is not an owner of the workspace deletes an owner; with FAILED_PRECONDITION, reason LAST_OWNER, where

@@ -26,7 +26,7 @@ class ErasureServiceStub:
     commas. Make someone else an owner there, or delete those workspaces, first.
     """
     DeleteManagedUser: _aio.UnaryUnaryMultiCallable[_erasure_service_pb2.DeleteManagedUserRequest, _erasure_service_pb2.DeleteManagedUserResponse]
-    """Deletes a user that the workspace manages, as `DeleteUser` does.
+    """Deletes a user that the workspace manages, as `DeleteUser` does. A repeat returns the same erasure.
 
     Fails with NOT_FOUND, reason USER_NOT_FOUND, for any other user; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when
     someone who is not an owner of the workspace deletes an owner; with FAILED_PRECONDITION, reason LAST_OWNER, where
@@ -67,7 +67,7 @@ class ErasureServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _erasure_service_pb2.DeleteManagedUserRequest,
         context: _aio.ServicerContext[_erasure_service_pb2.DeleteManagedUserRequest, _abc.Awaitable[_erasure_service_pb2.DeleteManagedUserResponse]],
     ) -> _abc.Awaitable[_erasure_service_pb2.DeleteManagedUserResponse]:
-        """Deletes a user that the workspace manages, as `DeleteUser` does.
+        """Deletes a user that the workspace manages, as `DeleteUser` does. A repeat returns the same erasure.
 
         Fails with NOT_FOUND, reason USER_NOT_FOUND, for any other user; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when
         someone who is not an owner of the workspace deletes an owner; with FAILED_PRECONDITION, reason LAST_OWNER, where
