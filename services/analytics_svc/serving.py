@@ -10,7 +10,7 @@ from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, WorkspaceDeleted
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
 from services.analytics_svc.consumers import on_workspace_deleted
@@ -28,6 +28,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
+from services.chassis.erasures import erase_grants, erasing
 from services.chassis.grants import InternalGrantServicer
 from services.chassis.inbox import consume
 from services.chassis.interceptor import warm_up
@@ -95,6 +96,7 @@ async def serve(settings: AnalyticsSettings) -> None:
                     MemberRemoved: grants.on_member_removed,
                     TeamDeleted: grants.on_team_deleted,
                     WorkspaceDeleted: partial(on_workspace_deleted, write_keys),
+                    UserErasureRequested: erasing("analytics", erase_grants),
                 },
             ),
         )

@@ -8,6 +8,9 @@ from meshboard.auth.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to
 from meshboard.auth.v1.auth_service_pb2_grpc import add_AuthServiceServicer_to_server
 from meshboard.auth.v1.factor_service_pb2_grpc import add_FactorServiceServicer_to_server
 from meshboard.auth.v1.impersonation_service_pb2_grpc import add_ImpersonationServiceServicer_to_server
+from meshboard.auth.v1.internal_account_service_pb2_grpc import (
+    add_InternalAccountServiceServicer_to_server,
+)
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionResponse
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import add_InternalAuthServiceServicer_to_server
 from meshboard.auth.v1.service_account_service_pb2_grpc import add_ServiceAccountServiceServicer_to_server
@@ -19,6 +22,9 @@ from meshboard.user.v1.events_pb2 import (
     MemberRemoved,
     MemberUpdated,
     RoleUpdated,
+    UserCreated,
+    UserErasureRequested,
+    UserStateChanged,
     UserUpdated,
     WorkspaceDeleted,
 )
@@ -30,6 +36,7 @@ from services.auth_svc import mails as mail_sending
 from services.auth_svc import reaper
 from services.auth_svc.access import AccessServicer
 from services.auth_svc.accounts import AccountServicer
+from services.auth_svc.accounts_of_users import AccountsOfUsers
 from services.auth_svc.audit_chain import Sealer, chain_keys
 from services.auth_svc.audit_entries import AuditServicer
 from services.auth_svc.audited_events import audited
@@ -37,6 +44,7 @@ from services.auth_svc.consumers import on_user_updated
 from services.auth_svc.factors import FactorServicer
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.impersonations import ImpersonationServicer
+from services.auth_svc.internal_accounts import InternalAccountServicer
 from services.auth_svc.internal_sessions import InternalAuthServicer
 from services.auth_svc.invitation_mails import InvitationMails
 from services.auth_svc.mails import Mails
@@ -60,6 +68,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
+from services.chassis.erasures import erasing
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
@@ -160,6 +169,8 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
     memberships = Memberships(usable_keys, now)
     invitation_mails = InvitationMails(settings, users, mails, now)
     internal_sessions = InternalAuthServicer(sessions, settings, alive, now)
+    internal_accounts = InternalAccountServicer(sessions, now)
+    accounts_of_users = AccountsOfUsers(settings, tickets, mails, alive, now)
     audit_entries = AuditServicer(sessions, pages)
     access_answers = AccessServicer(
         rights,
@@ -177,6 +188,7 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
             lambda server: add_ServiceAccountServiceServicer_to_server(service_accounts, server),
             lambda server: add_ImpersonationServiceServicer_to_server(impersonations, server),
             lambda server: add_InternalAuthServiceServicer_to_server(internal_sessions, server),
+            lambda server: add_InternalAccountServiceServicer_to_server(internal_accounts, server),
             lambda server: add_AuditServiceServicer_to_server(audit_entries, server),
             lambda server: add_AccessServiceServicer_to_server(access_answers, server),
         ],
@@ -194,6 +206,9 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
                 audited(
                     {
                         UserUpdated: on_user_updated,
+                        UserCreated: accounts_of_users.on_user_created,
+                        UserStateChanged: accounts_of_users.on_user_state_changed,
+                        UserErasureRequested: erasing("auth", accounts_of_users.erase),
                         MemberRemoved: memberships.on_member_removed,
                         MemberUpdated: memberships.on_member_updated,
                         RoleUpdated: memberships.on_role_updated,

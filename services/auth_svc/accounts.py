@@ -253,7 +253,9 @@ class AccountServicer(AccountServiceServicer):
     async def ResetPassword(self, request: ResetPasswordRequest, context: Context) -> ResetPasswordResponse:
         origin = origin_of(context)
         self.passwords.refuse_common(request.new_password, "new_password")
-        purpose, ticket = await self._look(request.token, origin, "password.reset", Purpose.RESET_PASSWORD)
+        purpose, ticket = await self._look(
+            request.token, origin, "password.reset", Purpose.RESET_PASSWORD, Purpose.FIRST_PASSWORD
+        )
         password_hash = await self.passwords.hash(request.new_password)
         now = self.now()
         ended: list[Session] = []
@@ -329,7 +331,9 @@ class AccountServicer(AccountServiceServicer):
         account.email, account.email_key = change.new_email, email_key(change.new_email)
         account.verify_time = now
         # What was mailed to the former address is void.
-        await self.tickets.void(session, account.user_id, Purpose.RESET_PASSWORD, Purpose.VERIFY_EMAIL)
+        await self.tickets.void(
+            session, account.user_id, Purpose.RESET_PASSWORD, Purpose.FIRST_PASSWORD, Purpose.VERIFY_EMAIL
+        )
         await session.delete(change)
         outbox.add(
             session, EmailChanged(user_id=account.user_id, email=account.email, time=timestamp_of(now))
@@ -343,7 +347,7 @@ class AccountServicer(AccountServiceServicer):
         async with self.db() as session:
             account = await session.get_one(Account, user_id)
         device_token = self._device_token(user_id, origin)
-        async with self.guesses.attempt("sign-in", account.email_key, origin, device_token) as attempt:
+        async with self.guesses.attempt("sign-in", user_id, origin, device_token) as attempt:
             right = await self.passwords.verify(account.password_hash, password)
             attempt.settle(right)
         if not right:
@@ -393,7 +397,9 @@ class AccountServicer(AccountServiceServicer):
     ) -> list[Session]:
         """Sets a password, ends what was begun with the former one, and tells the person; gives the ended sessions."""
         account.password_hash, account.password_change_time = password_hash, now
-        await self.tickets.void(session, account.user_id, Purpose.RESET_PASSWORD, Purpose.SECOND_FACTOR)
+        await self.tickets.void(
+            session, account.user_id, Purpose.RESET_PASSWORD, Purpose.FIRST_PASSWORD, Purpose.SECOND_FACTOR
+        )
         self.mails.add(session, now, account.email, *links.password_changed(self.settings))
         return await sessions.revoke_all(
             session, account.user_id, SessionRevoked.PASSWORD_CHANGED, now, but=but

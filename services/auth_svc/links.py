@@ -54,6 +54,17 @@ def reset_password(settings: AuthSettings, token: str) -> Letter:
     )
 
 
+def first_password(settings: AuthSettings, token: str) -> Letter:
+    """Lets somebody for whom an admin has made an account choose a password."""
+    return _letter(
+        "Your Meshboard account",
+        "An admin of a workspace has made a Meshboard account with this address, and manages it.",
+        "Open this link within 7 days to choose a password; then sign in with it:",
+        _link(settings, "reset-password", token),
+        f"If the link does not work any more, ask for a new password at {settings.public_url}.",
+    )
+
+
 def password_changed(settings: AuthSettings) -> Letter:
     """Tells the owner of an account that its password is another one."""
     return _letter(

@@ -32,7 +32,9 @@ class Account(Table):
 
     `workspace_id` is the personal workspace, `last_workspace_id` the one of the last sign-in, `try_time` when the
     sign-up was begun or resumed, `user_update_time` how new the display name is; `verify_time` is set when a mailed
-    link has been redeemed.
+    link has been redeemed. `managing_workspace_id` is set of an account that an admin made, and is its `workspace_id`
+    too; it has no password before its owner has chosen one. `deactivate_time` is when an admin has disabled it,
+    `state_time` how new that is.
     """
 
     __tablename__ = "accounts"
@@ -55,6 +57,18 @@ class Account(Table):
     verify_time: Mapped[Time | None]
     disable_time: Mapped[Time | None]
     password_change_time: Mapped[Time | None]
+    managing_workspace_id: Mapped[Id | None]
+    deactivate_time: Mapped[Time | None]
+    state_time: Mapped[Time | None]
+
+
+class ErasedUser(Table):
+    """A user that is gone: what is heard of them later makes no account again."""
+
+    __tablename__ = "erased_users"
+
+    user_id: Mapped[Id] = mapped_column(primary_key=True)
+    erase_time: Mapped[Time]
 
 
 class Session(Table):

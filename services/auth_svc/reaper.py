@@ -47,10 +47,12 @@ async def reap(db: async_sessionmaker[AsyncSession], settings: AuthSettings, now
         discarded = await session.execute(
             delete(Account)
             .where(Account.activate_time.is_(None), Account.try_time < stale)
-            .returning(Account.user_id, Account.workspace_id)
+            .returning(Account.user_id, Account.workspace_id, Account.managing_workspace_id)
         )
-        for user_id, workspace_id in discarded:
-            outbox.add(session, AccountDiscarded(user_id=user_id, workspace_id=workspace_id))
+        for user_id, workspace_id, managing_workspace_id in discarded:
+            # A managed user is made after its account is reserved: where there is one, its `UserCreated` is on its way.
+            if managing_workspace_id is None:
+                outbox.add(session, AccountDiscarded(user_id=user_id, workspace_id=workspace_id))
         await session.execute(
             delete(Session).where(or_(Session.expire_time < ended, Session.revoke_time < ended))
         )

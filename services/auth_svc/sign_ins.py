@@ -47,6 +47,7 @@ from services.auth_svc.tokens import Tokens
 from services.chassis import auth, errors
 from services.chassis.cache import CachedMessages
 from services.chassis.emails import email_key
+from services.chassis.texts import clean_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -70,6 +71,7 @@ class AuthServicer(AuthServiceServicer):
 
     async def SignUp(self, request: SignUpRequest, context: Context) -> SignUpResponse:
         origin = self._origin(request, context)
+        request.display_name = clean_name(request.display_name, "display_name")
         self.passwords.refuse_common(request.password, "password")
         if self.settings.require_verified_email and not request.invitation_token:
             await self.sign_ups.mail_link(request)
@@ -90,7 +92,9 @@ class AuthServicer(AuthServiceServicer):
         if account is not None and account.activate_time is None:
             account = None
         device_token = self._device_token(account.user_id if account else "", request.device_token, origin)
-        async with self.guesses.attempt("sign-in", key, origin, device_token) as attempt:
+        # By account and not by address: who gets the address after it inherits no delays.
+        subject = account.user_id if account else key
+        async with self.guesses.attempt("sign-in", subject, origin, device_token) as attempt:
             # The same work for an unknown address, so that the time does not tell.
             right = await self.passwords.verify(account.password_hash if account else None, request.password)
             attempt.settle(right)

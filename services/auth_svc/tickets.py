@@ -29,6 +29,7 @@ class Purpose(Enum):
     SIGN_UP = ("sign-up", 86_400)  # the link of a sign-up where addresses must be verified first
     VERIFY_EMAIL = ("verify-email", 86_400)
     RESET_PASSWORD = ("reset-password", 3600)
+    FIRST_PASSWORD = ("first-password", 7 * 86_400)  # of an account that an admin made
     APPROVE_EMAIL = ("approve-email", 86_400)  # to the present address
     CONFIRM_EMAIL = ("confirm-email", 86_400)  # to the new one
     SECOND_FACTOR = ("second-factor", 300)  # the password was right

@@ -421,6 +421,11 @@ class ServiceTokens:
             self._issued[audience] = (token, expire_time)
         return token
 
+    def sign(self, token_type: str, claims: dict[str, Any]) -> str:
+        """A statement of this service, as a compact JWS of another type than the tokens that it calls with."""
+        assert token_type not in {SERVICE_TOKEN_TYPE, ACCESS_TOKEN_TYPE}
+        return jwt.encode(claims, self._key, ALGORITHM, headers={"typ": token_type, "kid": self.service})
+
     def verify(self, token: str) -> str:
         """The name of the service that calls; raises UNAUTHENTICATED."""
         service, expire_time = self._verified.get(token, ("", 0.0))

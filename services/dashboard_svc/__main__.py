@@ -5,7 +5,7 @@ from __future__ import annotations
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
-from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, WorkspaceDeleted
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -14,6 +14,7 @@ from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
+from services.chassis.erasures import erase_grants, erasing
 from services.chassis.grants import InternalGrantServicer
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
@@ -109,6 +110,7 @@ async def serve(settings: Settings) -> None:
                     MemberRemoved: on_member_removed,
                     TeamDeleted: on_team_deleted,
                     WorkspaceDeleted: on_workspace_deleted,
+                    UserErasureRequested: erasing("dashboard", erase_grants),
                 },
             ),
         )

@@ -3,7 +3,7 @@
 from datetime import UTC
 
 from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
-from meshboard.user.v1.events_pb2 import MemberRemoved, UserUpdated
+from meshboard.user.v1.events_pb2 import MemberRemoved, ProfileUpdated, UserUpdated
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -80,3 +80,10 @@ async def on_user_updated(
 ) -> None:
     """Forgets what is remembered of the user: the change that an event has caused is committed by now."""
     await cache.invalidate(event.user.user_id)
+
+
+async def on_profile_updated(
+    cache: CachedMessages[GetMeResponse], session: AsyncSession, event: ProfileUpdated
+) -> None:
+    """Forgets what is remembered of the person."""
+    await cache.invalidate(event.user_id)

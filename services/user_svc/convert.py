@@ -3,11 +3,30 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from meshboard.user.v1 import invitation_pb2, role_pb2, user_pb2, workspace_pb2
+from meshboard.user.v1 import (
+    erasure_service_pb2,
+    invitation_pb2,
+    profile_pb2,
+    role_pb2,
+    user_pb2,
+    workspace_pb2,
+)
 
 from services.chassis.rights import ROLES, Rights
 from services.chassis.times import timestamp_of
-from services.user_svc.models import PENDING, Invitation, Member, Role, Team, TeamMember, User, Workspace
+from services.user_svc.models import (
+    PENDING,
+    ErasureRow,
+    Invitation,
+    Member,
+    ProfileRow,
+    Role,
+    ServiceErasureRow,
+    Team,
+    TeamMember,
+    User,
+    Workspace,
+)
 
 _BUILTIN_ROLES = {
     "viewer": "Sees everything, and asks questions of it.",
@@ -17,8 +36,12 @@ _BUILTIN_ROLES = {
 }
 
 
-def user_to_pb(row: User) -> user_pb2.User:
-    """The user as its co-members see it."""
+def user_to_pb(row: User, seen_from: str | None = None) -> user_pb2.User:
+    """The user; `seen_from` a workspace whose members need not know which other one manages the account."""
+    managing_workspace_id = row.managing_workspace_id or ""
+    if seen_from is not None and seen_from != managing_workspace_id:
+        managing_workspace_id = ""
+    version = row.avatar_version
     return user_pb2.User(
         user_id=row.user_id,
         display_name=row.display_name,
@@ -27,6 +50,51 @@ def user_to_pb(row: User) -> user_pb2.User:
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
         kind=user_pb2.User.Kind.Value(row.kind),
+        state=user_pb2.User.State.Value(row.state),
+        managing_workspace_id=managing_workspace_id,
+        avatar_url="" if version is None else f"/v1/users/{row.user_id}/avatar?version={version}",
+    )
+
+
+def profile_to_pb(row: ProfileRow | None) -> profile_pb2.Profile:
+    """The profile; without a row as it is in the beginning."""
+    if row is None:
+        return profile_pb2.Profile(
+            theme=profile_pb2.Profile.SYSTEM,
+            notifications=profile_pb2.Profile.Notifications(reports=True, alerts=True),
+            etag="0",
+        )
+    return profile_pb2.Profile(
+        locale=row.locale,
+        time_zone=row.time_zone,
+        theme=profile_pb2.Profile.Theme.Value(row.theme),
+        notifications=profile_pb2.Profile.Notifications(
+            product_news=row.notify_product_news, reports=row.notify_reports, alerts=row.notify_alerts
+        ),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+    )
+
+
+def erasure_to_pb(row: ErasureRow, services: Iterable[ServiceErasureRow] = ()) -> erasure_service_pb2.Erasure:
+    """The erasure, with what the services have done for it."""
+    message = erasure_service_pb2.Erasure
+    return message(
+        erasure_id=row.erasure_id,
+        user_id=row.user_id,
+        state=message.DONE if row.complete_time else message.RUNNING,
+        create_time=timestamp_of(row.create_time),
+        complete_time=timestamp_of(row.complete_time) if row.complete_time else None,
+        services=[
+            erasure_service_pb2.ServiceErasure(
+                service=each.service,
+                complete_time=timestamp_of(each.complete_time),
+                erased=each.erased,
+                kept=each.kept,
+            )
+            for each in services
+        ],
+        receipt=row.receipt or "",
     )
 
 
@@ -48,7 +116,7 @@ def member_to_pb(row: Member, user: User) -> workspace_pb2.Member:
     """The member with its user."""
     return workspace_pb2.Member(
         workspace_id=row.workspace_id,
-        user=user_to_pb(user),
+        user=user_to_pb(user, seen_from=row.workspace_id),
         role=row.role,
         create_time=timestamp_of(row.create_time),
     )

@@ -40,6 +40,7 @@ from services.chassis.times import timestamp_of
 from services.user_svc.convert import member_to_pb, rights_to_pb, team_to_pb, user_to_pb, workspace_to_pb
 from services.user_svc.invitations import Invitations, invalid
 from services.user_svc.models import (
+    ERASING,
     SERVICE_ACCOUNT,
     Invitation,
     Member,
@@ -184,7 +185,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     async def GetSignIn(self, request: GetSignInRequest, context: Context) -> GetSignInResponse:
         async with self.db() as session:
             user = await session.get(User, request.user_id)
-            if user is None:
+            if user is None or user.state == ERASING:
                 raise user_not_found(request.user_id)
             # UUIDv7s sort by time: without a wanted workspace the oldest one comes first.
             workspace = await session.scalar(

@@ -7,12 +7,15 @@ from sqlalchemy import (
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    LargeBinary,
     Text,
     UniqueConstraint,
     Uuid,
     false,
     text,
+    true,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis.db import Id, Time
@@ -23,6 +26,9 @@ PENDING, ACCEPTED, DECLINED, REVOKED = "PENDING", "ACCEPTED", "DECLINED", "REVOK
 MAINTAINER = "MAINTAINER"
 # Of a user; otherwise a PERSON.
 SERVICE_ACCOUNT = "SERVICE_ACCOUNT"
+PERSON = "PERSON"
+# What the state of a user can be.
+ACTIVE, DEACTIVATED, ERASING = "ACTIVE", "DEACTIVATED", "ERASING"
 
 
 class Table(DeclarativeBase):
@@ -32,10 +38,16 @@ class Table(DeclarativeBase):
 class User(Table):
     """A person, or a service account. `version` is the etag.
 
-    `sign_in_time` is when the last session began, `email_time` how new the address is.
+    `sign_in_time` is when the last session began, `email_time` how new the address is. `managing_workspace_id` is set
+    of an account that an admin has made, `creator_id` is that admin. `avatar_version` is the `version` that the picture
+    came with.
     """
 
     __tablename__ = "users"
+    __table_args__ = (
+        UniqueConstraint("managing_workspace_id", "creator_id", "request_id", name="users_request_once"),
+        CheckConstraint("state IN ('ACTIVE', 'DEACTIVATED', 'ERASING')", name="users_state"),
+    )
 
     user_id: Mapped[Id] = mapped_column(primary_key=True)
     display_name: Mapped[str] = mapped_column(Text)
@@ -46,6 +58,67 @@ class User(Table):
     sign_in_time: Mapped[Time | None]
     email_time: Mapped[Time | None]
     kind: Mapped[str] = mapped_column(Text, server_default=text("'PERSON'"))
+    state: Mapped[str] = mapped_column(Text, server_default=text("'ACTIVE'"))
+    managing_workspace_id: Mapped[Id | None] = mapped_column(
+        ForeignKey("workspaces.workspace_id", ondelete="SET NULL")
+    )
+    avatar_version: Mapped[int | None]
+    creator_id: Mapped[Id | None]
+    request_id: Mapped[str | None] = mapped_column(Text)
+
+
+class ProfileRow(Table):
+    """How the product looks and behaves for a person; without a row as in the beginning. `version` is the etag."""
+
+    __tablename__ = "profiles"
+
+    user_id: Mapped[Id] = mapped_column(ForeignKey("users.user_id", ondelete="CASCADE"), primary_key=True)
+    locale: Mapped[str] = mapped_column(Text, server_default="")
+    time_zone: Mapped[str] = mapped_column(Text, server_default="")
+    theme: Mapped[str] = mapped_column(Text, server_default=text("'SYSTEM'"))
+    notify_product_news: Mapped[bool] = mapped_column(server_default=false())
+    notify_reports: Mapped[bool] = mapped_column(server_default=true())
+    notify_alerts: Mapped[bool] = mapped_column(server_default=true())
+    version: Mapped[int] = mapped_column(server_default=text("1"))
+    update_time: Mapped[Time]
+
+
+class Avatar(Table):
+    """The picture of a person, a WebP without metadata; apart from the user, which is read much more often."""
+
+    __tablename__ = "avatars"
+
+    user_id: Mapped[Id] = mapped_column(ForeignKey("users.user_id", ondelete="CASCADE"), primary_key=True)
+    image: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class ErasureRow(Table):
+    """The erasure of a user. It outlives the user and has nothing of theirs but the id."""
+
+    __tablename__ = "erasures"
+    __table_args__ = (UniqueConstraint("user_id", name="erasures_user_once"),)
+
+    erasure_id: Mapped[Id] = mapped_column(primary_key=True)
+    user_id: Mapped[Id]
+    managing_workspace_id: Mapped[Id | None]
+    token_hash: Mapped[bytes | None] = mapped_column(LargeBinary)
+    receipt: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    complete_time: Mapped[Time | None]
+
+
+class ServiceErasureRow(Table):
+    """What one service has done for an erasure: how many things it has erased and kept, by kind."""
+
+    __tablename__ = "service_erasures"
+
+    erasure_id: Mapped[Id] = mapped_column(
+        ForeignKey("erasures.erasure_id", ondelete="CASCADE"), primary_key=True
+    )
+    service: Mapped[str] = mapped_column(Text, primary_key=True)
+    erased: Mapped[dict[str, int]] = mapped_column(JSONB)
+    kept: Mapped[dict[str, int]] = mapped_column(JSONB)
+    complete_time: Mapped[Time]
 
 
 class Workspace(Table):
@@ -58,7 +131,7 @@ class Workspace(Table):
     title: Mapped[str] = mapped_column(Text)
     rights_version: Mapped[int] = mapped_column(BigInteger, server_default=text("1"))
     version: Mapped[int] = mapped_column(server_default=text("1"))
-    creator_id: Mapped[Id] = mapped_column(ForeignKey("users.user_id"))
+    creator_id: Mapped[Id]
     request_id: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time]
     update_time: Mapped[Time]

@@ -29,15 +29,15 @@ _RIGHTS = text("""
         (SELECT min(expire_time) FROM team_members
         WHERE workspace_id = :workspace_id AND user_id = :user_id AND expire_time > now()),
         (SELECT json_object_agg(name, permissions) FROM roles WHERE workspace_id = :workspace_id)
-    FROM members JOIN workspaces USING (workspace_id)
-    WHERE workspace_id = :workspace_id AND user_id = :user_id
+    FROM members JOIN workspaces USING (workspace_id) JOIN users USING (user_id)
+    WHERE workspace_id = :workspace_id AND user_id = :user_id AND users.state = 'ACTIVE'
 """).bindparams(
     bindparam("workspace_id", type_=Uuid(as_uuid=False)), bindparam("user_id", type_=Uuid(as_uuid=False))
 )
 
 
 def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
-    """Reads rights from the tables; raises NOT_FOUND for who is not a member."""
+    """Reads rights from the tables; raises NOT_FOUND for who is not a member, or not active."""
 
     async def fetch(user_id: str, workspace_id: str) -> Rights:
         async with db() as session:

@@ -6,8 +6,10 @@ from datetime import datetime
 from typing import Any
 
 import grpc.aio
-from meshboard.user.v1 import events_pb2
+from meshboard.user.v1 import events_pb2, user_pb2
 from meshboard.user.v1.user_service_pb2 import (
+    BatchGetUsersRequest,
+    BatchGetUsersResponse,
     GetMeRequest,
     GetMeResponse,
     GetUserRequest,
@@ -16,14 +18,15 @@ from meshboard.user.v1.user_service_pb2 import (
     UpdateUserResponse,
 )
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceServicer
-from sqlalchemy import Text, cast, exists, or_, select, true, update
+from sqlalchemy import ColumnElement, Text, cast, exists, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.masks import changed_fields
-from services.user_svc.convert import user_to_pb
-from services.user_svc.models import Member, User
+from services.chassis.texts import clean_name
+from services.user_svc.convert import profile_to_pb, user_to_pb
+from services.user_svc.models import Member, ProfileRow, User
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,21 +53,30 @@ class UserServicer(UserServiceServicer):
 
     async def _load_me(self, user_id: str) -> GetMeResponse | None:
         async with self.db() as session:
-            user = await session.get(User, user_id)
-        return GetMeResponse(user=user_to_pb(user)) if user else None
+            found = await session.execute(
+                select(User, ProfileRow)
+                .outerjoin(ProfileRow, ProfileRow.user_id == User.user_id)
+                .where(User.user_id == user_id)
+            )
+        row = found.one_or_none()
+        return GetMeResponse(user=user_to_pb(row[0]), profile=profile_to_pb(row[1])) if row else None
 
     async def GetUser(self, request: GetUserRequest, context: Context) -> GetUserResponse:
-        caller = auth.caller()
-        co_member = exists().where(Member.workspace_id == caller.workspace_id, Member.user_id == User.user_id)
         async with self.db() as session:
-            user = await session.scalar(
-                select(User).where(
-                    User.user_id == request.user_id, or_(User.user_id == caller.user_id, co_member)
-                )
-            )
+            user = await session.scalar(select(User).where(User.user_id == request.user_id, visible()))
         if user is None:
             raise user_not_found(request.user_id)
-        return GetUserResponse(user=user_to_pb(user))
+        return GetUserResponse(user=_as_seen(user))
+
+    async def BatchGetUsers(self, request: BatchGetUsersRequest, context: Context) -> BatchGetUsersResponse:
+        wanted = list(dict.fromkeys(user_id.lower() for user_id in request.user_ids))
+        async with self.db() as session:
+            rows = await session.scalars(select(User).where(User.user_id.in_(wanted), visible()))
+        users = {user.user_id: user for user in rows}
+        return BatchGetUsersResponse(
+            users=[_as_seen(users[user_id]) for user_id in wanted if user_id in users],
+            missing_user_ids=[user_id for user_id in wanted if user_id not in users],
+        )
 
     async def UpdateUser(self, request: UpdateUserRequest, context: Context) -> UpdateUserResponse:
         user_id = auth.caller().user_id
@@ -74,8 +86,8 @@ class UserServicer(UserServiceServicer):
             field: getattr(request.user, field)
             for field in changed_fields(request.user, request.update_mask, {"display_name"})
         }
-        if changes.get("display_name") == "":
-            raise errors.invalid_fields([("user.display_name", "must have at least 1 character")])
+        if "display_name" in changes:
+            changes["display_name"] = clean_name(changes["display_name"], "user.display_name")
         etag = request.user.etag
         async with self.db.begin() as session:
             user = await session.scalar(
@@ -91,3 +103,15 @@ class UserServicer(UserServiceServicer):
             outbox.add(session, events_pb2.UserUpdated(user=user_to_pb(user)))
         await self.cache.invalidate(user_id)
         return UpdateUserResponse(user=user_to_pb(user))
+
+
+def visible() -> ColumnElement[bool]:
+    """SQL: whether the user is the caller or a member of the caller's workspace."""
+    caller = auth.caller()
+    co_member = exists().where(Member.workspace_id == caller.workspace_id, Member.user_id == User.user_id)
+    return or_(User.user_id == caller.user_id, co_member)
+
+
+def _as_seen(user: User) -> user_pb2.User:
+    caller = auth.caller()
+    return user_to_pb(user, seen_from=None if user.user_id == caller.user_id else caller.workspace_id)

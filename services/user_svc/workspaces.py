@@ -45,6 +45,8 @@ from services.chassis.paging import Pages
 from services.chassis.texts import clean_name
 from services.user_svc.convert import member_to_pb, workspace_to_pb
 from services.user_svc.models import (
+    ACTIVE,
+    ERASING,
     SERVICE_ACCOUNT,
     Invitation,
     Member,
@@ -387,9 +389,13 @@ async def _find_acquaintance(session: AsyncSession, user_id: str) -> User:
     )
     user: User | None = await session.scalar(select(User).where(User.user_id == user_id, shared))
     # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
-    if user is None or (
-        user.kind == SERVICE_ACCOUNT
-        and not await session.get(Member, (auth.caller().workspace_id, user.user_id))
+    if (
+        user is None
+        or user.state == ERASING
+        or (
+            user.kind == SERVICE_ACCOUNT
+            and not await session.get(Member, (auth.caller().workspace_id, user.user_id))
+        )
     ):
         raise user_not_found(user_id)
     return user
@@ -401,8 +407,12 @@ async def _require_another_owner(session: AsyncSession, member: Member) -> None:
     others = await session.scalar(
         select(func.count())
         .select_from(Member)
+        .join(User, User.user_id == Member.user_id)
         .where(
-            Member.workspace_id == member.workspace_id, Member.role == OWNER, Member.user_id != member.user_id
+            Member.workspace_id == member.workspace_id,
+            Member.role == OWNER,
+            Member.user_id != member.user_id,
+            User.state == ACTIVE,
         )
     )
     if not others:

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from meshboard.auth.v1.internal_auth_service_pb2 import GetVerifiedEmailRequest, GetVerifiedEmailResponse
+from meshboard.user.v1.avatar_service_pb2_grpc import AvatarServiceStub, add_AvatarServiceServicer_to_server
+from meshboard.user.v1.erasure_service_pb2_grpc import (
+    ErasureServiceStub,
+    add_ErasureServiceServicer_to_server,
+)
 from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest, GetInvitationMailRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import (
     InternalUserServiceStub,
@@ -17,6 +22,10 @@ from meshboard.user.v1.invitation_service_pb2 import AcceptInvitationRequest, Cr
 from meshboard.user.v1.invitation_service_pb2_grpc import (
     InvitationServiceStub,
     add_InvitationServiceServicer_to_server,
+)
+from meshboard.user.v1.profile_service_pb2_grpc import (
+    ProfileServiceStub,
+    add_ProfileServiceServicer_to_server,
 )
 from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub, add_RoleServiceServicer_to_server
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub, add_TeamServiceServicer_to_server
@@ -36,10 +45,14 @@ from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
 from services.chassis.server import contracts
 from services.chassis.settings import Settings
+from services.user_svc.avatars import AvatarServicer
+from services.user_svc.erasures import ErasureServicer
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.invitations import Invitations, InvitationServicer
 from services.user_svc.models import User
 from services.user_svc.permissions import catalogue
+from services.user_svc.pictures import Pictures
+from services.user_svc.profiles import ProfileServicer
 from services.user_svc.rights import rights_of
 from services.user_svc.roles import RoleServicer
 from services.user_svc.teams import TeamServicer
@@ -47,6 +60,7 @@ from services.user_svc.users import UserServicer
 from services.user_svc.workspaces import WorkspaceServicer
 from tests.harness import ISSUER, Identity, make_settings, new_id, service_metadata, serving
 from tests.parts import Parts
+from tests.user_svc.people import People, running_people
 
 if TYPE_CHECKING:
     from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
@@ -94,6 +108,9 @@ class UserSvc:
     tokens: Invitations
     accounts: Accounts
     internal: InternalUserServiceStub
+    profiles: ProfileServiceStub
+    avatars: AvatarServiceStub
+    erasures: ErasureServiceStub
 
     def calling_as(self, service: str) -> Metadata:
         """The metadata of a call that another service makes."""
@@ -187,6 +204,10 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
         sessions, tokens, cast("InternalAuthServiceStub", accounts), pages, now, new_id
     )
     internal_users = InternalUserServicer(sessions, fetch_rights, me, tokens, now)
+    profiles = ProfileServicer(sessions, me, now)
+    pictures = Pictures()
+    avatars = AvatarServicer(sessions, pictures, me, now)
+    erasures = ErasureServicer(sessions, me, now, new_id)
     registrations = [
         lambda server: add_UserServiceServicer_to_server(users, server),
         lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
@@ -194,6 +215,9 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
         lambda server: add_RoleServiceServicer_to_server(roles, server),
         lambda server: add_InvitationServiceServicer_to_server(invitations, server),
         lambda server: add_InternalUserServiceServicer_to_server(internal_users, server),
+        lambda server: add_ProfileServiceServicer_to_server(profiles, server),
+        lambda server: add_AvatarServiceServicer_to_server(avatars, server),
+        lambda server: add_ErasureServiceServicer_to_server(erasures, server),
     ]
     async with serving(settings, registrations, access) as (channel, _):
         yield UserSvc(
@@ -209,10 +233,21 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
             tokens=tokens,
             accounts=accounts,
             internal=InternalUserServiceStub(channel),
+            profiles=ProfileServiceStub(channel),
+            avatars=AvatarServiceStub(channel),
+            erasures=ErasureServiceStub(channel),
         )
+    pictures.close()
     await cache.close()
     await bus.close()
     await db.engine(sessions).dispose()
+
+
+@pytest.fixture(scope="session")
+async def people(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[People]:
+    """Both services, with events. Mark the module with xdist_group("people"): one worker then runs them."""
+    async with running_people(tmp_path_factory.mktemp("people")) as both:
+        yield both
 
 
 @pytest.fixture

@@ -82,6 +82,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the address of the account is not verified. Open the link in its mail, or ask for another one."""
     INVITATION_ROLE_GONE: _ErrorReason.ValueType  # 22
     """FAILED_PRECONDITION: the role that the invitation gives is gone. Ask for another one."""
+    EMAIL_TAKEN: _ErrorReason.ValueType  # 31
+    """ALREADY_EXISTS: the address has an account. Whoever it belongs to can be made a member instead."""
+    AVATAR_INVALID: _ErrorReason.ValueType  # 32
+    """INVALID_ARGUMENT: the picture is no whole PNG, JPEG or WebP, is too large, or is animated. The violation says which."""
+    AVATAR_NOT_FOUND: _ErrorReason.ValueType  # 33
+    """NOT_FOUND: the user has no picture, or the caller may not see the user."""
+    ERASURE_NOT_FOUND: _ErrorReason.ValueType  # 34
+    """NOT_FOUND: there is no such erasure, the token is wrong, or the user was not managed by the workspace."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that user_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -146,4 +154,12 @@ EMAIL_UNVERIFIED: ErrorReason.ValueType  # 21
 """FAILED_PRECONDITION: the address of the account is not verified. Open the link in its mail, or ask for another one."""
 INVITATION_ROLE_GONE: ErrorReason.ValueType  # 22
 """FAILED_PRECONDITION: the role that the invitation gives is gone. Ask for another one."""
+EMAIL_TAKEN: ErrorReason.ValueType  # 31
+"""ALREADY_EXISTS: the address has an account. Whoever it belongs to can be made a member instead."""
+AVATAR_INVALID: ErrorReason.ValueType  # 32
+"""INVALID_ARGUMENT: the picture is no whole PNG, JPEG or WebP, is too large, or is animated. The violation says which."""
+AVATAR_NOT_FOUND: ErrorReason.ValueType  # 33
+"""NOT_FOUND: the user has no picture, or the caller may not see the user."""
+ERASURE_NOT_FOUND: ErrorReason.ValueType  # 34
+"""NOT_FOUND: there is no such erasure, the token is wrong, or the user was not managed by the workspace."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -24,62 +24,81 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from meshboard.user.v1 import invitation_pb2 as meshboard_dot_user_dot_v1_dot_invitation__pb2
+from meshboard.user.v1 import profile_pb2 as meshboard_dot_user_dot_v1_dot_profile__pb2
 from meshboard.user.v1 import role_pb2 as meshboard_dot_user_dot_v1_dot_role__pb2
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 from meshboard.user.v1 import workspace_pb2 as meshboard_dot_user_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"meshboard/user/v1/invitation.proto\x1a\x1cmeshboard/user/v1/role.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\":\n\x0bTeamUpdated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"I\n\x0bTeamDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\"\xdb\x01\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\xdd\x01\n\x11TeamMemberUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\":\n\x0bRoleCreated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\"\x98\x01\n\x0bRoleUpdated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\x12+\n\x11\x61\x64\x64\x65\x64_permissions\x18\x02 \x03(\tR\x10\x61\x64\x64\x65\x64Permissions\x12/\n\x13removed_permissions\x18\x03 \x03(\tR\x12removedPermissions\"D\n\x0bRoleDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\"R\n\x11InvitationCreated\x12=\n\ninvitation\x18\x01 \x01(\x0b\x32\x1d.meshboard.user.v1.InvitationR\ninvitation\"Z\n\x10InvitationResent\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"[\n\x11InvitationRevoked\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"u\n\x12InvitationAccepted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"\\\n\x12InvitationDeclined\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshboard/user/v1/events.proto\x12\x11meshboard.user.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"meshboard/user/v1/invitation.proto\x1a\x1fmeshboard/user/v1/profile.proto\x1a\x1cmeshboard/user/v1/role.proto\x1a\x1cmeshboard/user/v1/user.proto\x1a!meshboard/user/v1/workspace.proto\":\n\x0bUserCreated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\":\n\x0bUserUpdated\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"\x90\x01\n\x10UserStateChanged\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32\x1d.meshboard.user.v1.User.StateR\x05state\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"_\n\x0eProfileUpdated\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x34\n\x07profile\x18\x02 \x01(\x0b\x32\x1a.meshboard.user.v1.ProfileR\x07profile\"~\n\x14UserErasureRequested\x12\x1d\n\nerasure_id\x18\x01 \x01(\tR\terasureId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"\x82\x03\n\nUserErased\x12\x1d\n\nerasure_id\x18\x01 \x01(\tR\terasureId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x18\n\x07service\x18\x03 \x01(\tR\x07service\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x41\n\x06\x65rased\x18\x05 \x03(\x0b\x32).meshboard.user.v1.UserErased.ErasedEntryR\x06\x65rased\x12;\n\x04kept\x18\x06 \x03(\x0b\x32\'.meshboard.user.v1.UserErased.KeptEntryR\x04kept\x1a\x39\n\x0b\x45rasedEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x05R\x05value:\x02\x38\x01\x1a\x37\n\tKeptEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x05R\x05value:\x02\x38\x01\"~\n\x14UserErasureCompleted\x12\x1d\n\nerasure_id\x18\x01 \x01(\tR\terasureId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\"N\n\x10WorkspaceCreated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"N\n\x10WorkspaceUpdated\x12:\n\tworkspace\x18\x01 \x01(\x0b\x32\x1c.meshboard.user.v1.WorkspaceR\tworkspace\"5\n\x10WorkspaceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\"@\n\x0bMemberAdded\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"B\n\rMemberUpdated\x12\x31\n\x06member\x18\x01 \x01(\x0b\x32\x19.meshboard.user.v1.MemberR\x06member\"K\n\rMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\":\n\x0bTeamCreated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\":\n\x0bTeamUpdated\x12+\n\x04team\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.TeamR\x04team\"I\n\x0bTeamDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\"\xdb\x01\n\x0fTeamMemberAdded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\xdd\x01\n\x11TeamMemberUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x36\n\x04role\x18\x04 \x01(\x0e\x32\".meshboard.user.v1.TeamMember.RoleR\x04role\x12;\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"h\n\x11TeamMemberRemoved\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x17\n\x07team_id\x18\x02 \x01(\tR\x06teamId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\":\n\x0bRoleCreated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\"\x98\x01\n\x0bRoleUpdated\x12+\n\x04role\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.RoleR\x04role\x12+\n\x11\x61\x64\x64\x65\x64_permissions\x18\x02 \x03(\tR\x10\x61\x64\x64\x65\x64Permissions\x12/\n\x13removed_permissions\x18\x03 \x03(\tR\x12removedPermissions\"D\n\x0bRoleDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\"R\n\x11InvitationCreated\x12=\n\ninvitation\x18\x01 \x01(\x0b\x32\x1d.meshboard.user.v1.InvitationR\ninvitation\"Z\n\x10InvitationResent\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"[\n\x11InvitationRevoked\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"u\n\x12InvitationAccepted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"\\\n\x12InvitationDeclined\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12#\n\rinvitation_id\x18\x02 \x01(\tR\x0cinvitationId\"L\n\rRightsChanged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x18\n\x07version\x18\x02 \x01(\x03R\x07versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.user.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USERCREATED']._serialized_start=217
-  _globals['_USERCREATED']._serialized_end=275
-  _globals['_USERUPDATED']._serialized_start=277
-  _globals['_USERUPDATED']._serialized_end=335
-  _globals['_WORKSPACECREATED']._serialized_start=337
-  _globals['_WORKSPACECREATED']._serialized_end=415
-  _globals['_WORKSPACEUPDATED']._serialized_start=417
-  _globals['_WORKSPACEUPDATED']._serialized_end=495
-  _globals['_WORKSPACEDELETED']._serialized_start=497
-  _globals['_WORKSPACEDELETED']._serialized_end=550
-  _globals['_MEMBERADDED']._serialized_start=552
-  _globals['_MEMBERADDED']._serialized_end=616
-  _globals['_MEMBERUPDATED']._serialized_start=618
-  _globals['_MEMBERUPDATED']._serialized_end=684
-  _globals['_MEMBERREMOVED']._serialized_start=686
-  _globals['_MEMBERREMOVED']._serialized_end=761
-  _globals['_TEAMCREATED']._serialized_start=763
-  _globals['_TEAMCREATED']._serialized_end=821
-  _globals['_TEAMUPDATED']._serialized_start=823
-  _globals['_TEAMUPDATED']._serialized_end=881
-  _globals['_TEAMDELETED']._serialized_start=883
-  _globals['_TEAMDELETED']._serialized_end=956
-  _globals['_TEAMMEMBERADDED']._serialized_start=959
-  _globals['_TEAMMEMBERADDED']._serialized_end=1178
-  _globals['_TEAMMEMBERUPDATED']._serialized_start=1181
-  _globals['_TEAMMEMBERUPDATED']._serialized_end=1402
-  _globals['_TEAMMEMBERREMOVED']._serialized_start=1404
-  _globals['_TEAMMEMBERREMOVED']._serialized_end=1508
-  _globals['_ROLECREATED']._serialized_start=1510
-  _globals['_ROLECREATED']._serialized_end=1568
-  _globals['_ROLEUPDATED']._serialized_start=1571
-  _globals['_ROLEUPDATED']._serialized_end=1723
-  _globals['_ROLEDELETED']._serialized_start=1725
-  _globals['_ROLEDELETED']._serialized_end=1793
-  _globals['_INVITATIONCREATED']._serialized_start=1795
-  _globals['_INVITATIONCREATED']._serialized_end=1877
-  _globals['_INVITATIONRESENT']._serialized_start=1879
-  _globals['_INVITATIONRESENT']._serialized_end=1969
-  _globals['_INVITATIONREVOKED']._serialized_start=1971
-  _globals['_INVITATIONREVOKED']._serialized_end=2062
-  _globals['_INVITATIONACCEPTED']._serialized_start=2064
-  _globals['_INVITATIONACCEPTED']._serialized_end=2181
-  _globals['_INVITATIONDECLINED']._serialized_start=2183
-  _globals['_INVITATIONDECLINED']._serialized_end=2275
-  _globals['_RIGHTSCHANGED']._serialized_start=2277
-  _globals['_RIGHTSCHANGED']._serialized_end=2353
+  _globals['_USERERASED_ERASEDENTRY']._loaded_options = None
+  _globals['_USERERASED_ERASEDENTRY']._serialized_options = b'8\001'
+  _globals['_USERERASED_KEPTENTRY']._loaded_options = None
+  _globals['_USERERASED_KEPTENTRY']._serialized_options = b'8\001'
+  _globals['_USERCREATED']._serialized_start=250
+  _globals['_USERCREATED']._serialized_end=308
+  _globals['_USERUPDATED']._serialized_start=310
+  _globals['_USERUPDATED']._serialized_end=368
+  _globals['_USERSTATECHANGED']._serialized_start=371
+  _globals['_USERSTATECHANGED']._serialized_end=515
+  _globals['_PROFILEUPDATED']._serialized_start=517
+  _globals['_PROFILEUPDATED']._serialized_end=612
+  _globals['_USERERASUREREQUESTED']._serialized_start=614
+  _globals['_USERERASUREREQUESTED']._serialized_end=740
+  _globals['_USERERASED']._serialized_start=743
+  _globals['_USERERASED']._serialized_end=1129
+  _globals['_USERERASED_ERASEDENTRY']._serialized_start=1015
+  _globals['_USERERASED_ERASEDENTRY']._serialized_end=1072
+  _globals['_USERERASED_KEPTENTRY']._serialized_start=1074
+  _globals['_USERERASED_KEPTENTRY']._serialized_end=1129
+  _globals['_USERERASURECOMPLETED']._serialized_start=1131
+  _globals['_USERERASURECOMPLETED']._serialized_end=1257
+  _globals['_WORKSPACECREATED']._serialized_start=1259
+  _globals['_WORKSPACECREATED']._serialized_end=1337
+  _globals['_WORKSPACEUPDATED']._serialized_start=1339
+  _globals['_WORKSPACEUPDATED']._serialized_end=1417
+  _globals['_WORKSPACEDELETED']._serialized_start=1419
+  _globals['_WORKSPACEDELETED']._serialized_end=1472
+  _globals['_MEMBERADDED']._serialized_start=1474
+  _globals['_MEMBERADDED']._serialized_end=1538
+  _globals['_MEMBERUPDATED']._serialized_start=1540
+  _globals['_MEMBERUPDATED']._serialized_end=1606
+  _globals['_MEMBERREMOVED']._serialized_start=1608
+  _globals['_MEMBERREMOVED']._serialized_end=1683
+  _globals['_TEAMCREATED']._serialized_start=1685
+  _globals['_TEAMCREATED']._serialized_end=1743
+  _globals['_TEAMUPDATED']._serialized_start=1745
+  _globals['_TEAMUPDATED']._serialized_end=1803
+  _globals['_TEAMDELETED']._serialized_start=1805
+  _globals['_TEAMDELETED']._serialized_end=1878
+  _globals['_TEAMMEMBERADDED']._serialized_start=1881
+  _globals['_TEAMMEMBERADDED']._serialized_end=2100
+  _globals['_TEAMMEMBERUPDATED']._serialized_start=2103
+  _globals['_TEAMMEMBERUPDATED']._serialized_end=2324
+  _globals['_TEAMMEMBERREMOVED']._serialized_start=2326
+  _globals['_TEAMMEMBERREMOVED']._serialized_end=2430
+  _globals['_ROLECREATED']._serialized_start=2432
+  _globals['_ROLECREATED']._serialized_end=2490
+  _globals['_ROLEUPDATED']._serialized_start=2493
+  _globals['_ROLEUPDATED']._serialized_end=2645
+  _globals['_ROLEDELETED']._serialized_start=2647
+  _globals['_ROLEDELETED']._serialized_end=2715
+  _globals['_INVITATIONCREATED']._serialized_start=2717
+  _globals['_INVITATIONCREATED']._serialized_end=2799
+  _globals['_INVITATIONRESENT']._serialized_start=2801
+  _globals['_INVITATIONRESENT']._serialized_end=2891
+  _globals['_INVITATIONREVOKED']._serialized_start=2893
+  _globals['_INVITATIONREVOKED']._serialized_end=2984
+  _globals['_INVITATIONACCEPTED']._serialized_start=2986
+  _globals['_INVITATIONACCEPTED']._serialized_end=3103
+  _globals['_INVITATIONDECLINED']._serialized_start=3105
+  _globals['_INVITATIONDECLINED']._serialized_end=3197
+  _globals['_RIGHTSCHANGED']._serialized_start=3199
+  _globals['_RIGHTSCHANGED']._serialized_end=3275
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmeshboard/user/v1/user.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x02\n\x04User\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12*\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x30\n\x04kind\x18\x07 \x01(\x0e\x32\x1c.meshboard.user.v1.User.KindR\x04kind\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\n\n\x06PERSON\x10\x01\x12\x13\n\x0fSERVICE_ACCOUNT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmeshboard/user/v1/user.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x04\n\x04User\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\x12*\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x30\n\x04kind\x18\x07 \x01(\x0e\x32\x1c.meshboard.user.v1.User.KindR\x04kind\x12\x33\n\x05state\x18\x08 \x01(\x0e\x32\x1d.meshboard.user.v1.User.StateR\x05state\x12\x32\n\x15managing_workspace_id\x18\t \x01(\tR\x13managingWorkspaceId\x12\x1d\n\navatar_url\x18\n \x01(\tR\tavatarUrl\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\n\n\x06PERSON\x10\x01\x12\x13\n\x0fSERVICE_ACCOUNT\x10\x02\"H\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06\x41\x43TIVE\x10\x01\x12\x0f\n\x0b\x44\x45\x41\x43TIVATED\x10\x02\x12\x0b\n\x07\x45RASING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +40,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USER'].fields_by_name['etag']._loaded_options = None
   _globals['_USER'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
   _globals['_USER']._serialized_start=114
-  _globals['_USER']._serialized_end=485
-  _globals['_USER_KIND']._serialized_start=424
-  _globals['_USER_KIND']._serialized_end=485
+  _globals['_USER']._serialized_end=695
+  _globals['_USER_KIND']._serialized_start=560
+  _globals['_USER_KIND']._serialized_end=621
+  _globals['_USER_STATE']._serialized_start=623
+  _globals['_USER_STATE']._serialized_end=695
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,33 @@ class User(_message.Message):
     SERVICE_ACCOUNT: User.Kind.ValueType  # 2
     """A program, which comes with API keys."""
 
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[User._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: User._State.ValueType  # 0
+        """Never sent."""
+        ACTIVE: User._State.ValueType  # 1
+        """The user may sign in."""
+        DEACTIVATED: User._State.ValueType  # 2
+        """An admin of the managing workspace has deactivated the account: it keeps its memberships, and has no rights."""
+        ERASING: User._State.ValueType  # 3
+        """The user is being erased."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Whether a user may sign in."""
+
+    STATE_UNSPECIFIED: User.State.ValueType  # 0
+    """Never sent."""
+    ACTIVE: User.State.ValueType  # 1
+    """The user may sign in."""
+    DEACTIVATED: User.State.ValueType  # 2
+    """An admin of the managing workspace has deactivated the account: it keeps its memberships, and has no rights."""
+    ERASING: User.State.ValueType  # 3
+    """The user is being erased."""
+
     USER_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     EMAIL_FIELD_NUMBER: _builtins.int
@@ -54,6 +81,9 @@ class User(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MANAGING_WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    AVATAR_URL_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Identifies the user; a UUIDv7."""
     display_name: _builtins.str
@@ -64,6 +94,14 @@ class User(_message.Message):
     """Changes with every change of the user."""
     kind: Global___User.Kind.ValueType
     """What the user is."""
+    state: Global___User.State.ValueType
+    """Whether the user may sign in."""
+    managing_workspace_id: _builtins.str
+    """The workspace whose admins manage the account; empty when the person manages it. Shown to the person and in that
+    workspace alone.
+    """
+    avatar_url: _builtins.str
+    """Where the picture of the user is, as the path of `GetAvatar` with its version; empty when there is none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the user was created."""
@@ -82,10 +120,13 @@ class User(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         kind: Global___User.Kind.ValueType = ...,
+        state: Global___User.State.ValueType = ...,
+        managing_workspace_id: _builtins.str = ...,
+        avatar_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "email", b"email", "etag", b"etag", "kind", b"kind", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["avatar_url", b"avatar_url", "create_time", b"create_time", "display_name", b"display_name", "email", b"email", "etag", b"etag", "kind", b"kind", "managing_workspace_id", b"managing_workspace_id", "state", b"state", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

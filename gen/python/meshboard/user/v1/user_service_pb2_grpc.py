@@ -45,6 +45,11 @@ class UserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.GetUserRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.GetUserResponse.FromString,
                 _registered_method=True)
+        self.BatchGetUsers = channel.unary_unary(
+                '/meshboard.user.v1.UserService/BatchGetUsers',
+                request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.FromString,
+                _registered_method=True)
         self.UpdateUser = channel.unary_unary(
                 '/meshboard.user.v1.UserService/UpdateUser',
                 request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.UpdateUserRequest.SerializeToString,
@@ -57,7 +62,7 @@ class UserServiceServicer:
     """
 
     def GetMe(self, request, context):
-        """Returns the caller.
+        """Returns the caller, and how the product looks and behaves for them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,11 +77,19 @@ class UserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchGetUsers(self, request, context):
+        """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
+        that are absent, stand in `missing_user_ids`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateUser(self, request, context):
         """Changes the caller's own user and emits `UserUpdated`.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; with NOT_FOUND for any
-        other user.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, or VALIDATION_FAILED for a
+        name that cannot be shown safely; with NOT_FOUND for any other user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +107,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.GetUser,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.GetUserRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.GetUserResponse.SerializeToString,
+            ),
+            'BatchGetUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetUsers,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.SerializeToString,
             ),
             'UpdateUser': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateUser,
@@ -156,6 +174,33 @@ class UserService:
             '/meshboard.user.v1.UserService/GetUser',
             meshboard_dot_user_dot_v1_dot_user__service__pb2.GetUserRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_user__service__pb2.GetUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGetUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.UserService/BatchGetUsers',
+            meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

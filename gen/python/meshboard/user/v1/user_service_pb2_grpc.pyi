@@ -17,17 +17,21 @@ class UserServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetMe: _aio.UnaryUnaryMultiCallable[_user_service_pb2.GetMeRequest, _user_service_pb2.GetMeResponse]
-    """Returns the caller."""
+    """Returns the caller, and how the product looks and behaves for them."""
     GetUser: _aio.UnaryUnaryMultiCallable[_user_service_pb2.GetUserRequest, _user_service_pb2.GetUserResponse]
     """Returns the caller, or someone who is a member of the caller's workspace.
 
     Fails with NOT_FOUND, reason USER_NOT_FOUND, for everyone else, as for an absent user.
     """
+    BatchGetUsers: _aio.UnaryUnaryMultiCallable[_user_service_pb2.BatchGetUsersRequest, _user_service_pb2.BatchGetUsersResponse]
+    """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
+    that are absent, stand in `missing_user_ids`.
+    """
     UpdateUser: _aio.UnaryUnaryMultiCallable[_user_service_pb2.UpdateUserRequest, _user_service_pb2.UpdateUserResponse]
     """Changes the caller's own user and emits `UserUpdated`.
 
-    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; with NOT_FOUND for any
-    other user.
+    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, or VALIDATION_FAILED for a
+    name that cannot be shown safely; with NOT_FOUND for any other user.
     """
 
 class UserServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -39,7 +43,7 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_service_pb2.GetMeRequest,
         context: _aio.ServicerContext[_user_service_pb2.GetMeRequest, _abc.Awaitable[_user_service_pb2.GetMeResponse]],
     ) -> _abc.Awaitable[_user_service_pb2.GetMeResponse]:
-        """Returns the caller."""
+        """Returns the caller, and how the product looks and behaves for them."""
 
     @_abc_1.abstractmethod
     def GetUser(
@@ -53,6 +57,16 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def BatchGetUsers(
+        self,
+        request: _user_service_pb2.BatchGetUsersRequest,
+        context: _aio.ServicerContext[_user_service_pb2.BatchGetUsersRequest, _abc.Awaitable[_user_service_pb2.BatchGetUsersResponse]],
+    ) -> _abc.Awaitable[_user_service_pb2.BatchGetUsersResponse]:
+        """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
+        that are absent, stand in `missing_user_ids`.
+        """
+
+    @_abc_1.abstractmethod
     def UpdateUser(
         self,
         request: _user_service_pb2.UpdateUserRequest,
@@ -60,8 +74,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_user_service_pb2.UpdateUserResponse]:
         """Changes the caller's own user and emits `UserUpdated`.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; with NOT_FOUND for any
-        other user.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, or VALIDATION_FAILED for a
+        name that cannot be shown safely; with NOT_FOUND for any other user.
         """
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _aio.Server) -> None: ...
