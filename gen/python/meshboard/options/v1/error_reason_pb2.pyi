@@ -92,6 +92,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
     ROLE_UNKNOWN: _ErrorReason.ValueType  # 33
     """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
+    SEARCH_QUERY_INVALID: _ErrorReason.ValueType  # 50
+    """INVALID_ARGUMENT: there is nothing in the text to search for (no letter, digit or symbol), or more than 20 words."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that every service can give. They stand in `google.rpc.ErrorInfo.reason`, with the domain `meshboard`."""
@@ -166,4 +168,6 @@ SUBJECT_UNKNOWN: ErrorReason.ValueType  # 32
 """INVALID_ARGUMENT: the user or team of a grant is not of the workspace."""
 ROLE_UNKNOWN: ErrorReason.ValueType  # 33
 """INVALID_ARGUMENT: no such role. The built-in ones are `owner`, `admin`, `editor` and `viewer`."""
+SEARCH_QUERY_INVALID: ErrorReason.ValueType  # 50
+"""INVALID_ARGUMENT: there is nothing in the text to search for (no letter, digit or symbol), or more than 20 words."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

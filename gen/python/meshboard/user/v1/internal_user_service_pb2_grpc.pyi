@@ -41,6 +41,8 @@ class InternalUserServiceStub:
     """
     CheckSubjects: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.CheckSubjectsRequest, _internal_user_service_pb2.CheckSubjectsResponse]
     """Says which of some users and teams belong to a workspace, so that a grant names nobody else."""
+    SearchMembers: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.SearchMembersRequest, _internal_user_service_pb2.SearchMembersResponse]
+    """Searches the members of a workspace, as `UserService.SearchUsers` does, from a place in the order of the hits."""
 
 class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
     """What other services ask user_svc."""
@@ -105,5 +107,13 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_internal_user_service_pb2.CheckSubjectsRequest, _abc.Awaitable[_internal_user_service_pb2.CheckSubjectsResponse]],
     ) -> _abc.Awaitable[_internal_user_service_pb2.CheckSubjectsResponse]:
         """Says which of some users and teams belong to a workspace, so that a grant names nobody else."""
+
+    @_abc_1.abstractmethod
+    def SearchMembers(
+        self,
+        request: _internal_user_service_pb2.SearchMembersRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.SearchMembersRequest, _abc.Awaitable[_internal_user_service_pb2.SearchMembersResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.SearchMembersResponse]:
+        """Searches the members of a workspace, as `UserService.SearchUsers` does, from a place in the order of the hits."""
 
 def add_InternalUserServiceServicer_to_server(servicer: InternalUserServiceServicer, server: _aio.Server) -> None: ...
