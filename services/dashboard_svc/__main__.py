@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
+from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved
 
@@ -12,14 +13,18 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.inbox import consume
+from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
+from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -51,17 +56,21 @@ async def serve(settings: Settings) -> None:
     feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
     await feeds.listen(bus)
     grants = grants_on_dashboards(sessions, user_peer, pages)
+    engine = engine_of(settings, sessions)
+    search = DashboardSearch(sessions, engine)
     dashboards = DashboardServicer(
         db=sessions,
         boards=boards,
         pages=pages,
         grants=grants,
+        search=search,
         answers=answers,
         feeds=feeds,
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
     )
     widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+    searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def postgres_ready() -> bool:
         return await db.ready(sessions)
@@ -74,6 +83,7 @@ async def serve(settings: Settings) -> None:
         [
             lambda s: add_DashboardServiceServicer_to_server(dashboards, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
+            lambda s: add_SearchServiceServicer_to_server(searches, s),
         ],
         access,
         ready=[postgres_ready, bus_ready],
@@ -82,12 +92,14 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
+            Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(bus, sessions, "dashboard", {MemberRemoved: grants.on_member_removed}),
         )
     finally:
         await server.stop()
         for peer in (auth_peer, user_peer, analytics_peer):
             await peer.close()
+        await engine.close()
         await cache.close()
         await bus.close()
         await db.engine(sessions).dispose()

@@ -17,9 +17,11 @@ from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.inbox import consume
+from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
+from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
 from services.chassis.settings import Settings
 from services.chassis.times import now
@@ -30,6 +32,7 @@ from services.user_svc.consumers import (
     on_user_updated,
 )
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.member_search import CORPUS, MemberSearch
 from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
@@ -53,10 +56,12 @@ async def serve(settings: Settings) -> None:
 
     pages = Pages(settings.derived_key("page tokens"))
     me = CachedMessages(cache, "me", GetMeResponse)
-    users = UserServicer(sessions, me, now)
+    engine = engine_of(settings, sessions)
+    members = MemberSearch(sessions, engine)
+    users = UserServicer(sessions, me, now, pages, members)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
-    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, now, members)
     server = Server(
         settings,
         [
@@ -72,6 +77,7 @@ async def serve(settings: Settings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "user").run(),
+            Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(
                 bus,
                 sessions,
@@ -87,6 +93,7 @@ async def serve(settings: Settings) -> None:
     finally:
         await server.stop()
         await auth_peer.close()
+        await engine.close()
         await cache.close()
         await bus.close()
         await db.engine(sessions).dispose()

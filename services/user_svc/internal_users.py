@@ -16,10 +16,13 @@ from meshboard.user.v1.internal_user_service_pb2 import (
     GetRightsResponse,
     GetSignInRequest,
     GetSignInResponse,
+    MemberHit,
     PutServiceUserRequest,
     PutServiceUserResponse,
     RemoveServiceUserRequest,
     RemoveServiceUserResponse,
+    SearchMembersRequest,
+    SearchMembersResponse,
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
@@ -31,6 +34,7 @@ from services.chassis import errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.rights import Fetch
 from services.user_svc.convert import member_to_pb, rights_to_pb, user_to_pb, workspace_to_pb
+from services.user_svc.member_search import MemberSearch
 from services.user_svc.models import SERVICE_ACCOUNT, Member, Team, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
 from services.user_svc.users import user_not_found
@@ -47,6 +51,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     fetch_rights: Fetch
     me: CachedMessages[GetMeResponse]
     now: Callable[[], datetime]
+    members: MemberSearch
 
     async def CreateUser(self, request: CreateUserRequest, context: Context) -> CreateUserResponse:
         now = self.now()
@@ -189,6 +194,13 @@ class InternalUserServicer(InternalUserServiceServicer):
                 )
             )
         return CheckSubjectsResponse(user_ids=user_ids, team_ids=team_ids)
+
+    async def SearchMembers(self, request: SearchMembersRequest, context: Context) -> SearchMembersResponse:
+        after = (request.after.score, request.after.id) if request.HasField("after") else None
+        found = await self.members.find(request.workspace_id, request.query, after, request.limit)
+        return SearchMembersResponse(
+            hits=[MemberHit(score=hit.score, user=user_to_pb(hit.row)) for hit in found]
+        )
 
 
 def _ids_taken() -> errors.Error:

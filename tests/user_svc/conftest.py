@@ -26,8 +26,10 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
+from services.chassis.search_engines import engine_of
 from services.chassis.settings import Settings
 from services.user_svc.internal_users import InternalUserServicer
+from services.user_svc.member_search import MemberSearch
 from services.user_svc.rights import rights_of
 from services.user_svc.teams import TeamServicer
 from services.user_svc.users import UserServicer
@@ -111,10 +113,12 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     )
     pages = Pages(settings.derived_key("page tokens"))
     me = CachedMessages(cache, "me", GetMeResponse)
-    users = UserServicer(sessions, me, now)
+    engine = engine_of(settings, sessions)
+    members = MemberSearch(sessions, engine)
+    users = UserServicer(sessions, me, now, pages, members)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
-    internal_users = InternalUserServicer(sessions, fetch_rights, me, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, now, members)
     registrations = [
         lambda server: add_UserServiceServicer_to_server(users, server),
         lambda server: add_WorkspaceServiceServicer_to_server(workspaces, server),
