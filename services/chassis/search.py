@@ -28,8 +28,8 @@ EXCERPT_LENGTH = 200
 WHOLE, BEGINNING, SIMILAR = 4, 3, 1
 # Words of fewer letters, and those with digits, are found as they are or not at all.
 MIN_SIMILAR_LENGTH = 3
-# The share of a word's trigrams that a similar one has; as in Postgres (pg_trgm, word_similarity).
-SIMILARITY = 0.5
+# The share of the trigrams of two similar words that both have; as in Postgres (pg_trgm, strict_word_similarity).
+SIMILARITY = 0.45
 
 # Letters that are no other letter with an accent, and are typed as one all the same.
 _PLAIN = str.maketrans(
@@ -59,7 +59,7 @@ def _folded(character: str) -> tuple[str, bool, bool]:
         for c in decomposed.translate(_PLAIN)
         if (category == "So" and not c.isspace()) or unicodedata.category(c) in _OF_WORDS
     )
-    alone = category == "So" or unicodedata.name(character, "").startswith(_SPACELESS)
+    alone = category == "So" or unicodedata.name(decomposed[:1] or " ", "").startswith(_SPACELESS)
     return kept, alone, category in {"Mn", "Me", "Cf"}
 
 
@@ -74,8 +74,10 @@ def _spans(text: str) -> Iterator[tuple[str, int, int]]:
         if word and (alone or not kept):
             yield word[:MAX_WORD_LENGTH], begin, end
             word = ""
-        if alone and kept:
+        if alone and kept == character:
             yield kept, at, at + 1
+        elif alone:  # one sign for several, such as the name of an era
+            yield from ((part, at, at + 1) for part in words_of(kept))
         elif kept:
             begin = begin if word else at
             word, end = word + kept, at + 1
@@ -277,7 +279,7 @@ def _share(wanted: str, word: str) -> float:
     ours, theirs = (
         {padded[i : i + 3] for i in range(len(padded) - 2)} for padded in (f"  {wanted} ", f"  {word} ")
     )
-    return len(ours & theirs) / len(ours)
+    return len(ours & theirs) / len(ours | theirs)
 
 
 def _is_near(wanted: str, word: str) -> bool:

@@ -68,7 +68,7 @@ class Postgres:
         self, index: Index, query: Query, within: Within, after: Place | None, limit: int
     ) -> list[Place]:
         """As in Engine."""
-        values: dict[str, Any] = {"index": index.name, "engine": self.name, "limit": limit}
+        values: dict[str, Any] = {"index": index.name, "limit": limit}
         conditions = [_found(query, values), *_reached(within, values)]
         statement = text(f"""
             SELECT score, document_id::text FROM (
@@ -86,7 +86,7 @@ class Postgres:
             current = await session.execute(
                 select(
                     SearchIndexRow.generation,
-                    func.set_config("pg_trgm.word_similarity_threshold", str(SIMILARITY), True),
+                    func.set_config("pg_trgm.strict_word_similarity_threshold", str(SIMILARITY), True),
                 ).where(SearchIndexRow.index_name == index.name, SearchIndexRow.engine == self.name)
             )
             values["generation"] = generation = current.scalar_one_or_none()
@@ -178,7 +178,7 @@ def _found(query: Query, values: dict[str, Any]) -> str:
             ways.append(f"words LIKE :beginning_{number}")
         if may_be_similar(word):
             values[f"word_{number}"] = word
-            ways.append(f":word_{number} <% words")
+            ways.append(f":word_{number} <<% words")
         conditions.append(f"({' OR '.join(ways)})")
     return " AND ".join(conditions)
 
@@ -193,7 +193,7 @@ def _score(index: Index, query: Query) -> str:
             if query.is_last(word):
                 ways.append((BEGINNING * weight, f"texts[{place}] LIKE :beginning_{number}"))
             if may_be_similar(word):
-                ways.append((SIMILAR * weight, f":word_{number} <% texts[{place}]"))
+                ways.append((SIMILAR * weight, f":word_{number} <<% texts[{place}]"))
         ways.sort(key=lambda way: -way[0])
         worths.append(f"CASE {' '.join(f'WHEN {way} THEN {worth}' for worth, way in ways)} ELSE 0 END")
     return " + ".join(worths)
@@ -257,9 +257,9 @@ class Elasticsearch:
         self, index: Index, query: Query, within: Within, after: Place | None, limit: int
     ) -> list[Place]:
         """As in Engine."""
-        async with self._answering(SEARCH_SECONDS) as client:
+        async with self.answering(SEARCH_SECONDS) as client:
             found = await client.search(
-                index=self._alias(index),
+                index=self.alias(index),
                 routing=within.workspace_id,
                 query=_query(index, query, within),
                 sort=[{"_score": "desc"}, {"document_id": "desc"}],
@@ -275,7 +275,7 @@ class Elasticsearch:
         """As in Engine."""
         keyword = {"type": "keyword"}
         words = {"type": "text", "analyzer": "whitespace", "norms": False, "index_options": "docs"}
-        async with self._answering(WRITE_SECONDS) as client:
+        async with self.answering(WRITE_SECONDS) as client:
             await client.indices.create(
                 index=self._generation(index, generation),
                 # Documents are written by this name: it keeps them from making an index that was lost, and without its
@@ -301,9 +301,9 @@ class Elasticsearch:
 
     async def exists(self, index: Index, generation: int) -> bool:
         """As in Engine."""
-        async with self._answering(SEARCH_SECONDS) as client:
+        async with self.answering(SEARCH_SECONDS) as client:
             alias = await client.indices.exists_alias(
-                name=self._alias(index), index=self._generation(index, generation)
+                name=self.alias(index), index=self._generation(index, generation)
             )
             return bool(alias) and bool(
                 await client.indices.exists_alias(name=self._writes(index, generation))
@@ -331,7 +331,7 @@ class Elasticsearch:
             operations.append({"delete": which})
         if not operations:
             return
-        async with self._answering(WRITE_SECONDS) as client:
+        async with self.answering(WRITE_SECONDS) as client:
             done = await client.bulk(
                 index=self._writes(index, generation), operations=operations, require_alias=True
             )
@@ -351,8 +351,8 @@ class Elasticsearch:
 
     async def switch(self, index: Index, generation: int) -> None:
         """As in Engine."""
-        alias, target = self._alias(index), self._generation(index, generation)
-        async with self._answering(WRITE_SECONDS) as client:
+        alias, target = self.alias(index), self._generation(index, generation)
+        async with self.answering(WRITE_SECONDS) as client:
             await client.indices.refresh(index=target)
             await client.indices.update_aliases(
                 actions=[
@@ -364,22 +364,23 @@ class Elasticsearch:
     async def sweep(self, index: Index, keep: Collection[int]) -> None:
         """As in Engine."""
         kept = {self._generation(index, generation) for generation in keep}
-        async with self._answering(WRITE_SECONDS) as client:
-            there = await client.indices.get(index=f"{self._alias(index)}-*", features="settings")
+        async with self.answering(WRITE_SECONDS) as client:
+            there = await client.indices.get(index=f"{self.alias(index)}-*", features="settings")
             for name in there.keys() - kept:
                 await client.indices.delete(index=name, ignore_unavailable=True)
 
-    def _alias(self, index: Index) -> str:
+    def alias(self, index: Index) -> str:
+        """The name by which the index is searched."""
         return f"{self._prefix}-{index.name}"
 
     def _generation(self, index: Index, generation: int) -> str:
-        return f"{self._alias(index)}-{generation}"
+        return f"{self.alias(index)}-{generation}"
 
     def _writes(self, index: Index, generation: int) -> str:
         return f"{self._generation(index, generation)}-writes"
 
     @asynccontextmanager
-    async def _answering(self, seconds: float) -> AsyncIterator[AsyncElasticsearch]:
+    async def answering(self, seconds: float) -> AsyncIterator[AsyncElasticsearch]:
         """The client, for calls that end within these seconds and the call's own deadline. Raises Away."""
         # Imported here: 40 MB that most meshes do without.
         import elasticsearch  # noqa: PLC0415
