@@ -1,4 +1,4 @@
-"""Commands for whoever operates a mesh: its audit log, accounts and keys.
+"""Commands for whoever operates a mesh: its audit log, accounts, keys and search.
 
 Most of them run in a process with the settings of auth_svc, which reads and writes its database. What is secret goes to
 it by files and environment.
@@ -7,6 +7,7 @@ it by files and environment.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import secrets
 import subprocess
@@ -35,6 +36,13 @@ output_option = click.option(
 
 def operate(data: Path, *arguments: str) -> None:
     """Runs services.auth_svc.operator with the settings of this mesh, and ends with its exit code."""
+    raise SystemExit(run_beside(data, "auth_svc", "services.auth_svc.operator", *arguments).returncode)
+
+
+def run_beside(
+    data: Path, service: str, module: str, *arguments: str, capture: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs a module in a process with the settings of one of the mesh's services, and gives its end."""
     state = read_state(data)
     stack = stack_of(data, state) if state else Stack(data_dir=data, environment=settings_of(os.environ))
     check_mesh(stack)
@@ -42,14 +50,15 @@ def operate(data: Path, *arguments: str) -> None:
         raise click.ClickException(
             f"Nothing runs on {data}, and this needs its PostgreSQL. Start it with: up --data {data}"
         )
-    part = next(part for part in stack.parts() if part.name == "auth_svc")
-    done = subprocess.run(
-        [sys.executable, "-m", "services.auth_svc.operator", *arguments],
+    part = next(part for part in stack.parts() if part.name == service)
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
         cwd=REPOSITORY,
         env={**parts.surroundings(), **part.env},
         check=False,
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
     )
-    raise SystemExit(done.returncode)
 
 
 def check_mesh(stack: Stack) -> None:
@@ -186,3 +195,30 @@ def new_master(data: Path) -> None:
 def reseal(data: Path, output: str) -> None:
     """Encrypt anew what an older master key has encrypted. May be interrupted and repeated."""
     operate(data, "keys", "reseal", "-o", output)
+
+
+# --- the search -------------------------------------------------------------------------------------------
+
+INDEXED = {"dashboards": "dashboard_svc", "users": "user_svc"}
+
+
+@click.command(epilog="Example: ./dev reindex dashboards -o json | jq '.indexes[0].documents'")
+@click.argument("names", nargs=-1, type=click.Choice(list(INDEXED)))
+@data_option
+@output_option
+def reindex(names: tuple[str, ...], data: Path, output: str) -> None:
+    """Build what is searched anew, all of it or NAMES, while the mesh goes on. Searches use the old one until it is
+    done.
+
+    Exit code 1: somebody else is doing it. 3: PostgreSQL or Elasticsearch does not answer.
+    """
+    outcomes = []
+    for name in names or INDEXED:
+        module = f"services.{INDEXED[name]}.reindex"
+        done = run_beside(data, INDEXED[name], module, "-o", output, capture=output == "json")
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        if output == "json":
+            outcomes.append({**json.loads(done.stdout), "index": name})
+    if output == "json":
+        click.echo(json.dumps({"indexes": outcomes}, indent=2))

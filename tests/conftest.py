@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.elasticsearch import ON_ELASTICSEARCH, Elastic, running_elasticsearch
 from tests.harness import Identity, make_keys
 from tests.parts import Mesh, Parts, running, running_mesh
 
@@ -32,6 +33,19 @@ async def parts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Parts
 def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     """Stands in for auth_svc and user_svc."""
     return Identity(make_keys(tmp_path_factory.mktemp("keys")))
+
+
+@pytest.fixture(scope="session")
+async def elasticsearch() -> AsyncIterator[Elastic]:
+    """Elasticsearch. Mark what uses it with ON_ELASTICSEARCH: one worker then runs one."""
+    async with running_elasticsearch() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["postgres", pytest.param("elasticsearch", marks=ON_ELASTICSEARCH)])
+def search_engine(request: pytest.FixtureRequest) -> str:
+    """The address of Elasticsearch, or "" for Postgres: what uses it runs with each engine."""
+    return request.getfixturevalue("elasticsearch").url if request.param == "elasticsearch" else ""
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,12 @@ class Caller:
             raise errors.not_found("WORKSPACE_NOT_FOUND", "The call names no workspace.")
         return self.workspace
 
+    def may(self, permission: str) -> bool:
+        """Whether the caller has this permission in the workspace, and the token covers it."""
+        if self.rights is None or self.claims is None or permission not in self.rights.permissions:
+            return False
+        return not self.claims.scopes.isdisjoint({FULL_SCOPE, permission})
+
     def in_workspace(self, rights: Rights) -> Caller:
         """The caller with its rights in a workspace."""
         return replace(self, workspace=rights.workspace_id, rights=rights)

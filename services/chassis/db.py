@@ -22,9 +22,11 @@ from alembic.script import ScriptDirectory
 from prometheus_client import Gauge
 from sqlalchemy import (
     URL,
+    BigInteger,
     CheckConstraint,
     Connection,
     DateTime,
+    Identity,
     Index,
     LargeBinary,
     Text,
@@ -36,7 +38,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -163,6 +165,56 @@ class GrantRow(ChassisBase):
     create_time: Mapped[Time] = mapped_column(server_default=func.now())
 
 
+class SearchQueueRow(ChassisBase):
+    """A document whose row has changed, or is gone: triggers on the tables of the owner add it (see `indexing`)."""
+
+    __tablename__ = "search_queue"
+
+    queue_id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    index_name: Mapped[str] = mapped_column(Text)
+    workspace_id: Mapped[Id]
+    document_id: Mapped[Id]
+
+
+class SearchIndexRow(ChassisBase):
+    """Which generation of an index is searched, in which engine, and which one is being built beside it."""
+
+    __tablename__ = "search_indexes"
+
+    index_name: Mapped[str] = mapped_column(Text, primary_key=True)
+    engine: Mapped[str] = mapped_column(Text)
+    generation: Mapped[int | None] = mapped_column(BigInteger)
+    next_generation: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class SearchDocumentRow(ChassisBase):
+    """A document in the search engine that is Postgres; with a `gone_time` it only keeps older ones from coming back.
+
+    `texts` are the words of each field, in the order of the index; `words` all of them.
+    """
+
+    __tablename__ = "search_documents"
+    __table_args__ = (
+        Index(
+            "search_documents_words",
+            "words",
+            postgresql_using="gin",
+            postgresql_ops={"words": "gin_trgm_ops"},
+        ),
+        Index("search_documents_gone", "gone_time", postgresql_where=text("gone_time IS NOT NULL")),
+    )
+
+    index_name: Mapped[str] = mapped_column(Text, primary_key=True)
+    generation: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    document_id: Mapped[Id] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+    parent_id: Mapped[Id | None]
+    texts: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    words: Mapped[str] = mapped_column(Text)
+    gone_time: Mapped[Time | None]
+
+
 def create_outbox(op: Executes) -> None:
     """Creates the outbox and the trigger that wakes the relay at commit."""
     op.execute("""
@@ -239,6 +291,53 @@ def order_grants_of_subjects(op: Executes) -> None:
         ON grants (workspace_id, subject_type, subject_id, resource_type, resource_id)
     """)
     op.execute("DROP INDEX CONCURRENTLY IF EXISTS grants_by_subject")
+
+
+def create_search(op: Executes) -> None:
+    """Creates the queue of what has to be indexed, with the trigger that wakes the indexer, and the documents."""
+    op.execute("""
+        CREATE TABLE search_queue (
+            queue_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            index_name text NOT NULL,
+            workspace_id uuid NOT NULL,
+            document_id uuid NOT NULL
+        )
+    """)
+    op.execute("""
+        CREATE FUNCTION search_queue_notify() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_notify('search_queue', ''); RETURN NULL; END $$
+    """)
+    op.execute("""
+        CREATE TRIGGER search_queue_notify AFTER INSERT ON search_queue
+        FOR EACH STATEMENT EXECUTE FUNCTION search_queue_notify()
+    """)
+    op.execute("CREATE SEQUENCE search_versions")
+    op.execute("""
+        CREATE TABLE search_indexes (
+            index_name text PRIMARY KEY,
+            engine text NOT NULL,
+            generation bigint,
+            next_generation bigint
+        )
+    """)
+    op.execute("""
+        CREATE TABLE search_documents (
+            index_name text NOT NULL,
+            generation bigint NOT NULL,
+            workspace_id uuid NOT NULL,
+            document_id uuid NOT NULL,
+            version bigint NOT NULL,
+            parent_id uuid,
+            texts text[] NOT NULL,
+            words text NOT NULL,
+            gone_time timestamptz,
+            PRIMARY KEY (index_name, generation, workspace_id, document_id)
+        )
+    """)
+    op.execute("CREATE INDEX search_documents_words ON search_documents USING gin (words gin_trgm_ops)")
+    op.execute(
+        "CREATE INDEX search_documents_gone ON search_documents (gone_time) WHERE gone_time IS NOT NULL"
+    )
 
 
 def create_chassis_tables(op: Executes) -> None:

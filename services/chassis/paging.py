@@ -86,6 +86,11 @@ class Page:
         self.size = size
         self.limit = size + 1
 
+    @property
+    def last(self) -> tuple[Any, ...] | None:
+        """The sort key that the last page ended with, for lists that no SQL sorts; None on the first page."""
+        return None if self._last is None else tuple(self._last)
+
     def after(
         self, *columns: InstrumentedAttribute[Any] | ColumnElement[Any], descending: bool = False
     ) -> ColumnElement[bool]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     master_key: SecretStr = SecretStr("")
     public_url: str = "http://127.0.0.1:8080"
     otlp_endpoint: str = ""
+    # Where Elasticsearch is, `https://name:password@host:9200`; without it Postgres is the search engine.
+    elasticsearch_url: SecretStr = SecretStr("")
+    # What the names of its indices begin with.
+    elasticsearch_prefix: str = Field("meshboard", pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     # Calls under way at once in one process; more are refused at the door.
     max_calls: int = 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
+from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
@@ -17,16 +18,20 @@ from services.chassis.clients import Peer
 from services.chassis.erasures import erase_grants, erasing
 from services.chassis.grants import InternalGrantServicer
 from services.chassis.inbox import consume
+from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
+from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
+from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
+from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -58,11 +63,14 @@ async def serve(settings: Settings) -> None:
     feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
     await feeds.listen(bus)
     grants = grants_on_dashboards(sessions, user_peer, pages)
+    engine = engine_of(settings, sessions)
+    search = DashboardSearch(sessions, engine, DASHBOARD)
     dashboards = DashboardServicer(
         db=sessions,
         boards=boards,
         pages=pages,
         grants=grants,
+        search=search,
         answers=answers,
         feeds=feeds,
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
@@ -72,6 +80,7 @@ async def serve(settings: Settings) -> None:
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
     widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+    searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
         for owned in (grants, folder_grants):
@@ -94,6 +103,7 @@ async def serve(settings: Settings) -> None:
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
+            lambda s: add_SearchServiceServicer_to_server(searches, s),
         ],
         access,
         ready=[postgres_ready, bus_ready],
@@ -102,6 +112,7 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
+            Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(
                 bus,
                 sessions,
@@ -118,6 +129,7 @@ async def serve(settings: Settings) -> None:
         await server.stop()
         for peer in (auth_peer, user_peer, analytics_peer):
             await peer.close()
+        await engine.close()
         await cache.close()
         await bus.close()
         await db.engine(sessions).dispose()

@@ -28,9 +28,11 @@ from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.resources import Column, Resource, visible, visible_ids
+from services.chassis.search import place_of
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import dashboard_to_pb
+from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
@@ -58,6 +60,7 @@ class DashboardServicer(DashboardServiceServicer):
         boards: Boards,
         pages: Pages,
         grants: Grants,
+        search: DashboardSearch,
         answers: Answers,
         feeds: Feeds,
         span: Span,
@@ -68,6 +71,7 @@ class DashboardServicer(DashboardServiceServicer):
         self.boards = boards
         self.pages = pages
         self.grants = grants
+        self.search = search
         self.answers = answers
         self.feeds = feeds
         self.span = span
@@ -150,6 +154,19 @@ class DashboardServicer(DashboardServiceServicer):
         dashboards, next_page_token = page.close(rows.all(), lambda row: (row.dashboard_id,))
         return pb.ListDashboardsResponse(
             dashboards=map(dashboard_to_pb, dashboards), next_page_token=next_page_token
+        )
+
+    async def SearchDashboards(
+        self, request: pb.SearchDashboardsRequest, context: Context
+    ) -> pb.SearchDashboardsResponse:
+        """Filters by the caller's rights in the engine."""
+        caller = auth.caller()
+        assert caller.rights is not None, "the access stage settles the rights"
+        page = self.pages.open(request, caller.workspace_id)
+        found = await self.search.find(caller.rights, request.query, place_of(page), page.limit)
+        hits, next_page_token = page.close(found, lambda hit: (hit.score, hit.id))
+        return pb.SearchDashboardsResponse(
+            dashboards=[dashboard_to_pb(hit.row) for hit in hits], next_page_token=next_page_token
         )
 
     async def UpdateDashboard(

@@ -26,9 +26,11 @@ from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.erasures import erasing
 from services.chassis.inbox import consume
+from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
+from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, contracts, main
 from services.chassis.settings import Settings
 from services.chassis.times import now
@@ -45,6 +47,7 @@ from services.user_svc.erasures import ErasureServicer, Receipts, erase_user
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.invitations import Invitations, InvitationServicer
 from services.user_svc.managed_users import ManagedUserServicer
+from services.user_svc.member_search import CORPUS, MemberSearch
 from services.user_svc.permissions import catalogue
 from services.user_svc.pictures import Pictures
 from services.user_svc.profiles import ProfileServicer
@@ -72,7 +75,9 @@ async def serve(settings: Settings) -> None:
 
     pages = Pages(settings.derived_key("page tokens"))
     me = CachedMessages(cache, "me", GetMeResponse)
-    users = UserServicer(sessions, me, now)
+    engine = engine_of(settings, sessions)
+    members = MemberSearch(sessions, engine)
+    users = UserServicer(sessions, me, now, pages, members)
     profiles = ProfileServicer(sessions, me, now)
     pictures = Pictures()
     avatars = AvatarServicer(sessions, pictures, me, now)
@@ -85,7 +90,7 @@ async def serve(settings: Settings) -> None:
     invitations = Invitations(settings.derived_keys("invitations"), now)
     addresses = auth_peer.stub(InternalAuthServiceStub)
     invitation_service = InvitationServicer(sessions, invitations, addresses, pages, now, new_id)
-    internal_users = InternalUserServicer(sessions, fetch_rights, me, invitations, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, invitations, now, members)
     server = Server(
         settings,
         [
@@ -107,6 +112,7 @@ async def serve(settings: Settings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "user").run(),
+            Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(
                 bus,
                 sessions,
@@ -127,6 +133,7 @@ async def serve(settings: Settings) -> None:
         await server.stop()
         pictures.close()
         await auth_peer.close()
+        await engine.close()
         await cache.close()
         await bus.close()
         await db.engine(sessions).dispose()

@@ -22,10 +22,13 @@ from meshboard.user.v1.internal_user_service_pb2 import (
     GetSignInResponse,
     GetTeamsOfUserRequest,
     GetTeamsOfUserResponse,
+    MemberHit,
     PutServiceUserRequest,
     PutServiceUserResponse,
     RemoveServiceUserRequest,
     RemoveServiceUserResponse,
+    SearchMembersRequest,
+    SearchMembersResponse,
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
@@ -39,6 +42,7 @@ from services.chassis.rights import Fetch
 from services.chassis.times import timestamp_of
 from services.user_svc.convert import member_to_pb, rights_to_pb, team_to_pb, user_to_pb, workspace_to_pb
 from services.user_svc.invitations import Invitations, invalid
+from services.user_svc.member_search import MemberSearch
 from services.user_svc.models import (
     ERASING,
     SERVICE_ACCOUNT,
@@ -66,6 +70,7 @@ class InternalUserServicer(InternalUserServiceServicer):
     me: CachedMessages[GetMeResponse]
     invitations: Invitations
     now: Callable[[], datetime]
+    members: MemberSearch
 
     async def CreateUser(self, request: CreateUserRequest, context: Context) -> CreateUserResponse:
         now = self.now()
@@ -269,6 +274,13 @@ class InternalUserServicer(InternalUserServiceServicer):
         async with self.db() as session:
             invitation = await self.invitations.preview(session, request.token, accepted_too=True)
         return CheckInvitationResponse(email=invitation.email)
+
+    async def SearchMembers(self, request: SearchMembersRequest, context: Context) -> SearchMembersResponse:
+        after = (request.after.score, request.after.id) if request.HasField("after") else None
+        found = await self.members.find(request.workspace_id, request.query, after, request.limit)
+        return SearchMembersResponse(
+            hits=[MemberHit(score=hit.score, user=user_to_pb(hit.row)) for hit in found]
+        )
 
 
 def _ids_taken() -> errors.Error:

@@ -14,6 +14,8 @@ from meshboard.user.v1.user_service_pb2 import (
     GetMeResponse,
     GetUserRequest,
     GetUserResponse,
+    SearchUsersRequest,
+    SearchUsersResponse,
     UpdateUserRequest,
     UpdateUserResponse,
 )
@@ -24,8 +26,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.chassis import auth, errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.masks import changed_fields
+from services.chassis.paging import Pages
+from services.chassis.search import place_of
 from services.chassis.texts import clean_name
 from services.user_svc.convert import profile_to_pb, user_to_pb
+from services.user_svc.member_search import MemberSearch
 from services.user_svc.models import Member, ProfileRow, User
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,6 +48,8 @@ class UserServicer(UserServiceServicer):
     db: async_sessionmaker[AsyncSession]
     cache: CachedMessages[GetMeResponse]
     now: Callable[[], datetime]
+    pages: Pages
+    members: MemberSearch
 
     async def GetMe(self, request: GetMeRequest, context: Context) -> GetMeResponse:
         user_id = auth.caller().user_id
@@ -76,6 +83,15 @@ class UserServicer(UserServiceServicer):
         return BatchGetUsersResponse(
             users=[_as_seen(users[user_id]) for user_id in wanted if user_id in users],
             missing_user_ids=[user_id for user_id in wanted if user_id not in users],
+        )
+
+    async def SearchUsers(self, request: SearchUsersRequest, context: Context) -> SearchUsersResponse:
+        workspace_id = auth.caller().workspace_id
+        page = self.pages.open(request, workspace_id)
+        found = await self.members.find(workspace_id, request.query, place_of(page), page.limit)
+        hits, next_page_token = page.close(found, lambda hit: (hit.score, hit.id))
+        return SearchUsersResponse(
+            users=[user_to_pb(hit.row) for hit in hits], next_page_token=next_page_token
         )
 
     async def UpdateUser(self, request: UpdateUserRequest, context: Context) -> UpdateUserResponse:

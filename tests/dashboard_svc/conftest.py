@@ -46,9 +46,11 @@ from services.chassis.grants import InternalGrantServicer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.rights import Rights
+from services.chassis.search_engines import engine_of
 from services.chassis.server import Server
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
@@ -173,12 +175,14 @@ async def mesh(
             answers = Answers(peers[1])
             feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
             await feeds.listen(bus)
+            search = DashboardSearch(db, engine_of(settings, db), DASHBOARD)
             servers: list[Server] = []
             dashboards = DashboardServicer(
                 db=db,
                 boards=boards,
                 pages=pages,
                 grants=grants_on_dashboards(db, peers[0], pages),
+                search=search,
                 answers=answers,
                 feeds=feeds,
                 span=span,

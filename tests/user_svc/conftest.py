@@ -43,12 +43,14 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
+from services.chassis.search_engines import engine_of
 from services.chassis.server import contracts
 from services.chassis.settings import Settings
 from services.user_svc.avatars import AvatarServicer
 from services.user_svc.erasures import ErasureServicer
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.invitations import Invitations, InvitationServicer
+from services.user_svc.member_search import MemberSearch
 from services.user_svc.models import User
 from services.user_svc.permissions import catalogue
 from services.user_svc.pictures import Pictures
@@ -194,7 +196,9 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     )
     pages = Pages(settings.derived_key("page tokens"))
     me = CachedMessages(cache, "me", GetMeResponse)
-    users = UserServicer(sessions, me, now)
+    engine = engine_of(settings, sessions)
+    members = MemberSearch(sessions, engine)
+    users = UserServicer(sessions, me, now, pages, members)
     workspaces = WorkspaceServicer(sessions, pages, now, new_id)
     teams = TeamServicer(sessions, pages, now, new_id)
     roles = RoleServicer(sessions, pages, catalogue(contracts()), now)
@@ -203,7 +207,7 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
     invitations = InvitationServicer(
         sessions, tokens, cast("InternalAuthServiceStub", accounts), pages, now, new_id
     )
-    internal_users = InternalUserServicer(sessions, fetch_rights, me, tokens, now)
+    internal_users = InternalUserServicer(sessions, fetch_rights, me, tokens, now, members)
     profiles = ProfileServicer(sessions, me, now)
     pictures = Pictures()
     avatars = AvatarServicer(sessions, pictures, me, now)

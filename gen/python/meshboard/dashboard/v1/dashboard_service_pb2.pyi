@@ -186,6 +186,64 @@ class ListDashboardsResponse(_message.Message):
 Global___ListDashboardsResponse: _TypeAlias = ListDashboardsResponse  # noqa: Y015
 
 @_typing.final
+class SearchDashboardsRequest(_message.Message):
+    """Searches dashboards."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    query: _builtins.str
+    """What to search for, 1 to 200 characters and at most 20 words."""
+    page_size: _builtins.int
+    """How many at most; 0 means 50, more than 1,000 means 1,000."""
+    page_token: _builtins.str
+    """Where the page starts: `next_page_token` of the last answer."""
+    def __init__(
+        self,
+        *,
+        query: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchDashboardsRequest: _TypeAlias = SearchDashboardsRequest  # noqa: Y015
+
+@_typing.final
+class SearchDashboardsResponse(_message.Message):
+    """Dashboards, the best hits first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARDS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page starts; empty on the last one."""
+    @_builtins.property
+    def dashboards(self) -> _containers.RepeatedCompositeFieldContainer[_dashboard_pb2.Dashboard]:
+        """The dashboards."""
+
+    def __init__(
+        self,
+        *,
+        dashboards: _abc.Iterable[_dashboard_pb2.Dashboard] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboards", b"dashboards", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchDashboardsResponse: _TypeAlias = SearchDashboardsResponse  # noqa: Y015
+
+@_typing.final
 class UpdateDashboardRequest(_message.Message):
     """Changes a dashboard."""
 

@@ -50,6 +50,11 @@ class DashboardServiceStub:
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.ListDashboardsRequest.SerializeToString,
                 response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.ListDashboardsResponse.FromString,
                 _registered_method=True)
+        self.SearchDashboards = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/SearchDashboards',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.SearchDashboardsRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.SearchDashboardsResponse.FromString,
+                _registered_method=True)
         self.UpdateDashboard = channel.unary_unary(
                 '/meshboard.dashboard.v1.DashboardService/UpdateDashboard',
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UpdateDashboardRequest.SerializeToString,
@@ -119,6 +124,20 @@ class DashboardServiceServicer:
 
     def ListDashboards(self, request, context):
         """Lists the dashboards that the caller may see, the newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchDashboards(self, request, context):
+        """Searches the dashboards that the caller may see, by title, description and the titles of their widgets, the best hits
+        first.
+
+        Each word of the query must be found, in any order: whole, as the beginning of a word when it is the last one, or with
+        a typing error or two. Case, accents and width do not matter. A change is found within a second or so. The pages
+        together have all that there is to find.
+
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,6 +243,11 @@ def add_DashboardServiceServicer_to_server(servicer, server):
                     servicer.ListDashboards,
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.ListDashboardsRequest.FromString,
                     response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.ListDashboardsResponse.SerializeToString,
+            ),
+            'SearchDashboards': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchDashboards,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.SearchDashboardsRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.SearchDashboardsResponse.SerializeToString,
             ),
             'UpdateDashboard': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateDashboard,
@@ -353,6 +377,33 @@ class DashboardService:
             '/meshboard.dashboard.v1.DashboardService/ListDashboards',
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.ListDashboardsRequest.SerializeToString,
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.ListDashboardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchDashboards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/SearchDashboards',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.SearchDashboardsRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.SearchDashboardsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,6 +25,16 @@ class DashboardServiceStub:
     """Returns a dashboard."""
     ListDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.ListDashboardsRequest, _dashboard_service_pb2.ListDashboardsResponse]
     """Lists the dashboards that the caller may see, the newest first."""
+    SearchDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.SearchDashboardsRequest, _dashboard_service_pb2.SearchDashboardsResponse]
+    """Searches the dashboards that the caller may see, by title, description and the titles of their widgets, the best hits
+    first.
+
+    Each word of the query must be found, in any order: whole, as the beginning of a word when it is the last one, or with
+    a typing error or two. Case, accents and width do not matter. A change is found within a second or so. The pages
+    together have all that there is to find.
+
+    Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
+    """
     UpdateDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.UpdateDashboardRequest, _dashboard_service_pb2.UpdateDashboardResponse]
     """Changes a dashboard and emits `DashboardUpdated`.
 
@@ -100,6 +110,22 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_dashboard_service_pb2.ListDashboardsRequest, _abc.Awaitable[_dashboard_service_pb2.ListDashboardsResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.ListDashboardsResponse]:
         """Lists the dashboards that the caller may see, the newest first."""
+
+    @_abc_1.abstractmethod
+    def SearchDashboards(
+        self,
+        request: _dashboard_service_pb2.SearchDashboardsRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.SearchDashboardsRequest, _abc.Awaitable[_dashboard_service_pb2.SearchDashboardsResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.SearchDashboardsResponse]:
+        """Searches the dashboards that the caller may see, by title, description and the titles of their widgets, the best hits
+        first.
+
+        Each word of the query must be found, in any order: whole, as the beginning of a word when it is the last one, or with
+        a typing error or two. Case, accents and width do not matter. A change is found within a second or so. The pages
+        together have all that there is to find.
+
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
+        """
 
     @_abc_1.abstractmethod
     def UpdateDashboard(

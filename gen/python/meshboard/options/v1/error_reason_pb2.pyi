@@ -98,6 +98,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     PERMISSION_UNKNOWN: _ErrorReason.ValueType  # 45
     """INVALID_ARGUMENT: no such permission; `nearest` has similar names. `ListPermissions` tells which there are."""
+    SEARCH_QUERY_INVALID: _ErrorReason.ValueType  # 50
+    """INVALID_ARGUMENT: there is nothing in the text to search for (no letter, digit or symbol), or more than 20 words."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that every service can give. They stand in `google.rpc.ErrorInfo.reason`, with the domain `meshboard`."""
@@ -178,4 +180,6 @@ workspace or on the resource.
 """
 PERMISSION_UNKNOWN: ErrorReason.ValueType  # 45
 """INVALID_ARGUMENT: no such permission; `nearest` has similar names. `ListPermissions` tells which there are."""
+SEARCH_QUERY_INVALID: ErrorReason.ValueType  # 50
+"""INVALID_ARGUMENT: there is nothing in the text to search for (no letter, digit or symbol), or more than 20 words."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -529,3 +529,117 @@ class CheckInvitationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckInvitationResponse: _TypeAlias = CheckInvitationResponse  # noqa: Y015
+
+@_typing.final
+class SearchMembersRequest(_message.Message):
+    """Searches the members of a workspace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    query: _builtins.str
+    """What to search for."""
+    limit: _builtins.int
+    """How many at most."""
+    @_builtins.property
+    def after(self) -> Global___SearchPlace:
+        """The hits come after this place; absent: from the best one on."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        query: _builtins.str = ...,
+        after: Global___SearchPlace | None = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "limit", b"limit", "query", b"query", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchMembersRequest: _TypeAlias = SearchMembersRequest  # noqa: Y015
+
+@_typing.final
+class SearchPlace(_message.Message):
+    """A place in a list of hits, which is sorted by score and then by id, both descending."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    score: _builtins.int
+    """The score of the last hit; scores of all services mean the same."""
+    id: _builtins.str
+    """The id of the last hit, of whatever kind it is."""
+    def __init__(
+        self,
+        *,
+        score: _builtins.int = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchPlace: _TypeAlias = SearchPlace  # noqa: Y015
+
+@_typing.final
+class SearchMembersResponse(_message.Message):
+    """Members, the best hits first. Fewer than `limit`: there are no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberHit]:
+        """The hits."""
+
+    def __init__(
+        self,
+        *,
+        hits: _abc.Iterable[Global___MemberHit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchMembersResponse: _TypeAlias = SearchMembersResponse  # noqa: Y015
+
+@_typing.final
+class MemberHit(_message.Message):
+    """A member that was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    score: _builtins.int
+    """How well it fits."""
+    @_builtins.property
+    def user(self) -> _user_pb2.User:
+        """The member."""
+
+    def __init__(
+        self,
+        *,
+        score: _builtins.int = ...,
+        user: _user_pb2.User | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["score", b"score", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemberHit: _TypeAlias = MemberHit  # noqa: Y015

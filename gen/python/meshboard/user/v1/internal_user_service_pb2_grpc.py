@@ -80,6 +80,11 @@ class InternalUserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationResponse.FromString,
                 _registered_method=True)
+        self.SearchMembers = channel.unary_unary(
+                '/meshboard.user.v1.InternalUserService/SearchMembers',
+                request_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.SearchMembersRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.SearchMembersResponse.FromString,
+                _registered_method=True)
 
 
 class InternalUserServiceServicer:
@@ -165,6 +170,13 @@ class InternalUserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SearchMembers(self, request, context):
+        """Searches the members of a workspace, as `UserService.SearchUsers` does, from a place in the order of the hits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InternalUserServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -212,6 +224,11 @@ def add_InternalUserServiceServicer_to_server(servicer, server):
                     servicer.CheckInvitation,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationResponse.SerializeToString,
+            ),
+            'SearchMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchMembers,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.SearchMembersRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.SearchMembersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -458,6 +475,33 @@ class InternalUserService:
             '/meshboard.user.v1.InternalUserService/CheckInvitation',
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.CheckInvitationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.InternalUserService/SearchMembers',
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.SearchMembersRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_internal__user__service__pb2.SearchMembersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,8 @@ class InternalUserServiceStub:
 
     Fails with NOT_FOUND, reason INVITATION_INVALID.
     """
+    SearchMembers: _aio.UnaryUnaryMultiCallable[_internal_user_service_pb2.SearchMembersRequest, _internal_user_service_pb2.SearchMembersResponse]
+    """Searches the members of a workspace, as `UserService.SearchUsers` does, from a place in the order of the hits."""
 
 class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
     """What other services ask user_svc."""
@@ -153,5 +155,13 @@ class InternalUserServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Fails with NOT_FOUND, reason INVITATION_INVALID.
         """
+
+    @_abc_1.abstractmethod
+    def SearchMembers(
+        self,
+        request: _internal_user_service_pb2.SearchMembersRequest,
+        context: _aio.ServicerContext[_internal_user_service_pb2.SearchMembersRequest, _abc.Awaitable[_internal_user_service_pb2.SearchMembersResponse]],
+    ) -> _abc.Awaitable[_internal_user_service_pb2.SearchMembersResponse]:
+        """Searches the members of a workspace, as `UserService.SearchUsers` does, from a place in the order of the hits."""
 
 def add_InternalUserServiceServicer_to_server(servicer: InternalUserServiceServicer, server: _aio.Server) -> None: ...

@@ -50,6 +50,11 @@ class UserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.FromString,
                 _registered_method=True)
+        self.SearchUsers = channel.unary_unary(
+                '/meshboard.user.v1.UserService/SearchUsers',
+                request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersResponse.FromString,
+                _registered_method=True)
         self.UpdateUser = channel.unary_unary(
                 '/meshboard.user.v1.UserService/UpdateUser',
                 request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.UpdateUserRequest.SerializeToString,
@@ -85,6 +90,19 @@ class UserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SearchUsers(self, request, context):
+        """Searches the members of the caller's workspace by name and address, the best hits first.
+
+        Each word of the query must be found, in any order: whole, as the beginning of a word when it is the last one, or with
+        a typing error or two. Case, accents and width do not matter. A change is found within a second or so. A page has all
+        that there is to find: hits are complete however many pages they take.
+
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateUser(self, request, context):
         """Changes the caller's own user and emits `UserUpdated`.
 
@@ -112,6 +130,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.BatchGetUsers,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.SerializeToString,
+            ),
+            'SearchUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchUsers,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersResponse.SerializeToString,
             ),
             'UpdateUser': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateUser,
@@ -201,6 +224,33 @@ class UserService:
             '/meshboard.user.v1.UserService/BatchGetUsers',
             meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.UserService/SearchUsers',
+            meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

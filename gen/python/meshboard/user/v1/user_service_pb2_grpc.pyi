@@ -27,6 +27,15 @@ class UserServiceStub:
     """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
     that are absent, stand in `missing_user_ids`.
     """
+    SearchUsers: _aio.UnaryUnaryMultiCallable[_user_service_pb2.SearchUsersRequest, _user_service_pb2.SearchUsersResponse]
+    """Searches the members of the caller's workspace by name and address, the best hits first.
+
+    Each word of the query must be found, in any order: whole, as the beginning of a word when it is the last one, or with
+    a typing error or two. Case, accents and width do not matter. A change is found within a second or so. A page has all
+    that there is to find: hits are complete however many pages they take.
+
+    Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
+    """
     UpdateUser: _aio.UnaryUnaryMultiCallable[_user_service_pb2.UpdateUserRequest, _user_service_pb2.UpdateUserResponse]
     """Changes the caller's own user and emits `UserUpdated`.
 
@@ -64,6 +73,21 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_user_service_pb2.BatchGetUsersResponse]:
         """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
         that are absent, stand in `missing_user_ids`.
+        """
+
+    @_abc_1.abstractmethod
+    def SearchUsers(
+        self,
+        request: _user_service_pb2.SearchUsersRequest,
+        context: _aio.ServicerContext[_user_service_pb2.SearchUsersRequest, _abc.Awaitable[_user_service_pb2.SearchUsersResponse]],
+    ) -> _abc.Awaitable[_user_service_pb2.SearchUsersResponse]:
+        """Searches the members of the caller's workspace by name and address, the best hits first.
+
+        Each word of the query must be found, in any order: whole, as the beginning of a word when it is the last one, or with
+        a typing error or two. Case, accents and width do not matter. A change is found within a second or so. A page has all
+        that there is to find: hits are complete however many pages they take.
+
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,105 @@
+"""Searching dashboards, by their titles, descriptions and the titles of their widgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+from sqlalchemy import func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from services.chassis import resources, times
+from services.chassis.indexing import Corpus
+from services.chassis.resources import Reach, Resource, reach
+from services.chassis.rights import Rights
+from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
+from services.dashboard_svc.models import Dashboard, Widget
+
+DASHBOARDS = Index("dashboards", {"title": 4, "widgets": 2, "description": 1})
+
+
+class DashboardSearch:
+    """Finds the dashboards that somebody may see."""
+
+    def __init__(
+        self,
+        db: async_sessionmaker[AsyncSession],
+        engine: Engine,
+        resource: Resource,
+        now: Callable[[], datetime] = times.now,
+    ) -> None:
+        self._db = db
+        self._search = Search(engine, DASHBOARDS)
+        self._resource = resource
+        self._now = now
+
+    async def find(
+        self, rights: Rights, query: str, after: Place | None, limit: int
+    ) -> list[Found[Dashboard]]:
+        """The next hits. Raises INVALID_ARGUMENT (SEARCH_QUERY_INVALID), and UNAVAILABLE."""
+        now = self._now()
+        visible = resources.visible(self._resource, rights, now)
+
+        async def load(dashboard_ids: list[str]) -> Mapping[str, Dashboard]:
+            async with self._db() as session:
+                rows = await session.scalars(
+                    select(Dashboard).where(
+                        Dashboard.workspace_id == rights.workspace_id,
+                        Dashboard.dashboard_id.in_(dashboard_ids),
+                        visible,
+                    )
+                )
+            return {row.dashboard_id: row for row in rows}
+
+        words = Query.of(query)
+        async with self._db() as session:
+            within = _within(rights, await reach(session, self._resource, rights, now))
+        return await self._search.find(words, within, load, after, limit)
+
+
+def _within(rights: Rights, reached: Reach) -> Within:
+    """The user's reach, as a search engine has it."""
+    parents: list[str | None] = sorted(reached.parents)
+    if reached.top:
+        parents.append(None)
+    return Within(rights.workspace_id, parents, reached.allowed, reached.denied)
+
+
+async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
+    rows = await session.scalars(
+        select(Dashboard).where(tuple_(Dashboard.workspace_id, Dashboard.dashboard_id).in_(keys))
+    )
+    widgets = await session.execute(
+        select(Widget.workspace_id, Widget.dashboard_id, func.string_agg(Widget.title, "\n"))
+        .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(keys))
+        .group_by(Widget.workspace_id, Widget.dashboard_id)
+    )
+    titles = {(workspace_id, dashboard_id): text for workspace_id, dashboard_id, text in widgets}
+    return [
+        Document(
+            row.workspace_id,
+            row.dashboard_id,
+            {
+                "title": row.title,
+                "widgets": titles.get((row.workspace_id, row.dashboard_id), ""),
+                "description": row.description,
+            },
+            parent_id=row.folder_id,
+        )
+        for row in rows
+    ]
+
+
+async def _scan(session: AsyncSession, after: Key | None, limit: int) -> list[Key]:
+    key = (Dashboard.workspace_id, Dashboard.dashboard_id)
+    keys = select(*key).order_by(*key).limit(limit)
+    if after is not None:
+        keys = keys.where(tuple_(*key) > tuple_(*after))
+    return [(workspace_id, dashboard_id) for workspace_id, dashboard_id in await session.execute(keys)]
+
+
+async def _count(session: AsyncSession) -> int:
+    return await session.scalar(select(func.count()).select_from(Dashboard)) or 0
+
+
+CORPUS = Corpus(DASHBOARDS, _read, _scan, _count)
