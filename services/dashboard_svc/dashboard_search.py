@@ -59,9 +59,7 @@ class DashboardSearch:
 
 def _within(rights: Rights, reached: Reach) -> Within:
     """The user's reach, as a search engine has it."""
-    parents: list[str | None] = sorted(reached.parents)
-    if reached.top:
-        parents.append(None)
+    parents = [*reached.parents, *([None] if reached.top else [])]
     return Within(rights.workspace_id, parents, reached.allowed, reached.denied)
 
 

@@ -381,11 +381,12 @@ MATRIX: Mapping[str, Row] = {
     "user.v1.InternalUserService.CheckSubjects": Services(
         {**_W, "user_ids": ["{member}"]}, frozenset({"dashboard", "analytics"})
     ),
+    "user.v1.InternalUserService.GetTeamsOfUser": Services({**_W, "user_id": "{member}"}, _AUTH),
     "user.v1.InternalUserService.SearchMembers": Services(
         {**_W, "query": "someone", "limit": 10}, frozenset({"dashboard"})
     ),
     "user.v1.InternalUserService.GetInvitationMail": Services(
-        {"invitation_id": "{absent}"}, _AUTH, ("INVITATION_NOT_FOUND",)
+        {**_W, "invitation_id": "{absent}"}, _AUTH, ("INVITATION_INVALID",)
     ),
     "user.v1.InternalUserService.CheckInvitation": Services(
         {"token": "none"}, _AUTH, ("INVITATION_INVALID",)
