@@ -39,7 +39,7 @@ from services.auth_svc.origins import Origin, origin_of
 from services.auth_svc.passkeys import WrongPasskey, user_id_of
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
-from services.auth_svc.sessions import PASSWORD, Verdict
+from services.auth_svc.sessions import PASSWORD, Going, Shown, Verdict
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.sign_ups import SignUps
 from services.auth_svc.signing_keys import SigningKeys, jwks
@@ -47,13 +47,14 @@ from services.auth_svc.tickets import Purpose, Tickets
 from services.auth_svc.tokens import Tokens
 from services.chassis import auth, errors
 from services.chassis.cache import CachedMessages
+from services.chassis.together import Together
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
 class AuthServicer(AuthServiceServicer):
-    """`alive` remembers which sessions are alive, for CheckSession."""
+    """`refreshes` exchanges the newest refresh tokens; `alive` remembers which sessions are alive, for CheckSession."""
 
     db: async_sessionmaker[AsyncSession]
     settings: AuthSettings
@@ -63,6 +64,7 @@ class AuthServicer(AuthServiceServicer):
     guesses: Guesses
     tickets: Tickets
     second_factors: SecondFactors
+    refreshes: Together[Shown, Going | None]
     tokens: Tokens
     keys: SigningKeys
     alive: CachedMessages[CheckSessionResponse]
@@ -267,10 +269,10 @@ class AuthServicer(AuthServiceServicer):
         token = self.tokens.read_refresh_token(spelled)
         if token is None:
             raise _refresh_token_invalid()
-        now = self.now()
-        going = await sessions.exchange_newest(self.db, token, origin=origin, settings=self.settings, now=now)
+        going = await self.refreshes.ask(Shown(token, origin))
         if going is not None:
             return RefreshResponse(**await self.tokens.give_next(context, going, token.successor()))
+        now = self.now()
         # The verdict leaves the transaction as a value: an error would take the revocation back.
         async with self.db.begin() as session:
             verdict, row = await sessions.exchange(

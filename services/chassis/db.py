@@ -8,7 +8,7 @@ each service calls from a new migration.
 import asyncio
 import importlib.util
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -269,8 +269,8 @@ def engine(db: async_sessionmaker[AsyncSession]) -> AsyncEngine:
     return bound
 
 
-async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *arguments: object) -> Any:
-    """The row that one statement gives, or None. It is a transaction by itself, and goes to asyncpg as it is (`$1`).
+async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *arguments: object) -> Sequence[Any]:
+    """The rows that one statement gives. It is a transaction by itself, and goes to asyncpg as it is (`$1`).
 
     For the few statements that are on the way of very many calls: it costs a third of what a session does. Raises
     ConnectionError while Postgres is away.
@@ -280,10 +280,11 @@ async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *argumen
             raw = (await connection.get_raw_connection()).driver_connection
             assert raw is not None
             try:
-                return await raw.fetchrow(sql, *arguments)
+                rows: Sequence[Any] = await raw.fetch(sql, *arguments)
             except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 # No input makes such a statement fail: it is the database's trouble, and passes.
                 raise ConnectionError("the database cannot do it now") from error
+            return rows
 
 
 async def ready(db: async_sessionmaker[AsyncSession], timeout: float = 2) -> bool:
