@@ -18,7 +18,7 @@ from services.auth_svc.refresh_tokens import RefreshToken, fingerprint
 from services.auth_svc.settings import AuthSettings
 from services.chassis import outbox
 from services.chassis.auth import LEEWAY_SECONDS
-from services.chassis.db import fetch_at_once
+from services.chassis.db import Adds, fetch_at_once
 from services.chassis.times import timestamp_of
 from services.chassis.trust import Ask, Load
 
@@ -35,7 +35,7 @@ class Begun:
 
 
 def begin(
-    session: AsyncSession,
+    session: Adds,
     user_id: str,
     workspace_id: str,
     *,
