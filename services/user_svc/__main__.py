@@ -16,7 +16,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
-from services.chassis.inbox import consume
+from services.chassis.inbox import Repeatable, consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
@@ -77,7 +77,7 @@ async def serve(settings: Settings) -> None:
                 sessions,
                 "user",
                 {
-                    SignedIn: on_signed_in,
+                    SignedIn: Repeatable(partial(on_signed_in, sessions)),
                     AccountDiscarded: on_account_discarded,
                     EmailChanged: on_email_changed,
                     UserUpdated: partial(on_user_updated, me),
