@@ -1,4 +1,5 @@
 """Domain events take effect exactly once: the id of an event is written in the transaction of its effect.
+(`Repeatable` handlers, whose effect is the same however often, do without.)
 
 Each type of event has a durable consumer per service. So a new type starts at the stream's beginning, an old
 replica takes nothing away from a new one during a roll-out, and a type whose handler fails holds up no other.
