@@ -1,6 +1,7 @@
 """auth_svc: `python -m services.auth_svc`."""
 
 import asyncio
+from functools import partial
 
 from meshboard.auth.v1.access_service_pb2_grpc import add_AccessServiceServicer_to_server
 from meshboard.auth.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
@@ -54,7 +55,7 @@ from services.auth_svc.password_resets import PasswordResets
 from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.service_accounts import ServiceAccountServicer
-from services.auth_svc.sessions import sessions_in_table
+from services.auth_svc.sessions import exchange_newest, sessions_in_table
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.sign_ins import AuthServicer
 from services.auth_svc.sign_ups import SignUps
@@ -76,6 +77,7 @@ from services.chassis.process import until_stopped
 from services.chassis.sealing import Seals
 from services.chassis.server import Server, main
 from services.chassis.times import now
+from services.chassis.together import Together
 
 
 async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composition root reads top to bottom
@@ -120,6 +122,7 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
         guesses=guesses,
         tickets=tickets,
         second_factors=second_factors,
+        refreshes=Together(partial(exchange_newest, sessions, settings, now), seconds=settings.call_seconds),
         tokens=tokens,
         keys=keys,
         alive=alive,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 import structlog
 from meshboard.auth.v1.audit_pb2 import AuditEntry
-from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from services.auth_svc.models import AuditEntryRow, AuditUnsealed
 from services.auth_svc.origins import Origin
 from services.chassis import auth
+from services.chassis.db import Adds
 from services.chassis.times import timestamp_of
 
 log = structlog.get_logger("audit", log="audit")
@@ -21,7 +20,7 @@ DONE, REFUSED = "DONE", "REFUSED"
 
 
 def record(
-    session: AsyncSession,
+    session: Adds,
     kind: str,
     origin: Origin,
     now: datetime,
@@ -32,9 +31,10 @@ def record(
     subject_id: str = "",
     workspace_id: str | None = None,
     session_id: str | None = None,
+    logged: bool = True,
     **details: str | int | bool | list[str],
-) -> None:
-    """Adds an entry of this kind, such as `session.begun`.
+) -> AuditEntryRow:
+    """Adds an entry of this kind, such as `session.begun`, and logs it, unless that is left to a later `to_log`.
 
     A `reason`, that of the error, says that the act was refused. Who acts, in which session and workspace, is the
     caller if nothing else is said. Details hold no secrets and no addresses of mail.
@@ -49,22 +49,41 @@ def record(
         session_id = claims.session_id if claims else ""
     if workspace_id is None:
         workspace_id = caller.workspace or (claims.workspace_id if claims else "")
-    entry: dict[str, Any] = {
-        "kind": kind,
-        "outcome": REFUSED if reason else DONE,
-        "reason": reason,
-        "actor_id": actor_id,
-        "impersonator_id": impersonator_id,
-        "subject_id": subject_id,
-        "workspace_id": workspace_id or None,
-        "session_id": session_id,
-        "address": origin.address,
-        "details": details,
-    }
-    audit_entry_id = str(uuid7())
-    session.add(AuditEntryRow(audit_entry_id=audit_entry_id, time=now, **entry))
-    session.add(AuditUnsealed(audit_entry_id=audit_entry_id))
-    log.info(kind, **{name: value for name, value in entry.items() if name != "kind"})
+    entry = AuditEntryRow(
+        audit_entry_id=str(uuid7()),
+        time=now,
+        kind=kind,
+        outcome=REFUSED if reason else DONE,
+        reason=reason,
+        actor_id=actor_id,
+        impersonator_id=impersonator_id,
+        subject_id=subject_id,
+        workspace_id=workspace_id or None,
+        session_id=session_id,
+        address=origin.address,
+        details=details,
+    )
+    session.add(entry)
+    session.add(AuditUnsealed(audit_entry_id=entry.audit_entry_id))
+    if logged:
+        to_log(entry)
+    return entry
+
+
+def to_log(entry: AuditEntryRow) -> None:
+    """Writes the entry to the log of the process."""
+    log.info(
+        entry.kind,
+        outcome=entry.outcome,
+        reason=entry.reason,
+        actor_id=entry.actor_id,
+        impersonator_id=entry.impersonator_id,
+        subject_id=entry.subject_id,
+        workspace_id=entry.workspace_id,
+        session_id=entry.session_id,
+        address=entry.address,
+        details=entry.details,
+    )
 
 
 def entry_to_pb(row: AuditEntryRow, position: int | None) -> AuditEntry:

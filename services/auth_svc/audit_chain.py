@@ -32,7 +32,7 @@ from services.auth_svc.models import AuditEntryRow, AuditSeal, AuditUnsealed
 from services.auth_svc.settings import AuthSettings
 from services.chassis import outbox
 from services.chassis.bus import DOMAIN, Bus, BusError
-from services.chassis.db import new_id
+from services.chassis.db import Rows, new_id
 from services.chassis.times import timestamp_of
 
 log = structlog.get_logger(__name__)
@@ -44,6 +44,7 @@ _LOCK = 0x7365616C
 _ROUND_SECONDS = 1.0
 _HEAD_SECONDS = 3600.0
 _BATCH = 500
+_PAUSE = 10
 _FINGERPRINT_BYTES = 4
 _CHUNK = 1000
 _PROBLEMS_KEPT = 100
@@ -146,12 +147,16 @@ class Sealer:
                 return 0
             head = await session.scalar(select(AuditSeal).order_by(AuditSeal.position.desc()).limit(1))
             position, seal = (head.position, head.seal) if head else (0, b"")
+            added = Rows()
             for row in rows:
                 position += 1
                 seal = self._keys.seal(seal, position, row)
-                session.add(AuditSeal(position=position, audit_entry_id=row.audit_entry_id, seal=seal))
+                added.add(AuditSeal(position=position, audit_entry_id=row.audit_entry_id, seal=seal))
                 sealed = AuditEntrySealed(audit_entry=entry_to_pb(row, position), seal=seal)
-                outbox.add(session, sealed, workspace_id=row.workspace_id or "")
+                outbox.add(added, sealed, workspace_id=row.workspace_id or "")
+                if position % _PAUSE == 0:
+                    await asyncio.sleep(0)  # calls come in between
+            await added.insert(session)
             done = [row.audit_entry_id for row in rows]
             await session.execute(delete(AuditUnsealed).where(AuditUnsealed.audit_entry_id.in_(done)))
             if position:

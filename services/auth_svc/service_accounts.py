@@ -419,7 +419,7 @@ def _check_scopes(scopes: Iterable[str]) -> None:
 
 
 def _note(
-    session: AsyncSession, what: str, account: ServiceAccount, origin: Origin, now: datetime, **details: str
+    session: AsyncSession, what: str, account: ServiceAccount, origin: Origin, now: datetime, **details: Any
 ) -> None:
     audit.record(
         session, f"service_account.{what}", origin, now, subject_id=account.service_account_id, **details

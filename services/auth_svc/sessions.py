@@ -1,7 +1,7 @@
 """Sign-in sessions: how one begins, is continued, is renewed and ends."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -18,7 +18,7 @@ from services.auth_svc.refresh_tokens import RefreshToken, fingerprint
 from services.auth_svc.settings import AuthSettings
 from services.chassis import outbox
 from services.chassis.auth import LEEWAY_SECONDS
-from services.chassis.db import fetch_at_once
+from services.chassis.db import Adds, fetch_at_once
 from services.chassis.times import timestamp_of
 from services.chassis.trust import Ask, Load
 
@@ -35,7 +35,7 @@ class Begun:
 
 
 def begin(
-    session: AsyncSession,
+    session: Adds,
     user_id: str,
     workspace_id: str,
     *,
@@ -141,37 +141,58 @@ class Going:
     impersonator_id: str | None
 
 
-# As text, for the driver itself: building and compiling it with SQLAlchemy took longer than running it.
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A refresh token, and where it came from."""
+
+    token: RefreshToken
+    origin: Origin
+
+
+# As text, for the driver itself: building and compiling it with SQLAlchemy took longer than running it. It waits for
+# nobody's lock, so that no session holds up the others.
 _EXCHANGE_NEWEST = """
+    WITH shown AS (
+        SELECT * FROM unnest($1::bytea[], $2::int[], $3::text[], $4::text[])
+            WITH ORDINALITY AS shown (family_hash, generation, user_agent, address, number)
+    ), newest AS (
+        SELECT session_id, shown.user_agent, shown.address, number
+        FROM shown JOIN sessions USING (family_hash, generation)
+        WHERE revoke_time IS NULL AND expire_time > $5
+        FOR NO KEY UPDATE OF sessions SKIP LOCKED
+    )
     UPDATE sessions
-    SET generation = generation + 1, last_use_time = $3, expire_time = least($4, end_time),
-        user_agent = $5, address = $6
-    WHERE family_hash = $1 AND generation = $2 AND revoke_time IS NULL AND expire_time > $3
-    RETURNING user_id::text, session_id::text, workspace_id::text, methods, auth_time, expire_time, end_time,
-        in_cookies, impersonator_id::text
+    SET generation = generation + 1, last_use_time = $5, expire_time = least($6, end_time),
+        user_agent = newest.user_agent, address = newest.address
+    FROM newest WHERE sessions.session_id = newest.session_id
+    RETURNING number, user_id::text, sessions.session_id::text, workspace_id::text, methods, auth_time, expire_time,
+        end_time, in_cookies, impersonator_id::text
 """
 
 
 async def exchange_newest(
     db: async_sessionmaker[AsyncSession],
-    token: RefreshToken,
-    *,
-    origin: Origin,
     settings: AuthSettings,
-    now: datetime,
-) -> Going | None:
-    """Exchanges the newest refresh token of a session, in one statement; None for any other one (see `exchange`)."""
-    row = await fetch_at_once(
+    now: Callable[[], datetime],
+    shown: Sequence[Shown],
+) -> list[Going | None]:
+    """Exchanges those that are the newest of their sessions, in one statement; None for each other (see `exchange`).
+
+    Of a token that is there twice one is exchanged; so is none whose session somebody else holds at the moment.
+    """
+    time = now()
+    rows = await fetch_at_once(
         db,
         _EXCHANGE_NEWEST,
-        fingerprint(token.family),
-        token.generation,
-        now,
-        now + timedelta(seconds=settings.session_seconds),
-        origin.user_agent,
-        origin.address,
+        [fingerprint(each.token.family) for each in shown],
+        [each.token.generation for each in shown],
+        [each.origin.user_agent for each in shown],
+        [each.origin.address for each in shown],
+        time,
+        time + timedelta(seconds=settings.session_seconds),
     )
-    return Going(*row) if row is not None else None
+    going = {number: Going(*row) for number, *row in rows}
+    return [going.get(number) for number in range(1, len(shown) + 1)]
 
 
 async def exchange(

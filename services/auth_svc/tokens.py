@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc.aio
-import jwt
 from meshboard.auth.v1.usable_key_pb2 import UsableKey
 from uuid_utils.compat import uuid7
 
@@ -19,7 +18,7 @@ from services.auth_svc.sessions import Begun, Going
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.signing_keys import SigningKeys
 from services.chassis import errors
-from services.chassis.auth import ACCESS_TOKEN_TYPE, ALGORITHM, AUDIENCE, FULL_SCOPE
+from services.chassis.auth import ACCESS_TOKEN_TYPE, AUDIENCE, FULL_SCOPE, sign
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -122,12 +121,7 @@ class Tokens:
             "iat": issued,
             "jti": str(uuid7()),
         }
-        return jwt.encode(
-            {**of_all, **claims},
-            key.private,
-            ALGORITHM,
-            headers={"typ": ACCESS_TOKEN_TYPE, "kid": key.key_id},
-        )
+        return sign(ACCESS_TOKEN_TYPE, {**of_all, **claims}, key.key_id, key.private)
 
     async def _answer(
         self, context: Context, row: Session | Going, secrets: dict[str, str]

@@ -13,9 +13,10 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
@@ -24,7 +25,7 @@ import jwt
 import structlog
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from uuid_utils.compat import uuid7
@@ -45,6 +46,8 @@ MAX_TOKEN_BYTES = 4096
 # Objects and lists in a header or in claims.
 _MAX_CONTAINERS = 32
 _REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "client_id", "sid")
+_ES256 = ec.ECDSA(SHA256())
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 # Allowed difference of clocks between machines.
 LEEWAY_SECONDS = 5
 # The scope of a token that is limited by nothing but the rights of its user.
@@ -196,6 +199,22 @@ def _json_object(part: str) -> dict[str, Any]:
     return value
 
 
+def _encode_part(raw: bytes) -> bytes:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=")
+
+
+@lru_cache(maxsize=32)
+def _header(token_type: str, key_id: str) -> bytes:
+    return _encode_part(_compact({"alg": ALGORITHM, "typ": token_type, "kid": key_id}).encode())
+
+
+def sign(token_type: str, claims: Mapping[str, Any], key_id: str, key: ec.EllipticCurvePrivateKey) -> str:
+    """A compact JWS of the claims (RFC 7515, section 7.1), by ES256 (RFC 7518, section 3.4)."""
+    signed = _header(token_type, key_id) + b"." + _encode_part(_compact(claims).encode())
+    r, s = decode_dss_signature(key.sign(signed, _ES256))
+    return (signed + b"." + _encode_part(r.to_bytes(32) + s.to_bytes(32))).decode()
+
+
 @dataclass(frozen=True, slots=True)
 class _Parsed:
     header: dict[str, Any]
@@ -226,7 +245,7 @@ def _check_signature(parsed: _Parsed, key: ec.EllipticCurvePublicKey) -> None:
     """ES256 (RFC 7518 section 3.4)."""
     r, s = int.from_bytes(parsed.signature[:32]), int.from_bytes(parsed.signature[32:])
     try:
-        key.verify(encode_dss_signature(r, s), parsed.signed, ec.ECDSA(SHA256()))
+        key.verify(encode_dss_signature(r, s), parsed.signed, _ES256)
     except InvalidSignature as error:
         raise _Malformed("wrong signature") from error
 

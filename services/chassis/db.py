@@ -7,10 +7,13 @@ each service calls from a new migration.
 
 import asyncio
 import importlib.util
+import itertools
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -35,6 +38,7 @@ from sqlalchemy import (
     event,
     exc,
     func,
+    insert,
     make_url,
     text,
 )
@@ -380,8 +384,8 @@ def engine(db: async_sessionmaker[AsyncSession]) -> AsyncEngine:
     return bound
 
 
-async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *arguments: object) -> Any:
-    """The row that one statement gives, or None. It is a transaction by itself, and goes to asyncpg as it is (`$1`).
+async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *arguments: object) -> Sequence[Any]:
+    """The rows that one statement gives. It is a transaction by itself, and goes to asyncpg as it is (`$1`).
 
     For the few statements that are on the way of very many calls: it costs a third of what a session does. Raises
     ConnectionError while Postgres is away.
@@ -391,10 +395,70 @@ async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *argumen
             raw = (await connection.get_raw_connection()).driver_connection
             assert raw is not None
             try:
-                return await raw.fetchrow(sql, *arguments)
+                rows: Sequence[Any] = await raw.fetch(sql, *arguments)
+            except asyncpg.CharacterNotInRepertoireError:
+                raise
             except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                # No input makes such a statement fail: it is the database's trouble, and passes.
+                # No other input makes such a statement fail: it is the database's trouble, and passes.
                 raise ConnectionError("the database cannot do it now") from error
+            return rows
+
+
+class Adds(Protocol):
+    """Where new rows go: a session, or `Rows`."""
+
+    def add(self, row: Any, /) -> None:
+        """Takes a row."""
+
+
+class Rows:
+    """New rows that go to Postgres with little ado: for what happens very often, or for many rows at once."""
+
+    def __init__(self) -> None:
+        self._rows: list[DeclarativeBase] = []
+
+    def add(self, row: DeclarativeBase, /) -> None:
+        """Takes a row; what is not set in it gets the default of its column."""
+        self._rows.append(row)
+
+    async def insert(self, session: AsyncSession) -> None:
+        """Inserts the rows in the session's transaction, those of a table by one statement."""
+        by_table: dict[Any, list[dict[str, Any]]] = {}
+        for row in self._rows:
+            by_table.setdefault(row.__table__, []).append(_columns(row))
+        for table, rows in by_table.items():
+            await session.execute(insert(table), rows)
+
+    async def insert_if(
+        self, db: async_sessionmaker[AsyncSession], condition: str, *arguments: object
+    ) -> bool | None:
+        """Inserts the rows if the one row that `condition` gives says true in its one column; gives what it says.
+
+        None when it gives no row. It may be an UPDATE with RETURNING: the rows are then inserted under its lock. All is
+        one statement, as by `fetch_at_once`.
+        """
+        shapes, values = [], list(arguments)
+        for row in self._rows:
+            columns = _columns(row)
+            shapes.append((row.__tablename__, tuple(columns)))
+            values += [json.dumps(value) if isinstance(value, dict) else value for value in columns.values()]
+        found = await fetch_at_once(db, _insert_if(condition, len(arguments), tuple(shapes)), *values)
+        return found[0][0] if found else None
+
+
+def _columns(row: DeclarativeBase) -> dict[str, Any]:
+    return {name: value for name, value in vars(row).items() if not name.startswith("_")}
+
+
+@lru_cache(maxsize=64)
+def _insert_if(condition: str, arguments: int, shapes: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    numbers = itertools.count(arguments + 1)
+    inserts: list[str] = []
+    for table, columns in shapes:
+        values = ", ".join(f"${next(numbers)}" for _ in columns)
+        insert = f"INSERT INTO {table} ({', '.join(columns)}) SELECT {values} FROM condition WHERE said"  # noqa: S608 - ours
+        inserts.append(f"insert_{len(inserts)} AS ({insert})")
+    return f"WITH condition (said) AS ({condition}), {', '.join(inserts)} SELECT said FROM condition"  # noqa: S608
 
 
 async def ready(db: async_sessionmaker[AsyncSession], timeout: float = 2) -> bool:

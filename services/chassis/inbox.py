@@ -1,4 +1,5 @@
 """Domain events take effect exactly once: the id of an event is written in the transaction of its effect.
+(`Repeatable` handlers, whose effect is the same however often, do without.)
 
 Each type of event has a durable consumer per service. So a new type starts at the stream's beginning, an old
 replica takes nothing away from a new one during a roll-out, and a type whose handler fails holds up no other.
@@ -28,6 +29,18 @@ from services.chassis.db import InboxRow, ready
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[AsyncSession, Any], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeatable:
+    """A handler that is given all events of its type that are there, and some of them again after a crash.
+
+    For what costs too much event by event, and is the same however often it is done: nothing is written in the inbox.
+    The handler has its own transaction.
+    """
+
+    handle: Callable[[Sequence[Any]], Awaitable[None]]
+
 
 # Seconds until the second attempt, the third, …; after the last one the event is a dead letter.
 BACKOFF_SECONDS = (1.0, 5.0, 30.0, 120.0, 600.0)
@@ -74,7 +87,7 @@ async def consume(
     bus: Bus,
     db: async_sessionmaker[AsyncSession],
     service: str,
-    handlers: Mapping[type[Message], Handler],
+    handlers: Mapping[type[Message], Handler | Repeatable],
     *,
     backoff_seconds: Sequence[float] = BACKOFF_SECONDS,
 ) -> None:
@@ -97,7 +110,7 @@ class _Consumer:
     db: async_sessionmaker[AsyncSession]
     service: str
     message_type: type[Message]
-    handler: Handler
+    handler: Handler | Repeatable
     backoff_seconds: Sequence[float]
 
     @property
@@ -113,10 +126,28 @@ class _Consumer:
         )
         try:
             while True:
-                for delivery in await deliveries.fetch(_BATCH, timeout=60):
-                    await self._receive(delivery)
+                fetched = await deliveries.fetch(_BATCH, timeout=60)
+                if isinstance(self.handler, Repeatable) and len(fetched) > 1:
+                    await self._receive_all(fetched, self.handler)
+                else:
+                    for delivery in fetched:
+                        await self._receive(delivery)
         finally:
             await deliveries.close()
+
+    async def _receive_all(self, deliveries: Sequence[Delivery], handler: Repeatable) -> None:
+        with telemetry.span(f"{self.name} process", "CONSUMER", links=[d.headers for d in deliveries]):
+            try:
+                async with asyncio.timeout(_HANDLER_SECONDS):
+                    await handler.handle([self.message_type.FromString(d.payload) for d in deliveries])
+            except Exception as error:  # one of them, perhaps
+                log.warning("events_one_by_one", type=self.name, count=len(deliveries), error=repr(error))
+                for delivery in deliveries:
+                    await self._receive(delivery)
+                return
+            for delivery in deliveries:
+                await delivery.ack()
+        _events.labels(self.service, self.name, "done").inc(len(deliveries))
 
     async def _receive(self, delivery: Delivery) -> None:
         with telemetry.span(f"{self.name} process", "CONSUMER", delivery.headers):
@@ -141,17 +172,24 @@ class _Consumer:
         outbox.actor.set(delivery.headers.get(outbox.ACTOR, ""))
         while True:
             try:
-                async with asyncio.timeout(_HANDLER_SECONDS), self.db.begin() as session:
-                    if not await self._is_new(session, event):
-                        return "repeated"
-                    await self.handler(session, message)
-                return "done"
+                async with asyncio.timeout(_HANDLER_SECONDS):
+                    return await self._handle(event, message)
             except (OSError, TimeoutError, SQLAlchemyError) as error:
                 if await ready(self.db):
                     raise
                 log.warning("event_waits_for_postgres", type=self.name, error=repr(error))
                 await delivery.extend()
                 await asyncio.sleep(1)
+
+    async def _handle(self, event: Event, message: Message) -> str:
+        if isinstance(self.handler, Repeatable):
+            await self.handler.handle([message])
+            return "done"
+        async with self.db.begin() as session:
+            if not await self._is_new(session, event):
+                return "repeated"
+            await self.handler(session, message)
+        return "done"
 
     async def _is_new(self, session: AsyncSession, event: Event) -> bool:
         # Another replica that holds the same event makes this wait for the end of its transaction.

@@ -18,7 +18,6 @@ import grpc.aio
 import protovalidate
 import structlog
 from google.protobuf import message
-from sqlalchemy.exc import DBAPIError
 
 from services.chassis import auth, db, deadline, errors, outbox, telemetry
 from services.chassis.access import Access, Metadata, Rule
@@ -220,7 +219,7 @@ def error_of(failure: BaseException) -> errors.Error | None:
             return errors.deadline_exceeded()
         case _ if db.is_away(failure):
             return errors.unavailable("The database does not answer.")
-        case DBAPIError() if getattr(failure.orig, "sqlstate", "") == "22021":
+        case _ if getattr(getattr(failure, "orig", failure), "sqlstate", "") == "22021":
             # The one character that protobuf's strings can hold and Postgres' cannot.
             return errors.invalid_fields([("", "a text holds the character U+0000")])
         case ConnectionError():

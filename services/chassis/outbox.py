@@ -15,12 +15,11 @@ import asyncpg
 import structlog
 from google.protobuf.message import Message
 from prometheus_client import Gauge
-from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from services.chassis import telemetry
 from services.chassis.bus import BEAT_SECONDS, Bus, Outgoing
-from services.chassis.db import OutboxRow
+from services.chassis.db import Adds, OutboxRow
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +61,7 @@ _oldest = Gauge(
 )
 
 
-def add(session: AsyncSession, message: Message, *, workspace_id: str = "") -> str:
+def add(session: Adds, message: Message, *, workspace_id: str = "") -> str:
     """Adds a domain event to the caller's transaction, and gives its id.
 
     Raises ValueError for a message of more than 1 MiB: an event names what changed, it does not carry files.

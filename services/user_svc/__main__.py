@@ -25,7 +25,7 @@ from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.erasures import erasing
-from services.chassis.inbox import consume
+from services.chassis.inbox import Repeatable, consume
 from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
@@ -118,7 +118,7 @@ async def serve(settings: Settings) -> None:
                 sessions,
                 "user",
                 {
-                    SignedIn: on_signed_in,
+                    SignedIn: Repeatable(partial(on_signed_in, sessions)),
                     AccountDiscarded: on_account_discarded,
                     EmailChanged: on_email_changed,
                     UserUpdated: partial(on_user_updated, me),

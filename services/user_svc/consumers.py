@@ -1,28 +1,40 @@
 """What the domain events of other services mean here."""
 
-from datetime import UTC
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from meshboard.auth.v1.events_pb2 import AccountDiscarded, EmailChanged, SignedIn
 from meshboard.user.v1.events_pb2 import MemberRemoved, ProfileUpdated, UserUpdated
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from sqlalchemy import delete, func, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import outbox
 from services.chassis.cache import CachedMessages
+from services.chassis.db import fetch_at_once
 from services.user_svc.convert import user_to_pb
 from services.user_svc.models import PENDING, Invitation, Member, User, Workspace
 from services.user_svc.rights import announce_rights, lock_rights
 
-
-async def on_signed_in(session: AsyncSession, event: SignedIn) -> None:
-    """Remembers when the user's last session began; events may come in any order."""
-    time = event.time.ToDatetime(tzinfo=UTC)
-    await session.execute(
-        update(User)
-        .where(User.user_id == event.user_id)
-        .values(sign_in_time=func.greatest(User.sign_in_time, time))
+# In one order, so that two replicas do not wait for each other.
+_SIGNED_IN = """
+    WITH event AS (SELECT * FROM unnest($1::uuid[], $2::timestamptz[]) AS event (user_id, time)),
+    locked AS (
+        SELECT user_id, time FROM users JOIN event USING (user_id)
+        WHERE sign_in_time IS NULL OR sign_in_time < time
+        ORDER BY user_id FOR NO KEY UPDATE OF users
     )
+    UPDATE users SET sign_in_time = time FROM locked WHERE users.user_id = locked.user_id
+"""
+
+
+async def on_signed_in(db: async_sessionmaker[AsyncSession], events: Sequence[SignedIn]) -> None:
+    """Remembers when the users' last sessions began; events may come in any order, and again."""
+    newest: dict[str, datetime] = {}
+    for event in events:
+        time = event.time.ToDatetime(tzinfo=UTC)
+        newest[event.user_id] = max(time, newest.get(event.user_id, time))
+    await fetch_at_once(db, _SIGNED_IN, list(newest), list(newest.values()))
 
 
 async def on_account_discarded(session: AsyncSession, event: AccountDiscarded) -> None:

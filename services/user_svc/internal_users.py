@@ -32,7 +32,7 @@ from meshboard.user.v1.internal_user_service_pb2 import (
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
-from sqlalchemy import delete, exists, select
+from sqlalchemy import bindparam, delete, exists, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -59,6 +59,16 @@ from services.user_svc.users import user_not_found
 from services.user_svc.workspaces import add_workspace
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+# UUIDv7s sort by time: without a wanted workspace the oldest one comes first.
+_SIGN_IN = (
+    select(User, Workspace)
+    .outerjoin(Member, Member.user_id == User.user_id)
+    .outerjoin(Workspace, Workspace.workspace_id == Member.workspace_id)
+    .where(User.user_id == bindparam("user_id"))
+    .order_by(Workspace.workspace_id != bindparam("workspace_id"), Workspace.workspace_id)
+    .limit(1)
+)
 
 
 @dataclass(frozen=True)
@@ -188,18 +198,14 @@ class InternalUserServicer(InternalUserServiceServicer):
         return RemoveServiceUserResponse()
 
     async def GetSignIn(self, request: GetSignInRequest, context: Context) -> GetSignInResponse:
+        wanted = {"user_id": request.user_id, "workspace_id": request.workspace_id or None}
         async with self.db() as session:
-            user = await session.get(User, request.user_id)
-            if user is None or user.state == ERASING:
-                raise user_not_found(request.user_id)
-            # UUIDv7s sort by time: without a wanted workspace the oldest one comes first.
-            workspace = await session.scalar(
-                select(Workspace)
-                .join(Member, Member.workspace_id == Workspace.workspace_id)
-                .where(Member.user_id == user.user_id)
-                .order_by(Workspace.workspace_id != (request.workspace_id or None), Workspace.workspace_id)
-                .limit(1)
-            )
+            found = (await session.execute(_SIGN_IN, wanted)).first()
+        if found is None:
+            raise user_not_found(request.user_id)
+        user, workspace = found
+        if user.state == ERASING:
+            raise user_not_found(request.user_id)
         return GetSignInResponse(
             user=user_to_pb(user), workspace=workspace_to_pb(workspace) if workspace else None
         )

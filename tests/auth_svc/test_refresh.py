@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
-from meshboard.auth.v1.auth_service_pb2 import RefreshRequest, RefreshResponse
+from meshboard.auth.v1.auth_service_pb2 import RefreshRequest, RefreshResponse, SignOutRequest
 from meshboard.auth.v1.events_pb2 import SessionRevoked
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from sqlalchemy import select, update
@@ -128,6 +128,41 @@ async def test_many_at_once_with_an_older_token_end_the_session_once(services: S
         )
         assert sorted(outcomes, key=str) == sorted([REUSED, *[INVALID] * 9], key=str)
         assert await refused(refresh(services, third.refresh_token)) == INVALID
+
+
+async def test_many_sessions_at_once_get_a_successor_each(services: Services):
+    signed_up = [await services.sign_up() for _ in range(8)]
+    answers = await asyncio.gather(*(refresh(services, each.refresh_token) for each in signed_up))
+    for each, answer in zip(signed_up, answers, strict=True):
+        assert claims_of(answer.access_token)["sub"] == each.user.user_id
+        await refresh(services, answer.refresh_token)
+
+
+async def test_a_bad_token_hurts_none_that_comes_with_it(services: Services):
+    good, used, ended = [await services.sign_up() for _ in range(3)]
+    await refresh(services, used.refresh_token)
+    await services.auth.SignOut(SignOutRequest(), metadata=bearer(ended.access_token))
+    answer, *outcomes = await asyncio.gather(
+        refresh(services, good.refresh_token),
+        refused(refresh(services, used.refresh_token)),
+        refused(refresh(services, ended.refresh_token)),
+        refused(refresh(services, "mbr_" + "A" * 70)),
+    )
+    assert outcomes == [SUPERSEDED, INVALID, INVALID]
+    await refresh(services, answer.refresh_token)
+
+
+async def test_a_session_that_is_held_holds_up_no_other(services: Services):
+    held, other = await services.sign_up(), await services.sign_up()
+    session_id = claims_of(held.access_token)["sid"]
+    async with services.sessions.begin() as session:
+        await session.execute(select(Session).where(Session.session_id == session_id).with_for_update())
+        waiting = asyncio.create_task(refresh(services, held.refresh_token))
+        for _ in range(3):
+            other_token = (await refresh(services, other.refresh_token)).refresh_token
+            other.refresh_token = other_token
+        assert not waiting.done()
+    await refresh(services, (await waiting).refresh_token)
 
 
 async def test_an_old_token_is_noted(services: Services):

@@ -1,4 +1,5 @@
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -9,10 +10,10 @@ from google.rpc import error_details_pb2
 from meshboard.auth.v1.auth_service_pb2 import SignInRequest, SignInResponse
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from redis.asyncio import Redis
-from sqlalchemy import text, update
+from sqlalchemy import literal, select, text, update
 
 from services.auth_svc.guesses import Guesses
-from services.auth_svc.models import Account
+from services.auth_svc.models import Account, AuditEntryRow, Session
 from services.auth_svc.origins import Origin
 from services.chassis import errors
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, new_email
@@ -144,6 +145,55 @@ async def test_a_password_that_is_changed_meanwhile_opens_nothing(services: Serv
                 .values(password_hash=PasswordHasher(time_cost=1, memory_cost=64).hash("another one"))
             )
     assert await signing_in == WRONG
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("password_hash", "another", "CREDENTIALS_WRONG"),
+        ("disable_time", datetime(2026, 1, 2, tzinfo=UTC), "ACCOUNT_DISABLED"),
+    ],
+)
+async def test_what_is_refused_in_the_end_is_not_logged_as_done(
+    services: Services, capfd: pytest.CaptureFixture[str], column: str, value: object, expected: str
+):
+    email = new_email()
+    signed_up = await services.sign_up(email)
+    capfd.readouterr()
+    async with services.sessions.begin() as held:
+        await held.execute(
+            update(Account)
+            .where(Account.user_id == signed_up.user.user_id)
+            .values(**{column: literal(value)})
+        )
+        signing_in = asyncio.create_task(refused(sign_in(services, email)))
+
+        async def waits() -> bool:
+            async with services.sessions() as session:
+                asking = await session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+            return bool(asking)
+
+        await eventually(waits)
+    _, reason = await signing_in
+    assert reason == expected
+    output = capfd.readouterr().out
+    (line,) = [line for line in output.splitlines() if "session.begun" in line]
+    assert reason in line
+    assert "DONE" not in line
+    async with services.sessions() as session:
+        sessions = await session.scalars(select(Session).where(Session.user_id == signed_up.user.user_id))
+        assert len(sessions.all()) == 1
+        entries = await session.scalars(
+            select(AuditEntryRow.outcome).where(
+                AuditEntryRow.kind == "session.begun", AuditEntryRow.subject_id == signed_up.user.user_id
+            )
+        )
+        assert "REFUSED" in entries.all()
+
+
+async def test_an_address_that_postgres_cannot_hold_is_the_callers_fault(services: Services):
+    outcome = await refused(sign_in(services, "some\0body@example.org"))
+    assert outcome == (grpc.StatusCode.INVALID_ARGUMENT, "VALIDATION_FAILED")
 
 
 async def test_is_refused_while_failures_cannot_be_counted(services: Services, tmp_path: Path):

@@ -3,13 +3,13 @@ import asyncio
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, exc, text
+from sqlalchemy import Connection, exc, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
 from services.chassis import db as chassis_db
-from services.chassis.db import ChassisBase, GrantRow
+from services.chassis.db import ChassisBase, GrantRow, InboxRow, OutboxRow, Rows
 from tests.conditions import eventually
 from tests.parts import Parts
 
@@ -178,3 +178,52 @@ async def test_ready_says_no_in_time(parts: Parts, db: Sessions) -> None:
     absent = chassis_db.connect("postgresql://user:x@/user?host=/nonexistent")
     assert not await chassis_db.ready(absent)
     await chassis_db.engine(absent).dispose()
+
+
+def two_rows() -> tuple[Rows, str, str]:
+    """An event and a consumed one, and their ids."""
+    rows, event_id, consumed_id = Rows(), str(uuid7()), str(uuid7())
+    rows.add(OutboxRow(id=event_id, subject="a", payload=b"\x00", headers={"b": 'c"'}))
+    rows.add(InboxRow(consumer="d", event_id=consumed_id))
+    return rows, event_id, consumed_id
+
+
+async def test_rows_go_in_with_their_defaults_in_one_statement(db: Sessions) -> None:
+    rows, event_id, consumed_id = two_rows()
+    assert await rows.insert_if(db, "SELECT $1 = 'yes'", "yes") is True
+    async with db() as session:
+        event = await session.get_one(OutboxRow, event_id)
+        consumed = await session.get_one(InboxRow, ("d", consumed_id))
+    assert (event.subject, event.payload, event.headers) == ("a", b"\x00", {"b": 'c"'})
+    assert event.create_time == consumed.receive_time  # both are now() of one transaction
+    assert event.publish_time is None
+
+
+async def test_rows_do_not_go_in_unless_the_condition_says_so(db: Sessions) -> None:
+    rows, event_id, consumed_id = two_rows()
+    assert await rows.insert_if(db, "SELECT $1 = 'yes'", "no") is False
+    assert await rows.insert_if(db, "SELECT true WHERE $1 = 'yes'", "no") is None
+    async with db() as session:
+        assert await session.get(OutboxRow, event_id) is None
+        assert await session.get(InboxRow, ("d", consumed_id)) is None
+
+
+async def test_rows_go_in_together_or_not_at_all(db: Sessions) -> None:
+    rows, event_id, consumed_id = two_rows()
+    rows.add(InboxRow(consumer="d", event_id=consumed_id))
+    with pytest.raises(ConnectionError):
+        await rows.insert_if(db, "SELECT true")
+    async with db() as session:
+        assert await session.get(OutboxRow, event_id) is None
+
+
+async def test_many_rows_go_in_with_the_session(db: Sessions) -> None:
+    rows, ids = Rows(), [str(uuid7()) for _ in range(40)]
+    for event_id in ids:
+        rows.add(InboxRow(consumer="d", event_id=event_id))
+        rows.add(OutboxRow(id=event_id, subject="a", payload=b"", headers={}))
+    async with db.begin() as session:
+        await rows.insert(session)
+    async with db() as session:
+        assert set(await session.scalars(select(InboxRow.event_id))) == set(ids)
+        assert set(await session.scalars(select(OutboxRow.id))) == set(ids)

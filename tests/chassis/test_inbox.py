@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
@@ -21,7 +21,11 @@ Sessions = async_sessionmaker[AsyncSession]
 
 @asynccontextmanager
 async def consuming(
-    bus: Bus, db: Sessions, service: str, handlers: Mapping[type[Message], inbox.Handler], **options: Any
+    bus: Bus,
+    db: Sessions,
+    service: str,
+    handlers: Mapping[type[Message], inbox.Handler | inbox.Repeatable],
+    **options: Any,
 ) -> AsyncIterator[None]:
     task = asyncio.create_task(inbox.consume(bus, db, service, handlers, **options))
     try:
@@ -165,6 +169,36 @@ async def test_garbage_becomes_a_dead_letter_and_blocks_nobody(db: Sessions, bus
     while batch := await letters.fetch(10, timeout=0.5):
         found += batch
     assert {letter.payload for letter in found} == {b"\xff", b""}
+    await letters.close()
+
+
+async def test_repeatable_handlers_get_many_at_once_and_bad_ones_by_themselves(
+    db: Sessions, bus: Bus
+) -> None:
+    good, bad, service = [uuid4().hex for _ in range(20)], uuid4().hex, uuid4().hex
+    batches: list[list[str]] = []
+
+    async def note_all(events: Sequence[MemberRemoved]) -> None:
+        batches.append([event.user_id for event in events])
+        if bad in batches[-1]:
+            raise ValueError("never")
+        async with db.begin() as session:
+            for event in events:
+                await note(session, event)
+
+    for user_id in (*good[:10], bad, *good[10:]):
+        await publish(bus, user_id)
+    letters = await bus.pull(DEAD_LETTERS, f"t{uuid4().hex}", subject=f"dead.{service}.>")
+    handlers: dict[type[Message], inbox.Repeatable] = {MemberRemoved: inbox.Repeatable(note_all)}
+    async with consuming(bus, db, service, handlers, backoff_seconds=[]):
+        await eventually(lambda: has_effect(db, good[-1]))
+        (letter,) = await letters.fetch(10, timeout=20)
+    assert MemberRemoved.FromString(letter.payload).user_id == bad
+    assert [await effects(db, user_id) for user_id in good] == [1] * 20
+    assert [bad] in batches
+    assert max(map(len, batches)) > 1
+    async with db() as session:
+        assert await session.scalar(text("SELECT count(*) FROM inbox")) == 0
     await letters.close()
 
 

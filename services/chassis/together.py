@@ -1,0 +1,57 @@
+"""Work that is done once for all who ask for it at the same time: one statement, one commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
+from typing import Generic, TypeVar
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+_AT_MOST = 100
+_GATHER_SECONDS = 0.003
+
+
+class Together(Generic[Asked, Answer]):
+    """Gathers what is asked while earlier work is under way, and has it all done by the next.
+
+    Who comes alone is served at once. In company one waits 3 ms for more of it (as PostgreSQL's commit_delay does), so
+    that the more ask, the less each costs. `work` gives an answer to each of at most 100 questions, in their order,
+    within `seconds`; what it raises, all of them get.
+    """
+
+    def __init__(
+        self, work: Callable[[Sequence[Asked]], Awaitable[Sequence[Answer]]], *, seconds: float
+    ) -> None:
+        self._work = work
+        self._seconds = seconds
+        self._waiting: list[tuple[Asked, asyncio.Future[Answer]]] = []
+        self._running: asyncio.Task[None] | None = None
+
+    async def ask(self, asked: Asked) -> Answer:
+        """The answer to this; it is worked out to the end, also when the caller goes away."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asked, answer))
+        if self._running is None or self._running.done():
+            # In an empty context: it works for several calls, and has none's deadline.
+            self._running = asyncio.create_task(self._run(), context=Context())
+        return await answer
+
+    async def _run(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:_AT_MOST], self._waiting[_AT_MOST:]
+            try:
+                async with asyncio.timeout(self._seconds):
+                    answers = await self._work([asked for asked, _ in batch])
+            except Exception as error:
+                for _, answer in batch:
+                    if not answer.done():  # else the caller went away
+                        answer.set_exception(error)
+            else:
+                for (_, answer), found in zip(batch, answers, strict=True):
+                    if not answer.done():
+                        answer.set_result(found)
+            if self._waiting:
+                await asyncio.sleep(_GATHER_SECONDS)
