@@ -86,6 +86,11 @@ class Page:
         self.size = size
         self.limit = size + 1
 
+    @property
+    def last_id(self) -> str | None:
+        """The last id of the last page, in a list ordered by one id; None on the first page."""
+        return str(self._last[0]) if self._last is not None else None
+
     def after(
         self, *columns: InstrumentedAttribute[Any] | ColumnElement[Any], descending: bool = False
     ) -> ColumnElement[bool]:

@@ -17,7 +17,7 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardMoved,
     DashboardUpdated,
 )
-from sqlalchemy import ColumnElement, and_, select
+from sqlalchemy import and_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -27,7 +27,7 @@ from services.chassis.db import new_id
 from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
-from services.chassis.resources import Column, Resource, visible, visible_ids
+from services.chassis.resources import Resource, visible, visible_ids
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import dashboard_to_pb
@@ -126,20 +126,15 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         assert caller.rights is not None, "the access stage settles the rights"
         page = self.pages.open(request, caller.workspace_id)
-
-        def after(dashboard_id: Column) -> ColumnElement[bool]:
-            return page.after(dashboard_id, descending=True)
-
+        now = self.now()
         if request.folder_id:
             found = and_(
                 Dashboard.folder_id == request.folder_id,
-                after(Dashboard.dashboard_id),
-                visible(DASHBOARD, caller.rights, self.now()),
+                page.after(Dashboard.dashboard_id, descending=True),
+                visible(DASHBOARD, caller.rights, now),
             )
         else:
-            found = Dashboard.dashboard_id.in_(
-                visible_ids(DASHBOARD, caller.rights, self.now(), after, page.limit)
-            )
+            found = and_(visible_ids(DASHBOARD, caller.rights, now, page.last_id, page.limit))
         async with self.db() as session:
             rows = await session.scalars(
                 select(Dashboard)
