@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from services.chassis import errors
 from services.chassis.deadline import set_deadline
@@ -83,7 +84,7 @@ class Rights:
     """What user_svc says of a user in a workspace. `version` grows with each change of rights in the workspace.
 
     `second_factor_required` says that the workspace wants its members to have signed in with one. `roles` are the
-    custom roles of the workspace, by name.
+    custom roles of the workspace, by name. `expire_time` is when one of the memberships in `team_ids` ends.
     """
 
     user_id: str
@@ -94,6 +95,7 @@ class Rights:
     version: int
     second_factor_required: bool = False
     roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    expire_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,10 @@ class RightsCache:
         return flight
 
     def _keep(self, key: tuple[str, str], rights: Rights) -> None:
-        self._entries[key] = (rights, time.monotonic() + self._ttl)
+        seconds = self._ttl
+        if rights.expire_time:
+            seconds = min(seconds, rights.expire_time.timestamp() - time.time())
+        self._entries[key] = (rights, time.monotonic() + seconds)
         self._entries.move_to_end(key)
         while len(self._entries) > self._size:
             self._entries.popitem(last=False)

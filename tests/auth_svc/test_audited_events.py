@@ -6,7 +6,13 @@ from datetime import UTC, datetime
 import pytest
 from google.protobuf.message import Message
 from meshboard.analytics.v1.events_pb2 import SourceGrantCreated, WriteKeyRotated
-from meshboard.dashboard.v1.events_pb2 import DashboardGrantCreated, DashboardGrantDeleted
+from meshboard.dashboard.v1.events_pb2 import (
+    DashboardGrantCreated,
+    DashboardGrantDeleted,
+    FolderGrantCreated,
+    FolderMoved,
+)
+from meshboard.dashboard.v1.folder_pb2 import Folder
 from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, UserUpdated, WorkspaceUpdated
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 from meshboard.user.v1.user_pb2 import User
@@ -88,6 +94,21 @@ async def entry_of(services: Services, event: Message) -> AuditEntryRow:
             "grant.deleted",
             "",
             {"dashboard_id": THING, "grant_id": "g"},
+        ),
+        (
+            FolderMoved(folder=Folder(folder_id=THING, parent_folder_id="p"), from_parent_folder_id="q"),
+            "folder.moved",
+            "",
+            {"folder_id": THING, "parent_folder_id": "p", "from_parent_folder_id": "q"},
+        ),
+        (
+            FolderGrantCreated(
+                folder_id=THING,
+                grant=Grant(grant_id="g", role="guest", effect=Grant.DENY, subject=Subject(team_id="t")),
+            ),
+            "grant.created",
+            "",
+            {"folder_id": THING, "grant_id": "g", "role": "guest", "effect": "DENY", "team_id": "t"},
         ),
         (WriteKeyRotated(source_id=THING), "write_key.rotated", "", {"source_id": THING}),
     ],

@@ -89,7 +89,7 @@ async def listed(mesh: Mesh, member: Member, **more: str) -> list[str]:
 
 
 async def test_a_folder_is_created_read_changed_and_deleted(mesh: Mesh) -> None:
-    editor, viewer = mesh.identity.member("editor"), None
+    editor = mesh.identity.member("editor")
     viewer = mesh.identity.member("viewer", editor.workspace_id)
     folder = await mesh.folder(editor, "Finance")
     assert (folder.title, folder.parent_folder_id, folder.creator_id) == ("Finance", "", editor.user_id)
@@ -401,6 +401,21 @@ async def test_no_grant_is_left_on_a_deleted_dashboard(mesh: Mesh, rounds: int) 
         async with mesh.db() as session:
             left = select(func.count()).where(GrantRow.resource_id == dashboard.dashboard_id)
             assert await session.scalar(left) == 0
+
+
+@pytest.mark.parametrize("title", [" ", "a\u202eb", "a\x07b", "\u0420aypal"])
+async def test_titles_deceive_nobody(mesh: Mesh, title: str) -> None:
+    editor = mesh.identity.member("editor")
+    folder, dashboard = await mesh.folder(editor), await mesh.dashboard(editor)
+    invalid = (grpc.StatusCode.INVALID_ARGUMENT, "VALIDATION_FAILED")
+    assert await refused(mesh.folder(editor, title)) == invalid
+    assert await refused(mesh.dashboard(editor, title)) == invalid
+    update = pb.UpdateFolderRequest(folder=Folder(folder_id=folder.folder_id, title=title))
+    assert await refused(mesh.folders.UpdateFolder(update, metadata=editor.metadata)) == invalid
+    change = dashboards_pb.UpdateDashboardRequest(
+        dashboard=Dashboard(dashboard_id=dashboard.dashboard_id, title=title)
+    )
+    assert await refused(mesh.dashboards.UpdateDashboard(change, metadata=editor.metadata)) == invalid
 
 
 async def test_times_are_set(mesh: Mesh) -> None:
