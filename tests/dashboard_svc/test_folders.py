@@ -11,6 +11,8 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from meshboard.dashboard.v1 import dashboard_service_pb2 as dashboards_pb
 from meshboard.dashboard.v1 import folder_service_pb2 as pb
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard
@@ -424,3 +426,44 @@ async def test_times_are_set(mesh: Mesh) -> None:
     folder = await mesh.folder(editor)
     assert folder.create_time == folder.update_time
     assert folder.create_time.ToDatetime(UTC) >= start
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+async def test_pages_hold_what_stays_visible_once_while_the_rest_changes(
+    mesh: Mesh, data: st.DataObject
+) -> None:
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    open_, closed = await mesh.folder(admin), await mesh.folder(admin)
+    await folder_grant(mesh, admin, closed, Subject(workspace=True), effect=Grant.DENY)
+    made = [
+        await mesh.dashboard(admin, folder=data.draw(st.sampled_from([open_, closed, None])))
+        for _ in range(12)
+    ]
+    for dashboard in made:
+        if dashboard.folder_id == closed.folder_id and data.draw(st.booleans()):
+            await grant(mesh, admin, dashboard, Subject(workspace=True))
+
+    async def visible() -> set[str]:
+        return {each.dashboard_id for each in made if await get(mesh, guest, each) == ""}
+
+    always, seen = await visible(), []
+    request = dashboards_pb.ListDashboardsRequest(page_size=3)
+    while True:
+        page = await mesh.dashboards.ListDashboards(request, metadata=guest.metadata)
+        seen += [each.dashboard_id for each in page.dashboards]
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+        changed = data.draw(st.sampled_from(made))
+        match data.draw(st.sampled_from(["create", "move", "deny"])):
+            case "create":
+                await mesh.dashboard(admin)
+            case "move":
+                await move_dashboard(mesh, admin, changed, data.draw(st.sampled_from([open_, closed, None])))
+            case "deny":
+                await outcome(grant(mesh, admin, changed, Subject(workspace=True), "viewer", Grant.DENY))
+        always &= await visible()
+    assert seen == sorted(set(seen), reverse=True)
+    assert always <= set(seen)

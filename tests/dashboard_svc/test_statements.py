@@ -50,15 +50,13 @@ async def test_lists_cost_one_statement(mesh: Mesh) -> None:
     folder = await mesh.folder(admin)
     for _ in range(3):
         await mesh.dashboard(admin, folder=folder)
-    for call in (
-        mesh.dashboards.ListDashboards(pb.ListDashboardsRequest(page_size=2), metadata=admin.metadata),
-        mesh.dashboards.ListDashboards(
-            pb.ListDashboardsRequest(folder_id=folder.folder_id), metadata=admin.metadata
-        ),
-        mesh.folders.ListFolders(folder_pb.ListFoldersRequest(), metadata=admin.metadata),
+    for list_page, request in (
+        (mesh.dashboards.ListDashboards, pb.ListDashboardsRequest(page_size=2)),
+        (mesh.dashboards.ListDashboards, pb.ListDashboardsRequest(folder_id=folder.folder_id)),
+        (mesh.folders.ListFolders, folder_pb.ListFoldersRequest()),
     ):
         with statements() as made:
-            await call
+            await list_page(request, metadata=admin.metadata)
         assert len(made) == 1
 
 

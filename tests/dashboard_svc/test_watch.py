@@ -390,23 +390,16 @@ async def test_ends_at_once_when_a_folder_around_it_is_closed(
         folder_id=closed.folder_id, subject=Subject(workspace=True), role="viewer", effect=Grant.DENY
     )
     await mesh.folders.CreateFolderGrant(deny, metadata=admin.metadata)
-    for change in (
-        mesh.dashboards.MoveDashboard(
-            pb.MoveDashboardRequest(dashboard_id=dashboard.dashboard_id, folder_id=closed.folder_id),
-            metadata=admin.metadata,
-        ),
-        mesh.folders.MoveFolder(
-            folder_pb.MoveFolderRequest(folder_id=folder.folder_id, parent_folder_id=closed.folder_id),
-            metadata=admin.metadata,
-        ),
-    ):
-        async with watching(mesh, guest, dashboard) as watcher:
-            await change
-            await watcher.ended(End.ACCESS_LOST, 2)
-        await mesh.dashboards.MoveDashboard(
-            pb.MoveDashboardRequest(dashboard_id=dashboard.dashboard_id, folder_id=folder.folder_id),
-            metadata=admin.metadata,
-        )
+    moves = pb.MoveDashboardRequest(dashboard_id=dashboard.dashboard_id, folder_id=closed.folder_id)
+    async with watching(mesh, guest, dashboard) as watcher:
+        await mesh.dashboards.MoveDashboard(moves, metadata=admin.metadata)
+        await watcher.ended(End.ACCESS_LOST, 2)
+    moves.folder_id = folder.folder_id
+    await mesh.dashboards.MoveDashboard(moves, metadata=admin.metadata)
+    async with watching(mesh, guest, dashboard) as watcher:
+        around = folder_pb.MoveFolderRequest(folder_id=folder.folder_id, parent_folder_id=closed.folder_id)
+        await mesh.folders.MoveFolder(around, metadata=admin.metadata)
+        await watcher.ended(End.ACCESS_LOST, 2)
 
 
 async def test_ends_when_the_grant_expires(mesh: Mesh) -> None:
