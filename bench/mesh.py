@@ -126,6 +126,8 @@ class Account:
             "password": secrets.token_urlsafe(15),
         }
         answer = self._call("/v1/auth:signUp", {**self._credentials, "displayName": "Bench"}, token="")
+        self.user_id = str(answer["user"]["userId"])
+        self.workspace_id = str(answer["workspace"]["workspaceId"])
         self.token = str(answer["accessToken"])
         self._expiry = time.monotonic() + answer["expiresInSeconds"] / 2
 
@@ -141,16 +143,15 @@ class Account:
 
     def create_api_key(self) -> str:
         """An API key of a new service account."""
-        self.authorization()
-        workspaces = json.loads(
-            _request(
-                self._connection, "GET", "/v1/workspaces", b"", {"Authorization": f"Bearer {self.token}"}
-            )
-        )
-        path = f"/v1/workspaces/{workspaces['workspaces'][0]['workspaceId']}/serviceAccounts"
-        made = self._call(path, {"title": "Load", "role": "viewer"}, token=self.token)
+        path = f"/v1/workspaces/{self.workspace_id}/serviceAccounts"
+        made = self.post(path, {"title": "Load", "role": "viewer"})
         keys = f"{path}/{made['serviceAccount']['serviceAccountId']}/apiKeys"
-        return str(self._call(keys, {"title": "Load"}, token=self.token)["secret"])
+        return str(self.post(keys, {"title": "Load"})["secret"])
+
+    def post(self, path: str, body: object) -> Any:
+        """Makes a call, and returns its answer."""
+        self.authorization()
+        return self._call(path, body, token=self.token)
 
     def sign_in(self) -> str:
         """The refresh token of another session."""

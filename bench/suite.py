@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 
-from bench import ingest, load, mesh, reads, sign_ins, startup, visible
+from bench import access, ingest, load, mesh, reads, sign_ins, startup, visible
 from bench.figures import Figure, document
 from cli.envoy_config import REPOSITORY
 from cli.main import free_port
 
-NAMES = ("reads", "auth", "ingest", "visible", "startup")
+NAMES = ("reads", "auth", "access", "ingest", "visible", "startup")
 BUSY = 0.25  # load of other work, for each core, from which on rates mean little
 RESULTS = REPOSITORY / "bench" / "results"
 _PACKAGES = (
@@ -85,6 +85,15 @@ def _under_load(own: mesh.Mesh, names: Sequence[str], *, quick: bool, say: Say) 
     if "auth" in names:
         figures += sign_ins.measure(
             own, account, rounds=1 if quick else 5, seconds=2 if quick else 6, say=_tagged(say, "auth")
+        )
+    if "access" in names:
+        figures += access.measure(
+            own,
+            account,
+            dashboards=2_000 if quick else 50_000,
+            members=500 if quick else 10_000,
+            probes=20 if quick else 300,
+            say=_tagged(say, "access"),
         )
     if "ingest" in names:
         sizes = {1: 300, 100: 3_000, 1000: 10_000} if quick else {1: 5_000, 100: 50_000, 1000: 150_000}

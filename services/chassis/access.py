@@ -253,7 +253,7 @@ class _GrantReader:
         assert batch.found is not None
         found = await asyncio.shield(batch.found)
         return {
-            resource_id: resources.levels_for(found[key], rights, now)
+            resource_id: resources.levels_for(found[key], rights.user_id, rights.team_ids, now)
             for resource_id in resource_ids
             if (key := (rights.workspace_id, resource_id)) in found
         }

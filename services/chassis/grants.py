@@ -19,7 +19,7 @@ from meshboard.user.v1.internal_grant_service_pb2 import (
 from meshboard.user.v1.internal_grant_service_pb2_grpc import InternalGrantServiceServicer
 from meshboard.user.v1.internal_user_service_pb2 import CheckSubjectsRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
-from sqlalchemy import ColumnElement, and_, delete, select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -247,7 +247,8 @@ class Grants:
             [resource_id],
             [caller.user_id, *caller.team_ids],
         )
-        levels = resources.levels_for(found[caller.workspace_id, resource_id], caller, now)
+        places = found[caller.workspace_id, resource_id]
+        levels = resources.levels_for(places, caller.user_id, caller.team_ids, now)
         lacking = sorted(p for p in given if not rights.decide(caller, levels, p))
         if lacking:
             raise errors.permission_denied(
@@ -370,38 +371,45 @@ class InternalGrantServicer(InternalGrantServiceServicer):
     async def GetResourceGrants(
         self, request: GetResourceGrantsRequest, context: Context
     ) -> GetResourceGrantsResponse:
-        """Reads the levels and their grants in one statement."""
+        """Finds the levels, then reads their grants."""
         resource = self._owned.get(request.resource_type)
         if resource is None:
             raise errors.invalid_fields([("resource_type", "is none of this service")])
-        workspace_id = request.workspace_id.lower()
-        levels = resources.levels_above(resource, [workspace_id], map(str.lower, request.resource_ids))
-        subject = rights.Rights(
-            request.user_id, workspace_id, "", frozenset(), frozenset(request.team_ids), version=0
-        )
+        workspace_id, user_id = request.workspace_id.lower(), request.user_id.lower()
+        resource_ids, team_ids = [[*map(str.lower, ids)] for ids in (request.resource_ids, request.team_ids)]
         async with self._db() as session:
-            rows = await session.execute(
-                select(levels.c.asked_id, levels.c.resource_type, levels.c.resource_id, GrantRow)
-                .outerjoin(
-                    GrantRow,
-                    and_(
-                        GrantRow.resource_type == levels.c.resource_type,
-                        GrantRow.resource_id == levels.c.resource_id,
-                        resources.applies(subject, self._now()),
-                    ),
-                )
-                .order_by(levels.c.asked_id, levels.c.depth, GrantRow.grant_id)
+            found = await resources.find(
+                session, resource, [workspace_id], resource_ids, [user_id, *team_ids]
             )
-        response = GetResourceGrantsResponse()
-        for asked_id, resource_type, resource_id, grant in rows:
-            if not response.resources or response.resources[-1].resource_id != asked_id:
-                response.resources.add(resource_id=asked_id)
-            above = response.resources[-1].levels
-            if not above or above[-1].resource_id != resource_id:
-                above.add(resource_type=resource_type, resource_id=resource_id)
-            if grant is not None:
-                above[-1].grants.append(grant_to_pb(grant))
-        return response
+            levels = {
+                resource_id: resources.levels_for(places, user_id, team_ids, self._now())
+                for (_, resource_id), places in found.items()
+            }
+            grant_ids = {
+                grant.grant_id for each in levels.values() for level in each for grant in level.grants
+            }
+            rows = await session.scalars(
+                select(GrantRow).where(
+                    GrantRow.workspace_id == workspace_id, GrantRow.grant_id.in_(grant_ids)
+                )
+            )
+        grants = {row.grant_id: grant_to_pb(row) for row in rows}
+        return GetResourceGrantsResponse(
+            resources=[
+                GetResourceGrantsResponse.Resource(
+                    resource_id=resource_id,
+                    levels=[
+                        GetResourceGrantsResponse.Level(
+                            resource_type=level.resource_type,
+                            resource_id=level.resource_id,
+                            grants=[grants[g.grant_id] for g in level.grants if g.grant_id in grants],
+                        )
+                        for level in each
+                    ],
+                )
+                for resource_id, each in levels.items()
+            ]
+        )
 
     async def ListSubjectGrants(
         self, request: ListSubjectGrantsRequest, context: Context

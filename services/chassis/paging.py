@@ -88,7 +88,7 @@ class Page:
 
     @property
     def last(self) -> tuple[Any, ...] | None:
-        """The sort key that the last page ended with, for lists that no SQL sorts; None on the first page."""
+        """Where the last page ended, for lists that have a way of their own to go on; None on the first page."""
         return None if self._last is None else tuple(self._last)
 
     def after(

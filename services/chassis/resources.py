@@ -3,47 +3,56 @@
 Grants hold for all that lies in what they are on. So to see a row is settled by the grants on the row itself, else by
 the verdict on the place that it lies in, else by the role. There are few places and many rows: the verdict on each
 place is computed once for a statement, and grants on rows are looked up for as few rows as can be.
+
+The statements are texts, and made once for each type of resource: to build and compile expressions of this size for
+every call would cost more than Postgres takes to answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Select,
-    Text,
-    Uuid,
-    and_,
-    any_,
-    case,
-    column,
-    exists,
-    false,
-    func,
-    literal,
-    null,
-    or_,
-    select,
-    true,
-    union_all,
-)
+from sqlalchemy import Boolean, DateTime, Integer, Text, TextClause, Uuid, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute, aliased
+from sqlalchemy.orm import InstrumentedAttribute
 
 from services.chassis import errors
-from services.chassis.db import GrantRow
 from services.chassis.rights import ALLOW, DENY, ROLES, TEAM, USER, WORKSPACE, Grant, Level, Rights, says
 
-Column = ColumnElement[str] | InstrumentedAttribute[str]
+# Comes after all ids that are made.
+_LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+_ID = Uuid(as_uuid=False)
+_TYPES: dict[str, Any] = {
+    "workspace_id": _ID,
+    "user_id": _ID,
+    "last_id": _ID,
+    "now": DateTime(timezone=True),
+    "by_role": Boolean(),
+    **dict.fromkeys(("allowing", "denying", "known", "subject_types"), ARRAY(Text())),
+    **dict.fromkeys(("team_ids", "subject_ids", "workspace_ids", "resource_ids"), ARRAY(_ID)),
+}
+_ASKED = ("workspace_ids", "resource_ids", "subject_ids")
+_FOUND: dict[str, Any] = {
+    "workspace_id": _ID,
+    "asked_id": _ID,
+    "depth": Integer(),
+    "resource_type": Text(),
+    "resource_id": _ID,
+    "subject_type": Text(),
+    "subject_id": _ID,
+    "role": Text(),
+    "effect": Text(),
+    "grant_id": _ID,
+    "expire_time": DateTime(timezone=True),
+}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Resource:
     """Where the resources of a type are: `dashboard` in the column `Dashboard.dashboard_id`.
 
@@ -69,48 +78,24 @@ class Resource:
         """The permission to see one."""
         return f"{self.type}s.view"
 
+    @property
+    def table(self) -> str:
+        """The name of the table."""
+        return str(self.resource_id.class_.__tablename__)
+
+    @cached_property
+    def sql(self) -> _Sql:
+        """The statements about resources of this type."""
+        return _Sql(self)
+
     def absent(self) -> errors.Error:
         """What is said of one that does not exist, or that the caller may not see."""
         return errors.not_found(f"{self.type.upper()}_NOT_FOUND", f"There is no such {self.type}.")
 
 
-def levels_above(resource: Resource, workspace_ids: Iterable[str], resource_ids: Iterable[str]) -> CTE:
-    """SQL: the resources among these that exist, and all that they lie in.
-
-    Columns: `workspace_id`, `asked_id`, `depth` (0 for the resource itself), `resource_type`, `resource_id`.
-    """
-    levels = (
-        select(
-            resource.workspace_id.label("workspace_id"),
-            resource.resource_id.label("asked_id"),
-            literal(0).label("depth"),
-            literal(resource.type, Text).label("resource_type"),
-            resource.resource_id.label("resource_id"),
-            _parent_of(resource).label("parent_id"),
-        )
-        .where(resource.workspace_id == _any(workspace_ids), resource.resource_id == _any(resource_ids))
-        .cte("levels", recursive=resource.place is not None)
-    )
-    if (place := resource.place) is None:
-        return levels
-    return levels.union_all(
-        select(
-            levels.c.workspace_id,
-            levels.c.asked_id,
-            levels.c.depth + 1,
-            literal(place.type, Text),
-            place.resource_id,
-            _parent_of(place),
-        ).where(
-            place.workspace_id == levels.c.workspace_id,
-            place.resource_id == levels.c.parent_id,
-        )
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One level as it was found, with the grants and their expiry by subject."""
+    """The resource, or something that it lies in, with the grants on it and their expiry by subject."""
 
     resource_type: str
     resource_id: str
@@ -129,30 +114,13 @@ async def find(
     subject_ids: Iterable[str],
 ) -> Found:
     """The resources among these that exist, with the grants to these subjects and to everyone, in one statement."""
-    levels = levels_above(resource, workspace_ids, resource_ids)
     rows = await session.execute(
-        select(
-            levels.c.workspace_id,
-            levels.c.asked_id,
-            levels.c.depth,
-            levels.c.resource_type,
-            levels.c.resource_id,
-            GrantRow.subject_type,
-            GrantRow.subject_id,
-            GrantRow.role,
-            GrantRow.effect,
-            GrantRow.grant_id,
-            GrantRow.expire_time,
-        ).outerjoin_from(
-            levels,
-            GrantRow,
-            and_(
-                GrantRow.workspace_id == levels.c.workspace_id,
-                GrantRow.resource_type == levels.c.resource_type,
-                GrantRow.resource_id == levels.c.resource_id,
-                or_(GrantRow.subject_id.is_(None), GrantRow.subject_id == _any(subject_ids)),
-            ),
-        )
+        resource.sql.found,
+        {
+            "workspace_ids": sorted(workspace_ids),
+            "resource_ids": sorted(resource_ids),
+            "subject_ids": sorted(subject_ids),
+        },
     )
     found: Found = {}
     for workspace_id, asked_id, depth, resource_type, resource_id, subject_type, subject_id, *grant in rows:
@@ -167,13 +135,9 @@ async def find(
     return found
 
 
-def levels_for(places: dict[int, Place], rights: Rights, now: datetime) -> list[Level]:
+def levels_for(places: dict[int, Place], user_id: str, team_ids: Iterable[str], now: datetime) -> list[Level]:
     """The levels of a decision about a user, the nearest first."""
-    subjects: list[tuple[str, str | None]] = [
-        (USER, rights.user_id),
-        *((TEAM, team_id) for team_id in rights.team_ids),
-        (WORKSPACE, None),
-    ]
+    subjects = [(USER, user_id), *((TEAM, team_id) for team_id in team_ids), (WORKSPACE, None)]
     return [
         Level(
             [
@@ -189,76 +153,29 @@ def levels_for(places: dict[int, Place], rights: Rights, now: datetime) -> list[
     ]
 
 
-def visible(resource: Resource, rights: Rights, now: datetime) -> ColumnElement[bool]:
-    """SQL: whether the user may view the row. For lists of many rows see `visible_ids`."""
-    view = resource.view
-    return func.coalesce(_said_of(resource, rights, now, view), _place_allows(resource, rights, now, view))
+def visible(resource: Resource, rights: Rights, now: datetime) -> TextClause:
+    """SQL: whether the user may view the row; a condition for `where`. For pages of long lists see `visible_ids`."""
+    return _bound(resource.sql.visible, resource, rights, now)
 
 
 def visible_ids(
-    resource: Resource,
-    rights: Rights,
-    now: datetime,
-    after: Callable[[Column], ColumnElement[bool]],
-    limit: int,
-) -> Select[str]:
-    """SQL: the ids of the last `limit` rows before a page's end that the user may view, in no order.
+    resource: Resource, rights: Rights, now: datetime, last_id: str | None, limit: int
+) -> TextClause:
+    """SQL: whether the row is one of the next `limit` that the user may view, in the order of falling ids.
 
-    `after(id)` is the condition that a row comes after the last page, in the order of falling ids. The cost is that of
-    the rows on the page and of grants which say otherwise than the place: a row is visible because of its place (then
-    it is met on the way through the table), or because of a grant to the user, to one of its teams or to the workspace
-    (then it is met on the way through the grants of that subject); the nearest of each way are enough.
+    `last_id` is the last one of the page before. The cost is that of the rows on the page and of the grants which say
+    otherwise than the place. For a row is visible because of its place (then it is met on the way through the table),
+    or because of a grant to the user, to one of its teams or to the workspace (then it is met on the way through the
+    grants of that subject); the nearest of each way are enough.
     """
-    view = resource.view
-    said = _said_of(resource, rights, now, view)
-    in_order: Any = (
-        select(resource.resource_id)
-        .where(
-            resource.workspace_id == rights.workspace_id,
-            after(resource.resource_id),
-            # In a CASE, so that grants are looked up only in places that are visible.
-            case((_place_allows(resource, rights, now, view), func.coalesce(said, true())), else_=false()),
-        )
-        .order_by(resource.resource_id.desc())
-        .limit(limit)
-    )
-    unnested = func.unnest(
-        literal([USER, *(TEAM for _ in rights.team_ids)], ARRAY(Text)),
-        literal([rights.user_id, *sorted(rights.team_ids)], ARRAY(Uuid(as_uuid=False))),
-    )
-    subjects = unnested.table_valued(column("type", Text), column("id", Uuid(as_uuid=False)))
-    subjects = subjects.render_derived(name="subjects")
-
-    row = aliased(GrantRow)
-
-    def granted(*to: ColumnElement[bool]) -> Select[str]:
-        return (
-            select(row.resource_id)
-            .where(
-                row.workspace_id == rights.workspace_id,
-                *to,
-                row.resource_type == resource.type,
-                row.effect == ALLOW,
-                row.role.in_(_saying(rights, ALLOW, view)),
-                after(row.resource_id),
-                exists()
-                .where(resource.workspace_id == rights.workspace_id, resource.resource_id == row.resource_id)
-                .correlate(row),
-                _said_of(resource, rights, now, view, row.resource_id),
-            )
-            .order_by(row.resource_id.desc())
-            .limit(limit)
-        )
-
-    to_me = granted(row.subject_type == subjects.c.type, row.subject_id == subjects.c.id)
-    mine = to_me.correlate(subjects).lateral()
-    to_all = granted(row.subject_type == WORKSPACE, row.subject_id.is_(None))
-    return select(
-        union_all(
-            select(in_order.subquery()),
-            select(mine.c.resource_id).select_from(subjects).join(mine, true()),
-            select(to_all.subquery()),
-        ).subquery()
+    return _bound(
+        resource.sql.visible_ids(limit),
+        resource,
+        rights,
+        now,
+        last_id=last_id or _LAST_ID,
+        subject_types=[USER, *(TEAM for _ in rights.team_ids)],
+        subject_ids=[rights.user_id, *sorted(rights.team_ids)],
     )
 
 
@@ -278,139 +195,251 @@ class Reach:
 
 async def reach(session: AsyncSession, resource: Resource, rights: Rights, now: datetime) -> Reach:
     """The user's reach now, for a search engine that filters by it. It reads all grants on rows to the user."""
-    view = resource.view
+    rows = await session.execute(_bound(resource.sql.exceptions, resource, rights, now))
+    exceptions: dict[bool, set[str]] = {True: set(), False: set()}
+    for resource_id, allowed in rows:
+        exceptions[allowed].add(str(resource_id))
     parents: frozenset[str] = frozenset()
     if resource.place is not None:
-        verdicts = _verdicts(resource.place, rights, now, view)
-        rows = await session.scalars(select(verdicts.c.resource_id).where(verdicts.c.allowed))
-        parents = frozenset(rows)
-    said = _said(resource, rights, now, view)
-    exceptions = await session.execute(
-        select(said.c.resource_id, said.c.allowed)
-        .join(resource.resource_id.class_, resource.resource_id == said.c.resource_id)
-        .where(
-            resource.workspace_id == rights.workspace_id,
-            said.c.allowed != _place_allows(resource, rights, now, view),
-        )
-    )
-    by_verdict: dict[bool, set[str]] = {True: set(), False: set()}
-    for resource_id, allowed in exceptions:
-        by_verdict[allowed].add(resource_id)
+        places = await session.scalars(_bound(resource.sql.allowing_places, resource, rights, now))
+        parents = frozenset(map(str, places))
     return Reach(
-        parents, frozenset(by_verdict[True]), frozenset(by_verdict[False]), view in rights.permissions
+        parents,
+        frozenset(exceptions[True]),
+        frozenset(exceptions[False]),
+        resource.view in rights.permissions,
     )
 
 
-def applies(rights: Rights, now: datetime) -> ColumnElement[bool]:
-    """SQL: the grant is for this user, a team of the user's or the workspace, and has not expired."""
-    return and_(
-        GrantRow.workspace_id == rights.workspace_id,
-        or_(GrantRow.expire_time.is_(None), GrantRow.expire_time > now),
-        or_(
-            and_(GrantRow.subject_type == USER, GrantRow.subject_id == rights.user_id),
-            and_(GrantRow.subject_type == TEAM, GrantRow.subject_id == _any(rights.team_ids)),
-            and_(GrantRow.subject_type == WORKSPACE, GrantRow.subject_id.is_(None)),
-        ),
-    )
+class _Sql:
+    """The statements about one type of resource. Each parameter is named after the type, so that two can be joined."""
 
+    def __init__(self, resource: Resource) -> None:
+        self._resource = resource
+        self._id = resource.resource_id.key
+        self._table = resource.table
+        self._p = f":{resource.type}_"
 
-def _saying(rights: Rights, effect: str, permission: str) -> list[str]:
-    """The roles of which a grant of this effect says something about the permission."""
-    return [
-        role
-        for role in (*ROLES, *sorted(rights.roles))
-        if says(Grant(USER, role, effect), permission, rights.roles)
-    ]
+    @cached_property
+    def found(self) -> Any:
+        """What exists of :resource_ids, what it lies in, and the grants to :subject_ids and to everyone."""
+        resource, place = self._resource, self._resource.place
+        parent_id, above = "NULL::uuid", ""
+        if place is not None:
+            parent_id = resource.parent_id.key
+            above = f"""
+              UNION ALL
+                SELECT levels.workspace_id, asked_id, depth + 1, '{place.type}', place.{place.resource_id.key},
+                    place.{place.parent_id.key}
+                FROM levels JOIN {place.table} AS place
+                    ON place.workspace_id = levels.workspace_id AND place.{place.resource_id.key} = parent_id
+            """  # noqa: S608 - names of tables and columns, from the code; here and below
+        sql = f"""
+            WITH RECURSIVE levels AS (
+                SELECT workspace_id, {self._id} AS asked_id, 0 AS depth, '{resource.type}'::text AS resource_type,
+                    {self._id} AS resource_id, {parent_id} AS parent_id
+                FROM {self._table}
+                WHERE workspace_id = ANY (:workspace_ids) AND {self._id} = ANY (:resource_ids)
+                {above}
+            )
+            SELECT levels.workspace_id, asked_id, depth, levels.resource_type, levels.resource_id,
+                subject_type, subject_id, role, effect, grant_id, expire_time
+            FROM levels LEFT JOIN grants
+                ON grants.workspace_id = levels.workspace_id AND grants.resource_type = levels.resource_type
+                AND grants.resource_id = levels.resource_id
+                AND (subject_id IS NULL OR subject_id = ANY (:subject_ids))
+        """  # noqa: S608
+        return text(sql).bindparams(*_typed(*_ASKED)).columns(**_FOUND)
 
+    @cached_property
+    def visible(self) -> TextClause:
+        """Whether a row of the table is visible."""
+        said = self._said_of(f"{self._table}.{self._id}")
+        return self._text(f"coalesce({said}, {self._place_allows(self._table, inline=True)})")
 
-def _verdict(rights: Rights, permission: str) -> ColumnElement[bool | None]:
-    """SQL, over grants on one resource that apply: what they say of the permission; null: nothing."""
-    relevant = or_(
-        and_(GrantRow.effect == ALLOW, GrantRow.role.in_(_saying(rights, ALLOW, permission))),
-        and_(
-            GrantRow.effect == DENY,
-            or_(
-                GrantRow.role.in_(_saying(rights, DENY, permission)),
-                GrantRow.role.not_in([*ROLES, *sorted(rights.roles)]),
-            ),
-        ),
-    )
+    def visible_ids(self, limit: int) -> TextClause:
+        """Whether a row of the table is one of the next visible ones."""
+        # The limit is no parameter: a plan for any limit is one for many rows.
+        ways = " UNION ALL ".join(self._ways_by_place(limit) + self._ways_by_grant(limit))
+        return self._text(f"""
+            {self._table}.{self._id} IN (
+                {self._with_verdicts}
+                SELECT id FROM ({ways}) AS candidates GROUP BY id ORDER BY id DESC LIMIT {limit:d}
+            )
+        """)  # noqa: S608
 
-    def level(subject_type: str) -> Any:
-        return func.bool_and(GrantRow.effect == ALLOW).filter(GrantRow.subject_type == subject_type, relevant)
+    def _ways_by_place(self, limit: int) -> list[str]:
+        """The next rows that are visible because of where they lie.
 
-    return func.coalesce(level(USER), level(TEAM), level(WORKSPACE))
+        Where few places are visible, the way is through these places; else through the table, in which then many rows
+        are visible. Conditions on :by_role and the number of places are judged once, before any row is read.
+        """
 
+        def way(condition: str) -> str:
+            return f"""(
+                SELECT one.{self._id} AS id FROM {self._table} AS one
+                WHERE one.workspace_id = {self._p}workspace_id AND one.{self._id} < {self._p}last_id AND {condition}
+                ORDER BY id DESC LIMIT {limit:d}
+            )"""  # noqa: S608
 
-def _said_of(
-    resource: Resource,
-    rights: Rights,
-    now: datetime,
-    permission: str,
-    resource_id: Column | None = None,
-) -> ColumnElement[bool | None]:
-    """SQL: what the grants on one row say; null: nothing."""
-    return (
-        select(_verdict(rights, permission))
-        .where(
-            applies(rights, now),
-            GrantRow.resource_type == resource.type,
-            GrantRow.resource_id == (resource.resource_id if resource_id is None else resource_id),
+        not_denied = f"coalesce({self._said_of(f'one.{self._id}')}, true)"
+        resource = self._resource
+        if resource.place is None:
+            return [way(f"{self._p}by_role AND {not_denied}")]
+        parent_id = f"one.{resource.parent_id.key}"
+        count = "(SELECT count(*) FROM verdicts WHERE allowed)"
+        # In a CASE, so that grants are looked up only in places that are visible.
+        in_place = f"CASE WHEN {parent_id} IN ({_ALLOWING}) THEN {not_denied} ELSE false END"
+        return [
+            way(f"{self._p}by_role AND {parent_id} IS NULL AND {not_denied}"),
+            way(f"{count} > {_FEW_PLACES} AND {in_place}"),
+            f"""(
+                SELECT by_place.id FROM (SELECT place_id FROM verdicts WHERE allowed) AS places,
+                    LATERAL {way(f"{parent_id} = places.place_id AND {not_denied}")} AS by_place
+                WHERE {count} <= {_FEW_PLACES}
+            )""",  # noqa: S608
+        ]
+
+    def _ways_by_grant(self, limit: int) -> list[str]:
+        """The next rows that are visible because of a grant on them."""
+        granted = f"""(
+            SELECT resource_id AS id FROM grants AS mine
+            WHERE workspace_id = {self._p}workspace_id AND {{subject}}
+                AND resource_type = '{self._resource.type}' AND resource_id < {self._p}last_id
+                AND effect = '{ALLOW}' AND role = ANY ({self._p}allowing)
+                AND EXISTS (
+                    SELECT FROM {self._table} AS one
+                    WHERE one.workspace_id = mine.workspace_id AND one.{self._id} = mine.resource_id
+                )
+                AND {self._said_of("mine.resource_id")}
+            ORDER BY resource_id DESC LIMIT {limit:d}
+        )"""  # noqa: S608
+        to_subject = granted.format(subject="subject_type = subjects.type AND subject_id = subjects.id")
+        to_all = granted.format(subject=f"subject_type = '{WORKSPACE}' AND subject_id IS NULL")
+        return [
+            f"""(
+                SELECT to_subject.id
+                FROM unnest({self._p}subject_types, {self._p}subject_ids) AS subjects (type, id),
+                    LATERAL {to_subject} AS to_subject
+            )""",  # noqa: S608
+            to_all,
+        ]
+
+    @cached_property
+    def allowing_places(self) -> TextClause:
+        """The places in which a row is visible that no grant is on."""
+        return self._text(f"{self._with_verdicts} {_ALLOWING}")
+
+    @cached_property
+    def exceptions(self) -> TextClause:
+        """The rows that the grants on them make visible or not, otherwise than their places do."""
+        resource = self._resource
+        ctes = self._with_verdicts or "WITH"
+        return self._text(f"""
+            {ctes}{"," if self._with_verdicts else ""} said AS ({self._said(resource.type)})
+            SELECT one.{self._id}, said.allowed
+            FROM said JOIN {self._table} AS one
+                ON one.workspace_id = {self._p}workspace_id AND one.{self._id} = said.resource_id
+            WHERE said.allowed <> {self._place_allows("one")}
+        """)  # noqa: S608
+
+    @cached_property
+    def _with_verdicts(self) -> str:
+        """For each place of the workspace, whether the grants on it and above, or the role, allow it; or nothing."""
+        place = self._resource.place
+        if place is None:
+            return ""
+        place_id, parent_id = place.resource_id.key, place.parent_id.key
+        return f"""
+            WITH RECURSIVE said_of_places AS ({self._said(place.type)}),
+            verdicts AS (
+                SELECT {place_id} AS place_id, coalesce(allowed, {self._p}by_role) AS allowed
+                FROM {place.table} LEFT JOIN said_of_places ON resource_id = {place_id}
+                WHERE workspace_id = {self._p}workspace_id AND {parent_id} IS NULL
+              UNION ALL
+                SELECT {place_id}, coalesce(said_of_places.allowed, verdicts.allowed)
+                FROM verdicts JOIN {place.table} AS place
+                    ON workspace_id = {self._p}workspace_id AND {parent_id} = verdicts.place_id
+                    LEFT JOIN said_of_places ON resource_id = {place_id}
+            )
+        """  # noqa: S608
+
+    def _place_allows(self, row: str, *, inline: bool = False) -> str:
+        """What holds for a row that no grant is on."""
+        if self._resource.place is None:
+            return f"{self._p}by_role"
+        parent_id = f"{row}.{self._resource.parent_id.key}"
+        verdicts = self._with_verdicts if inline else ""
+        return (
+            f"CASE WHEN {parent_id} IS NULL THEN {self._p}by_role"
+            f" ELSE {parent_id} IN ({verdicts} {_ALLOWING}) END"
         )
-        .correlate_except(GrantRow)
-        .scalar_subquery()
+
+    def _said_of(self, resource_id: str) -> str:
+        """What the grants on one row say; null: nothing."""
+        return f"""(
+            SELECT {_VERDICT} FROM grants
+            WHERE resource_id = {resource_id} AND {self._applies(self._resource.type)}
+        )"""  # noqa: S608
+
+    def _said(self, resource_type: str) -> str:
+        """What the grants say, by the resources that they are on."""
+        return f"""
+            SELECT resource_id, {_VERDICT} AS allowed FROM grants
+            WHERE {self._applies(resource_type)} GROUP BY resource_id
+        """  # noqa: S608
+
+    def _applies(self, resource_type: str) -> str:
+        """That a grant is for the user, has not expired, and says something about the permission to view a row."""
+        p = self._p
+        return f"""
+            grants.workspace_id = {p}workspace_id AND grants.resource_type = '{resource_type}'
+            AND (grants.expire_time IS NULL OR grants.expire_time > {p}now)
+            AND (grants.subject_type = '{USER}' AND grants.subject_id = {p}user_id
+                OR grants.subject_type = '{TEAM}' AND grants.subject_id = ANY ({p}team_ids)
+                OR grants.subject_type = '{WORKSPACE}' AND grants.subject_id IS NULL)
+            AND (grants.effect = '{ALLOW}' AND grants.role = ANY ({p}allowing)
+                OR grants.effect = '{DENY}' AND (grants.role = ANY ({p}denying) OR grants.role <> ALL ({p}known)))
+        """
+
+    def _text(self, sql: str) -> TextClause:
+        names = [name for name in _TYPES if f"{self._p}{name}" in sql]
+        return text(sql).bindparams(*_typed(*names, prefix=f"{self._resource.type}_"))
+
+
+_VERDICT = f"""coalesce(
+    bool_and(grants.effect = '{ALLOW}') FILTER (WHERE grants.subject_type = '{USER}'),
+    bool_and(grants.effect = '{ALLOW}') FILTER (WHERE grants.subject_type = '{TEAM}'),
+    bool_and(grants.effect = '{ALLOW}') FILTER (WHERE grants.subject_type = '{WORKSPACE}')
+)"""
+# Up to so many visible places, each is gone through by itself.
+_FEW_PLACES = 16
+_ALLOWING = "SELECT place_id FROM verdicts WHERE allowed"
+
+
+def _typed(*names: str, prefix: str = "") -> list[Any]:
+    return [bindparam(prefix + name, type_=_TYPES[name], required=True) for name in names]
+
+
+def _bound(clause: TextClause, resource: Resource, rights: Rights, now: datetime, **more: Any) -> TextClause:
+    """The statement with the values of a user."""
+    known = [*ROLES, *sorted(rights.roles)]
+
+    def saying(effect: str) -> list[str]:
+        return [role for role in known if says(Grant(USER, role, effect), resource.view, rights.roles)]
+
+    values = {
+        "workspace_id": rights.workspace_id,
+        "user_id": rights.user_id,
+        "team_ids": sorted(rights.team_ids),
+        "now": now,
+        "by_role": resource.view in rights.permissions,
+        "allowing": saying(ALLOW),
+        "denying": saying(DENY),
+        "known": known,
+        **more,
+    }
+    wanted = clause._bindparams
+    return clause.bindparams(
+        **{f"{resource.type}_{name}": v for name, v in values.items() if f"{resource.type}_{name}" in wanted}
     )
-
-
-def _said(resource: Resource, rights: Rights, now: datetime, permission: str) -> CTE:
-    """SQL: what the grants say, by the resources that they are on."""
-    return (
-        select(GrantRow.resource_id, _verdict(rights, permission).label("allowed"))
-        .where(applies(rights, now), GrantRow.resource_type == resource.type)
-        .group_by(GrantRow.resource_id)
-        .cte(f"said_of_{resource.type}s")
-    )
-
-
-def _verdicts(place: Resource, rights: Rights, now: datetime, permission: str) -> CTE:
-    """SQL: for each place of the workspace, whether the grants on it and above, or the role, allow the permission."""
-    said = _said(place, rights, now, permission)
-    assert place.parent_id is not None, "places lie in one another"
-    verdicts = (
-        select(
-            place.resource_id.label("resource_id"),
-            func.coalesce(said.c.allowed, _by_role(rights, permission)).label("allowed"),
-        )
-        .outerjoin(said, said.c.resource_id == place.resource_id)
-        .where(place.workspace_id == rights.workspace_id, place.parent_id.is_(None))
-        .cte("verdicts", recursive=True)
-    )
-    return verdicts.union_all(
-        select(place.resource_id, func.coalesce(said.c.allowed, verdicts.c.allowed))
-        .join(verdicts, verdicts.c.resource_id == place.parent_id)
-        .outerjoin(said, said.c.resource_id == place.resource_id)
-        .where(place.workspace_id == rights.workspace_id)
-    )
-
-
-def _place_allows(resource: Resource, rights: Rights, now: datetime, permission: str) -> ColumnElement[bool]:
-    """SQL: what holds for a row that no grant is on."""
-    by_role = _by_role(rights, permission)
-    if resource.place is None or resource.parent_id is None:
-        return by_role
-    verdicts = _verdicts(resource.place, rights, now, permission)
-    allowing = select(verdicts.c.resource_id).where(verdicts.c.allowed)
-    return case((resource.parent_id.is_(None), by_role), else_=resource.parent_id.in_(allowing))
-
-
-def _by_role(rights: Rights, permission: str) -> ColumnElement[bool]:
-    return true() if permission in rights.permissions else false()
-
-
-def _parent_of(resource: Resource) -> ColumnElement[Any]:
-    return null().cast(Uuid(as_uuid=False)) if resource.parent_id is None else resource.parent_id
-
-
-def _any(ids: Iterable[str]) -> Any:
-    # An array and not IN: the statement's text stays the same, however many ask.
-    return any_(literal(sorted(ids), ARRAY(Uuid(as_uuid=False))))

@@ -17,18 +17,19 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardMoved,
     DashboardUpdated,
 )
-from sqlalchemy import ColumnElement, and_, select
+from sqlalchemy import and_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth, errors, outbox, times
+from services.chassis import auth, outbox, times
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
-from services.chassis.resources import Column, Resource, visible, visible_ids
+from services.chassis.resources import Resource, visible, visible_ids
 from services.chassis.search import place_of
+from services.chassis.texts import clean_name
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import dashboard_to_pb
@@ -83,7 +84,7 @@ class DashboardServicer(DashboardServiceServicer):
     ) -> pb.CreateDashboardResponse:
         """Creates the dashboard and the creator's grant."""
         caller = auth.caller()
-        now = self.now()
+        title, now = clean_name(request.title, "title"), self.now()
         async with self.db.begin() as session:
             dashboard = await session.scalar(
                 insert(Dashboard)
@@ -91,7 +92,7 @@ class DashboardServicer(DashboardServiceServicer):
                     workspace_id=caller.workspace_id,
                     dashboard_id=new_id(),
                     folder_id=await held_folder(session, caller.workspace_id, request.folder_id),
-                    title=request.title,
+                    title=title,
                     description=request.description,
                     version=1,
                     creator_id=caller.user_id,
@@ -130,19 +131,18 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         assert caller.rights is not None, "the access stage settles the rights"
         page = self.pages.open(request, caller.workspace_id)
-
-        def after(dashboard_id: Column) -> ColumnElement[bool]:
-            return page.after(dashboard_id, descending=True)
-
+        now = self.now()
         if request.folder_id:
             found = and_(
                 Dashboard.folder_id == request.folder_id,
-                after(Dashboard.dashboard_id),
-                visible(DASHBOARD, caller.rights, self.now()),
+                page.after(Dashboard.dashboard_id, descending=True),
+                visible(DASHBOARD, caller.rights, now),
             )
         else:
-            found = Dashboard.dashboard_id.in_(
-                visible_ids(DASHBOARD, caller.rights, self.now(), after, page.limit)
+            found = and_(
+                visible_ids(
+                    DASHBOARD, caller.rights, now, str(page.last[0]) if page.last else None, page.limit
+                )
             )
         async with self.db() as session:
             rows = await session.scalars(
@@ -176,12 +176,13 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         wanted = request.dashboard
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
-        if "title" in fields and not wanted.title:
-            raise errors.invalid_fields([("dashboard.title", "is empty")])
+        changes = {field: getattr(wanted, field) for field in fields}
+        if "title" in fields:
+            changes["title"] = clean_name(wanted.title, "dashboard.title")
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id, wanted.etag)
-            for field in fields:
-                setattr(dashboard, field, getattr(wanted, field))
+            for field, value in changes.items():
+                setattr(dashboard, field, value)
             dashboard.version += 1
             dashboard.update_time = self.now()
             updated = dashboard_to_pb(dashboard)

@@ -55,6 +55,17 @@ _EVENTS = {
     )
 }
 
+# What changes who may see any dashboard that lies below.
+_PLACED = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (
+        events_pb2.DashboardMoved,
+        events_pb2.FolderMoved,
+        events_pb2.FolderGrantCreated,
+        events_pb2.FolderGrantDeleted,
+    )
+}
+
 
 def slide_seconds(query: Query) -> float | None:
     """How often the answer changes because time goes by; None when it does not."""
@@ -358,17 +369,22 @@ class Feeds:
             line.stale.set()
 
     def _happened(self, message: Received) -> None:
-        kind = _EVENTS.get(message.subject)
+        kind = _EVENTS.get(message.subject) or _PLACED.get(message.subject)
         if kind is None or not self._feeds:
             return
         event: Any = kind.FromString(message.payload)
-        feed = self._feeds.get((event.workspace_id, _dashboard_of(event)))
-        if feed is None:
+        if message.subject in _PLACED:
+            for feed in self._feeds.values():
+                if feed.workspace_id == _workspace_of(event):
+                    feed.doubt()
+            return
+        watched = self._feeds.get((event.workspace_id, _dashboard_of(event)))
+        if watched is None:
             return
         if "widget" in event.DESCRIPTOR.fields_by_name or "widget_id" in event.DESCRIPTOR.fields_by_name:
-            feed.reload()
+            watched.reload()
         else:
-            feed.doubt()
+            watched.doubt()
 
     def mistrust(self) -> None:
         """Notes that ticks and events may have been missed."""
@@ -385,3 +401,9 @@ def _replace(event: asyncio.Event) -> asyncio.Event:
 def _dashboard_of(event: Any) -> str:
     widget: Widget | None = getattr(event, "widget", None)
     return str(widget.dashboard_id if widget is not None else event.dashboard_id)
+
+
+def _workspace_of(event: Any) -> str:
+    fields = event.DESCRIPTOR.fields_by_name
+    moved = event.dashboard if "dashboard" in fields else event.folder if "folder" in fields else event
+    return str(moved.workspace_id)

@@ -27,6 +27,7 @@ from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.resources import Resource, visible
+from services.chassis.texts import clean_name
 from services.dashboard_svc.convert import folder_to_pb
 from services.dashboard_svc.models import Dashboard, Folder
 
@@ -62,7 +63,7 @@ class FolderServicer(FolderServiceServicer):
     ) -> pb.CreateFolderResponse:
         """Creates the folder and the creator's grant."""
         caller = auth.caller()
-        now = self.now()
+        title, now = clean_name(request.title, "title"), self.now()
         async with self.db.begin() as session:
             await _lock_tree(session, caller.workspace_id)
             folder = await session.scalar(
@@ -70,7 +71,7 @@ class FolderServicer(FolderServiceServicer):
                 .values(
                     workspace_id=caller.workspace_id,
                     folder_id=new_id(),
-                    title=request.title,
+                    title=title,
                     parent_folder_id=await held_folder(
                         session, caller.workspace_id, request.parent_folder_id
                     ),
@@ -134,12 +135,13 @@ class FolderServicer(FolderServiceServicer):
         caller = auth.caller()
         wanted = request.folder
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
-        if "title" in fields and not wanted.title:
-            raise errors.invalid_fields([("folder.title", "is empty")])
+        changes = {field: getattr(wanted, field) for field in fields}
+        if "title" in fields:
+            changes["title"] = clean_name(wanted.title, "folder.title")
         async with self.db.begin() as session:
             folder = await _locked(session, caller.workspace_id, wanted.folder_id, wanted.etag)
-            for field in fields:
-                setattr(folder, field, getattr(wanted, field))
+            for field, value in changes.items():
+                setattr(folder, field, value)
             updated = self._changed(folder)
             outbox.add(session, FolderUpdated(folder=updated), workspace_id=caller.workspace_id)
         return pb.UpdateFolderResponse(folder=updated)

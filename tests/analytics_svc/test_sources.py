@@ -7,6 +7,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from meshboard.analytics.v1.source_pb2 import Source
 from meshboard.analytics.v1.source_service_pb2 import (
+    BatchUpdateSourceGrantsRequest,
     CreateSourceGrantRequest,
     CreateSourceRequest,
     DeleteSourceGrantRequest,
@@ -17,7 +18,7 @@ from meshboard.analytics.v1.source_service_pb2 import (
     RotateWriteKeyRequest,
     UpdateSourceRequest,
 )
-from meshboard.user.v1.grant_pb2 import Grant, Subject
+from meshboard.user.v1.grant_pb2 import Grant, NewGrant, Subject
 from sqlalchemy import select
 
 from services.analytics_svc.models import Source as SourceRow
@@ -195,3 +196,25 @@ async def test_grants_name_members_and_roles_only(analytics: Analytics) -> None:
     everyone = Subject(workspace=True)
     assert await refusal(grant(everyone, "king")) == (grpc.StatusCode.INVALID_ARGUMENT, "ROLE_UNKNOWN")
     assert (await grant(everyone, "viewer")).grant.subject.workspace
+
+
+async def test_grants_change_together(analytics: Analytics) -> None:
+    owner = analytics.identity.member("admin")
+    source, _ = await analytics.source(owner)
+    everyone = Subject(workspace=True)
+    old = await analytics.sources.CreateSourceGrant(
+        CreateSourceGrantRequest(source_id=source.source_id, subject=everyone, role="viewer"),
+        metadata=owner.metadata,
+    )
+    request = BatchUpdateSourceGrantsRequest(
+        source_id=source.source_id,
+        create=[NewGrant(subject=everyone, role="viewer", effect=Grant.DENY)],
+        delete_grant_ids=[old.grant.grant_id],
+    )
+    (made,) = (await analytics.sources.BatchUpdateSourceGrants(request, metadata=owner.metadata)).grants
+    listed = await analytics.sources.ListSourceGrants(
+        ListSourceGrantsRequest(source_id=source.source_id), metadata=owner.metadata
+    )
+    assert listed.grants[1:] == [made]
+    call = analytics.sources.BatchUpdateSourceGrants(request, metadata=owner.metadata)
+    assert await refusal(call) == (grpc.StatusCode.NOT_FOUND, "GRANT_NOT_FOUND")

@@ -9,7 +9,13 @@ from meshboard.analytics.v1 import events_pb2 as analytics_events
 from meshboard.analytics.v1.events_pb2 import SourceGrantCreated, WriteKeyRotated
 from meshboard.auth.v1 import events_pb2 as auth_events
 from meshboard.dashboard.v1 import events_pb2 as dashboard_events
-from meshboard.dashboard.v1.events_pb2 import DashboardGrantCreated, DashboardGrantDeleted
+from meshboard.dashboard.v1.events_pb2 import (
+    DashboardGrantCreated,
+    DashboardGrantDeleted,
+    FolderGrantCreated,
+    FolderMoved,
+)
+from meshboard.dashboard.v1.folder_pb2 import Folder
 from meshboard.user.v1 import events_pb2 as user_events
 from meshboard.user.v1.events_pb2 import (
     MemberRemoved,
@@ -126,6 +132,21 @@ async def entry_of(services: Services, event: Message) -> AuditEntryRow:
             "role.updated",
             "",
             {"role": "analyst", "title": "Analyst", "added_permissions": ["sources.query"]},
+        ),
+        (
+            FolderMoved(folder=Folder(folder_id=THING, parent_folder_id="p"), from_parent_folder_id="q"),
+            "folder.moved",
+            "",
+            {"folder_id": THING, "parent_folder_id": "p", "from_parent_folder_id": "q"},
+        ),
+        (
+            FolderGrantCreated(
+                folder_id=THING,
+                grant=Grant(grant_id="g", role="guest", effect=Grant.DENY, subject=Subject(team_id="t")),
+            ),
+            "grant.created",
+            "",
+            {"folder_id": THING, "grant_id": "g", "role": "guest", "effect": "DENY", "team_id": "t"},
         ),
         (WriteKeyRotated(source_id=THING), "write_key.rotated", "", {"source_id": THING}),
     ],

@@ -1,4 +1,5 @@
 import base64
+import random
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -96,6 +97,17 @@ def test_a_changed_token_is_refused(place: int, shift: int, change: str) -> None
     before, rest = TOKEN[:place], TOKEN[place:]
     changed = {"R": before + other + rest[1:], "I": before + other + rest, "C": before, "A": TOKEN + other}
     assert refused(ListTeamsRequest(page_token=changed[change]))
+
+
+def test_no_accident_makes_a_token() -> None:
+    """10,000 tokens that differ from a real one in a few places."""
+    chance = random.Random(1)
+    for _ in range(10_000):
+        changed = list(TOKEN)
+        for _ in range(chance.randint(1, 4)):
+            changed[chance.randrange(len(changed))] = chance.choice(ALPHABET)
+        token = "".join(changed)
+        assert token == TOKEN or refused(ListTeamsRequest(page_token=token)), token
 
 
 @given(st.text(min_size=1, max_size=100))

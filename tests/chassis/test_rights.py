@@ -1,19 +1,14 @@
-"""The rule, and that the SQL for lists says the same as the function for single resources."""
+"""The rule for single resources, and the cache of rights. `test_resources` has the rule in SQL."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+import asyncio
+from dataclasses import replace
 
+import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from sqlalchemy import delete, select, text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from services.chassis import db
-from services.chassis.db import GrantRow, Id
-from services.chassis.resources import Resource, visible
+from services.chassis import errors
 from services.chassis.rights import (
     ALLOW,
     DENY,
@@ -26,12 +21,11 @@ from services.chassis.rights import (
     Level,
     Rights,
     RightsCache,
+    Step,
     decide,
+    explain,
 )
 from tests.harness import new_id
-from tests.parts import Parts
-
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def rights(role: str = "viewer", team_ids: frozenset[str] = frozenset(), version: int = 1) -> Rights:
@@ -70,93 +64,52 @@ def test_decide(role: str, grants: list[Grant], permission: str, allowed: bool):
     assert decide(rights(role), [Level(grants)], permission) is allowed
 
 
-class Base(DeclarativeBase):
-    pass
+ROLES_OF_A_WORKSPACE = {
+    "author": frozenset({"dashboards.edit", "dashboards.create"}),
+    "guest": frozenset({"dashboards.view"}),
+}
 
 
-class Thing(Base):
-    __tablename__ = "things"
-    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
-    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
-
-
-THING = Resource("dashboard", Thing.workspace_id, Thing.dashboard_id)
-
-
-@pytest.fixture(scope="module")
-async def sessions(parts: Parts):
-    sessions = db.connect(await parts.fresh_database("dashboard"))
-    async with sessions.begin() as session:
-        connection = await session.connection()
-        await connection.run_sync(db.ChassisBase.metadata.create_all)
-        await connection.execute(text("CREATE TABLE things (workspace_id uuid, dashboard_id uuid)"))
-    yield sessions
-    await sessions.kw["bind"].dispose()
-
-
-TEAMS = [new_id() for _ in range(3)]
-OTHER_USER = new_id()
-GRANTS = st.lists(
-    st.tuples(
-        st.sampled_from([(USER, "me"), (USER, "other"), (TEAM, 0), (TEAM, 1), (TEAM, 2), (WORKSPACE, None)]),
-        st.sampled_from(list(ROLES)),
-        st.sampled_from([ALLOW, DENY]),
-        st.sampled_from([None, NOW + timedelta(seconds=1), NOW, NOW - timedelta(days=1)]),
-    ),
-    max_size=6,
-    unique_by=lambda grant: (grant[0], grant[1]),
+@pytest.mark.parametrize(
+    ("grant", "allowed"),
+    [
+        (Grant(USER, "author", ALLOW), "dashboards.view dashboards.edit"),
+        (Grant(USER, "author", DENY), "dashboards.view dashboards.grant"),
+        # Without the sight there is nothing.
+        (Grant(USER, "guest", DENY), ""),
+        (Grant(USER, "guest", ALLOW), "dashboards.view dashboards.edit dashboards.grant"),
+        (Grant(USER, "deleted", ALLOW), "dashboards.view dashboards.edit dashboards.grant"),
+        (Grant(USER, "deleted", DENY), ""),
+    ],
+    ids=str,
 )
+def test_custom_roles(grant: Grant, allowed: str):
+    role = "viewer" if grant == Grant(USER, "author", ALLOW) else "admin"
+    me = replace(rights(role), roles=ROLES_OF_A_WORKSPACE)
+    asked = ["dashboards.view", "dashboards.edit", "dashboards.grant"]
+    assert [p for p in asked if decide(me, [Level([grant])], p)] == allowed.split()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    role=st.sampled_from(list(ROLES)),
-    teams=st.sets(st.integers(0, 2)),
-    things=st.lists(GRANTS, min_size=1, max_size=4),
-)
-async def test_lists_show_what_decide_allows(
-    sessions: async_sessionmaker[AsyncSession], role: str, teams: set[int], things: list[list[tuple]]
-):
-    me = rights(role, frozenset(TEAMS[i] for i in teams))
-    expected = set()
-    async with sessions.begin() as session:
-        await session.execute(delete(GrantRow))
-        for grants in things:
-            thing = new_id()
-            session.add(Thing(workspace_id=me.workspace_id, dashboard_id=thing))
-            mine = []
-            for (subject_type, who), granted, effect, expire_time in grants:
-                subject = {"me": me.user_id, "other": OTHER_USER, None: None}.get(who) or (
-                    TEAMS[who] if isinstance(who, int) else None
-                )
-                session.add(
-                    GrantRow(
-                        workspace_id=me.workspace_id,
-                        grant_id=new_id(),
-                        resource_type="dashboard",
-                        resource_id=thing,
-                        subject_type=subject_type,
-                        subject_id=subject,
-                        role=granted,
-                        effect=effect,
-                        expire_time=expire_time,
-                        creator_id=me.user_id,
-                        create_time=NOW,
-                    )
-                )
-                applies = who is None or who == "me" or (isinstance(who, int) and who in teams)
-                if applies and (expire_time is None or expire_time > NOW):
-                    mine.append(Grant(subject_type, granted, effect))
-            if decide(me, [Level(mine)], "dashboards.view"):
-                expected.add(thing)
-    async with sessions() as session:
-        seen = await session.scalars(
-            select(Thing.dashboard_id).where(
-                Thing.workspace_id == me.workspace_id,
-                visible(THING, me, NOW),
-            )
-        )
-        assert set(seen) == expected
+def test_the_nearest_level_decides_and_says_so():
+    levels = [
+        Level([Grant(WORKSPACE, "editor", ALLOW, "near")], "dashboard", "d"),
+        Level([Grant(USER, "editor", DENY, "far"), Grant(TEAM, "viewer", ALLOW, "mine")], "folder", "f"),
+        Level([Grant(USER, "owner", ALLOW, "farthest")], "folder", "g"),
+    ]
+    me = rights("viewer")
+    seen = Step("dashboards.view", True, "dashboard", "d", WORKSPACE, ("near",))
+    assert explain(me, levels, "dashboards.edit").steps == (
+        seen,
+        Step("dashboards.edit", True, "dashboard", "d", WORKSPACE, ("near",)),
+    )
+    assert explain(me, levels, "dashboards.grant").steps == (
+        seen,
+        Step("dashboards.grant", False, "folder", "f", USER, ("far",)),
+    )
+    assert explain(me, levels[2:], "dashboards.grant").allowed
+    assert explain(me, [], "members.edit").steps == (Step("members.edit", False),)
+    assert explain(me, [], "access.explain").steps == (Step("access.explain", False),)
+    assert explain(rights("admin"), [], "access.explain").allowed
 
 
 class Owner:
@@ -211,3 +164,124 @@ async def test_cache_does_not_keep_an_answer_older_than_the_change():
     await cache.get(*key)
     await cache.get(*key)
     assert owner.count == 2, "the answer was on its way while the change happened"
+
+
+class SlowOwner:
+    """Answers when it is told to."""
+
+    def __init__(self, answer: Rights) -> None:
+        self.answer = answer
+        self.asked: list[asyncio.Future[Rights]] = []
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.answer.user_id, self.answer.workspace_id
+
+    async def fetch(self, user_id: str, workspace_id: str) -> Rights:
+        self.asked.append(asyncio.get_running_loop().create_future())
+        return await self.asked[-1]
+
+    def of_version(self, version: int) -> Rights:
+        return replace(self.answer, version=version)
+
+
+async def settle() -> None:
+    """Lets all tasks come to where they wait."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_who_asks_at_the_same_time_is_given_one_answer():
+    owner = SlowOwner(rights(version=1))
+    cache = RightsCache(owner.fetch, lambda: True)
+    asking = [asyncio.create_task(cache.get(*owner.key)) for _ in range(50)]
+    await settle()
+    assert len(owner.asked) == 1
+    owner.asked[0].set_result(owner.answer)
+    assert await asyncio.gather(*asking) == [owner.answer] * 50
+    assert await cache.get(*owner.key) == owner.answer
+    assert len(owner.asked) == 1
+
+
+async def test_an_answer_from_before_a_change_is_for_nobody_who_asks_after_it():
+    owner = SlowOwner(rights(version=1))
+    cache = RightsCache(owner.fetch, lambda: True)
+    before = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    cache.changed(owner.answer.workspace_id, 2)
+    after = [asyncio.create_task(cache.get(*owner.key)) for _ in range(3)]
+    await settle()
+    assert len(owner.asked) == 1, "one fetch at a time"
+    owner.asked[0].set_result(owner.of_version(1))
+    assert (await before).version == 1
+    await settle()
+    owner.asked[1].set_result(owner.of_version(2))
+    assert [each.version for each in await asyncio.gather(*after)] == [2, 2, 2]
+    assert (await cache.get(*owner.key)).version == 2
+    assert len(owner.asked) == 2
+
+
+async def test_an_answer_that_was_on_its_way_during_a_gap_is_not_kept():
+    owner = SlowOwner(rights(version=1))
+    cache = RightsCache(owner.fetch, lambda: True)
+    first = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    cache.clear()
+    owner.asked[0].set_result(owner.of_version(1))
+    await first
+    second = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    owner.asked[1].set_result(owner.of_version(2))
+    assert (await second).version == 2
+
+
+async def test_without_announcements_nobody_is_given_an_answer_that_began_before():
+    owner = SlowOwner(rights(version=1))
+    cache = RightsCache(owner.fetch, lambda: False)
+    first = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    later = [asyncio.create_task(cache.get(*owner.key)) for _ in range(3)]
+    await settle()
+    owner.asked[0].set_result(owner.of_version(1))
+    await settle()
+    assert (first.done(), [each.done() for each in later]) == (True, [False] * 3)
+    owner.asked[1].set_result(owner.of_version(2))
+    assert [each.version for each in await asyncio.gather(*later)] == [2, 2, 2]
+    assert len(owner.asked) == 2
+
+
+async def test_a_refusal_from_before_a_change_is_for_nobody_who_asks_after_it():
+    owner = SlowOwner(rights(version=2))
+    cache = RightsCache(owner.fetch, lambda: True)
+    before = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    cache.changed(owner.answer.workspace_id, 2)
+    after = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    owner.asked[0].set_exception(errors.not_found("WORKSPACE_NOT_FOUND", "There is no such workspace."))
+    with pytest.raises(errors.Error):
+        await before
+    await settle()
+    owner.asked[1].set_result(owner.answer)
+    assert await after == owner.answer
+
+
+async def test_never_gives_less_than_the_version_that_a_caller_carries():
+    owner = Owner(rights(version=1))
+    cache = RightsCache(owner.fetch, lambda: True)
+    with pytest.raises(errors.Error) as failure:
+        await cache.get(owner.answer.user_id, owner.answer.workspace_id, at_least=2)
+    assert failure.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_one_who_gives_up_takes_nothing_from_the_others():
+    owner = SlowOwner(rights(version=1))
+    cache = RightsCache(owner.fetch, lambda: True)
+    first = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    second = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    first.cancel()
+    await settle()
+    owner.asked[0].set_result(owner.answer)
+    assert await second == owner.answer

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,16 +13,16 @@ from hypothesis import strategies as st
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard
 from meshboard.user.v1.events_pb2 import MemberRemoved
-from meshboard.user.v1.grant_pb2 import Grant, Subject
+from meshboard.user.v1.grant_pb2 import Grant, NewGrant, Subject
 from sqlalchemy import delete, select, update
 
 from services.chassis import auth, inbox, rights
 from services.chassis.clients import Peer
-from services.chassis.db import GrantRow
+from services.chassis.db import GrantRow, OutboxRow
 from services.chassis.paging import Pages
 from services.dashboard_svc.dashboards import grants_on_dashboards
 from tests.dashboard_svc.conftest import Mesh
-from tests.harness import Member, new_id, reason_of
+from tests.harness import Member, new_id, reason_of, refused
 
 
 async def grant(
@@ -181,6 +182,125 @@ async def test_repeat_of_a_create_returns_the_first(mesh: Mesh) -> None:
     assert len({each.grant_id for each in made}) == 1
     elsewhere = await grant(mesh, admin, other, subject, request_id="once")
     assert elsewhere.grant_id != made[0].grant_id
+
+
+async def test_nobody_gives_what_they_lack(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    clerk = mesh.identity.member("viewer", admin.workspace_id)
+    author = mesh.identity.member("editor", admin.workspace_id)
+    dashboard, own = await mesh.dashboard(admin), await mesh.dashboard(author)
+    roles = {
+        "clerk": frozenset({"dashboards.view", "dashboards.grant"}),
+        "ops": frozenset({"dashboards.delete", "members.edit"}),
+    }
+    for member in (admin, clerk, author):
+        key = (member.user_id, member.workspace_id)
+        mesh.identity.rights[key] = replace(mesh.identity.rights[key], roles=roles)
+    await grant(mesh, admin, dashboard, Subject(user_id=clerk.user_id), "clerk")
+    someone = Subject(user_id=new_id())
+    await grant(mesh, clerk, dashboard, someone, "viewer")
+    await grant(mesh, clerk, dashboard, someone, "clerk")
+    # To withhold is not to give.
+    await grant(mesh, clerk, dashboard, someone, "owner", Grant.DENY)
+    for role in ("editor", "owner", "ops"):
+        call = grant(mesh, clerk, dashboard, Subject(user_id=new_id()), role)
+        assert await refused(call) == (grpc.StatusCode.PERMISSION_DENIED, "ROLE_TOO_HIGH")
+    # What a role has beside the resource does not matter on it; the grant `owner` of the creator gives everything.
+    await grant(mesh, author, own, someone, "ops")
+    await grant(mesh, author, own, someone, "owner")
+    call = grant(mesh, author, own, Subject(user_id=new_id()), "deleted")
+    assert await refused(call) == (grpc.StatusCode.INVALID_ARGUMENT, "ROLE_UNKNOWN")
+
+
+async def test_custom_roles_decide(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    dashboard = await mesh.dashboard(admin)
+    roles = {"author": frozenset({"dashboards.edit"})}
+    for member in (admin, guest):
+        key = (member.user_id, member.workspace_id)
+        mesh.identity.rights[key] = replace(mesh.identity.rights[key], roles=roles)
+    await grant(mesh, admin, dashboard, Subject(user_id=guest.user_id), "author")
+    assert await edit(mesh, guest, dashboard) == ""
+    await grant(mesh, admin, dashboard, Subject(workspace=True), "author", Grant.DENY)
+    assert await edit(mesh, guest, dashboard) == ""
+    # The role is deleted: what it gave is gone, what it withheld is everything.
+    key = (guest.user_id, guest.workspace_id)
+    mesh.identity.rights[key] = replace(mesh.identity.rights[key], roles={})
+    assert await get(mesh, guest, dashboard) == "DASHBOARD_NOT_FOUND"
+    page = await mesh.dashboards.ListDashboards(pb.ListDashboardsRequest(), metadata=guest.metadata)
+    assert not page.dashboards
+
+
+# Many together
+
+
+async def grants_of(mesh: Mesh, by: Member, dashboard: Dashboard) -> list[Grant]:
+    page = await mesh.dashboards.ListDashboardGrants(
+        pb.ListDashboardGrantsRequest(dashboard_id=dashboard.dashboard_id), metadata=by.metadata
+    )
+    return list(page.grants)
+
+
+async def test_grants_change_together(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    dashboard = await mesh.dashboard(admin)
+    old = await grant(mesh, admin, dashboard, Subject(workspace=True))
+    someone = new_id()
+    mesh.users.known.add(someone)
+    request = pb.BatchUpdateDashboardGrantsRequest(
+        dashboard_id=dashboard.dashboard_id,
+        create=[
+            NewGrant(subject=Subject(workspace=True), role="viewer", effect=Grant.DENY),
+            NewGrant(subject=Subject(user_id=someone), role="editor"),
+        ],
+        delete_grant_ids=[old.grant_id],
+    )
+    made = (await mesh.dashboards.BatchUpdateDashboardGrants(request, metadata=admin.metadata)).grants
+    assert [(each.role, each.effect) for each in made] == [("viewer", Grant.DENY), ("editor", Grant.ALLOW)]
+    assert (await grants_of(mesh, admin, dashboard))[1:] == list(made)
+    async with mesh.db() as session:
+        rows = await session.scalars(
+            select(OutboxRow)
+            .where(OutboxRow.headers["Workspace-Id"].astext == admin.workspace_id)
+            .order_by(OutboxRow.id)
+        )
+        names = [row.subject.rpartition(".")[2] for row in rows]
+    assert names[-3:] == ["DashboardGrantDeleted", "DashboardGrantCreated", "DashboardGrantCreated"]
+
+
+async def test_of_many_changes_all_happen_or_none(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    dashboard, other = await mesh.dashboard(admin), await mesh.dashboard(admin)
+    old = await grant(mesh, admin, dashboard, Subject(workspace=True))
+    elsewhere = await grant(mesh, admin, other, Subject(workspace=True))
+    before = await grants_of(mesh, admin, dashboard)
+    fine = NewGrant(subject=Subject(workspace=True), role="editor")
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    past = NewGrant(subject=Subject(workspace=True), role="admin")
+    past.expire_time.FromDatetime(datetime.now(UTC) - timedelta(seconds=1))
+    for create, delete_grant_ids, expected in (
+        ([fine], [new_id()], (grpc.StatusCode.NOT_FOUND, "GRANT_NOT_FOUND")),
+        ([fine], [elsewhere.grant_id], (grpc.StatusCode.NOT_FOUND, "GRANT_NOT_FOUND")),
+        ([fine, fine], [old.grant_id], (grpc.StatusCode.ALREADY_EXISTS, "GRANT_EXISTS")),
+        ([fine, NewGrant(subject=Subject(workspace=True), role="x")], [], (invalid, "ROLE_UNKNOWN")),
+        (
+            [fine, NewGrant(subject=Subject(team_id=new_id()), role="viewer")],
+            [old.grant_id],
+            (invalid, "SUBJECT_UNKNOWN"),
+        ),
+        ([fine, past], [old.grant_id], (invalid, "VALIDATION_FAILED")),
+        ([], [], (invalid, "VALIDATION_FAILED")),
+        ([fine] * 60, [new_id() for _ in range(41)], (invalid, "VALIDATION_FAILED")),
+        ([fine], [old.grant_id] * 2, (invalid, "VALIDATION_FAILED")),
+        ([NewGrant(role="viewer")], [], (invalid, "VALIDATION_FAILED")),
+    ):
+        request = pb.BatchUpdateDashboardGrantsRequest(
+            dashboard_id=dashboard.dashboard_id, create=create, delete_grant_ids=delete_grant_ids
+        )
+        call = mesh.dashboards.BatchUpdateDashboardGrants(request, metadata=admin.metadata)
+        assert await refused(call) == expected
+    assert await grants_of(mesh, admin, dashboard) == before
 
 
 async def test_lists_page_by_page_the_oldest_first(mesh: Mesh) -> None:

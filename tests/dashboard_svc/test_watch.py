@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 from meshboard.analytics.v1.query_pb2 import Query, TimeRange
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
+from meshboard.dashboard.v1 import folder_service_pb2 as folder_pb
 from meshboard.dashboard.v1 import widget_service_pb2
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
@@ -374,6 +375,30 @@ async def test_ends_at_once_when_it_hears_of_a_change(mesh: Mesh, monkeypatch: p
             ),
             metadata=admin.metadata,
         )
+        await watcher.ended(End.ACCESS_LOST, 2)
+
+
+async def test_ends_at_once_when_a_folder_around_it_is_closed(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHECK_SECONDS", 60.0)
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    closed, folder = await mesh.folder(admin), await mesh.folder(admin)
+    dashboard, _, _ = await counted(mesh, admin, 1)
+    deny = folder_pb.CreateFolderGrantRequest(
+        folder_id=closed.folder_id, subject=Subject(workspace=True), role="viewer", effect=Grant.DENY
+    )
+    await mesh.folders.CreateFolderGrant(deny, metadata=admin.metadata)
+    moves = pb.MoveDashboardRequest(dashboard_id=dashboard.dashboard_id, folder_id=closed.folder_id)
+    async with watching(mesh, guest, dashboard) as watcher:
+        await mesh.dashboards.MoveDashboard(moves, metadata=admin.metadata)
+        await watcher.ended(End.ACCESS_LOST, 2)
+    moves.folder_id = folder.folder_id
+    await mesh.dashboards.MoveDashboard(moves, metadata=admin.metadata)
+    async with watching(mesh, guest, dashboard) as watcher:
+        around = folder_pb.MoveFolderRequest(folder_id=folder.folder_id, parent_folder_id=closed.folder_id)
+        await mesh.folders.MoveFolder(around, metadata=admin.metadata)
         await watcher.ended(End.ACCESS_LOST, 2)
 
 
