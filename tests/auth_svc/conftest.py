@@ -20,6 +20,7 @@ from meshboard.auth.v1.impersonation_service_pb2_grpc import ImpersonationServic
 from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 from meshboard.auth.v1.service_account_service_pb2_grpc import ServiceAccountServiceStub
 from meshboard.auth.v1.session_service_pb2_grpc import SessionServiceStub
+from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -53,6 +54,7 @@ class Services:
     impersonations: ImpersonationServiceStub
     users: UserServiceStub
     workspaces: WorkspaceServiceStub
+    roles: RoleServiceStub
     sessions: async_sessionmaker[AsyncSession]
     user_sessions: async_sessionmaker[AsyncSession]
 
@@ -170,6 +172,7 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             impersonations=ImpersonationServiceStub(auth_channel),
             users=UserServiceStub(user_channel),
             workspaces=WorkspaceServiceStub(user_channel),
+            roles=RoleServiceStub(user_channel),
             sessions=sessions,
             user_sessions=user_sessions,
         )

@@ -24,7 +24,6 @@ from meshboard.dashboard.v1.folder_service_pb2_grpc import FolderServiceStub
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 from meshboard.user.v1.role_pb2 import Role
 from meshboard.user.v1.role_service_pb2 import CreateRoleRequest, UpdateRoleRequest
-from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub
 from meshboard.user.v1.team_service_pb2 import AddTeamMemberRequest, CreateTeamRequest
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub
 from meshboard.user.v1.workspace_service_pb2 import AddMemberRequest
@@ -53,7 +52,6 @@ class House:
     services: Services
     dashboard_url: str
     access: AccessServiceStub
-    roles: RoleServiceStub
     teams: TeamServiceStub
     dashboards: DashboardServiceStub
     folders: FolderServiceStub
@@ -149,7 +147,6 @@ async def house(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Async
             services,
             dashboard.postgres_url,
             AccessServiceStub(auth_channel),
-            RoleServiceStub(user_channel),
             TeamServiceStub(user_channel),
             DashboardServiceStub(channel),
             FolderServiceStub(channel),
@@ -372,13 +369,13 @@ async def test_answers_are_as_new_as_asked_for(house: House, owner: Person):
     before = await house.access.Check(request, metadata=owner.metadata)
     assert not before.allowed
     role = Role(workspace_id=owner.workspace_id, name="recruiter", permissions=["workspaces.view"])
-    await house.roles.CreateRole(
+    await house.services.roles.CreateRole(
         CreateRoleRequest(workspace_id=owner.workspace_id, name=role.name, permissions=role.permissions),
         metadata=owner.metadata,
     )
     recruiter = await join(house, owner, "recruiter")
     role.permissions.extend(["members.view", "members.edit"])
-    await house.roles.UpdateRole(UpdateRoleRequest(role=role), metadata=owner.metadata)
+    await house.services.roles.UpdateRole(UpdateRoleRequest(role=role), metadata=owner.metadata)
     request.user_id, request.rights_version = recruiter.user_id, before.rights_version + 3
     after = await house.access.Check(request, metadata=owner.metadata)
     assert after.allowed
@@ -512,7 +509,7 @@ async def test_lists_the_grants_of_a_subject(house: House, owner: Person):
 
 
 async def test_a_machine_with_a_custom_role(house: House, owner: Person):
-    await house.roles.CreateRole(
+    await house.services.roles.CreateRole(
         CreateRoleRequest(
             workspace_id=owner.workspace_id, name="checker", permissions=["workspaces.view", "access.explain"]
         ),
