@@ -59,7 +59,7 @@ def rights_of(db: async_sessionmaker[AsyncSession]) -> Fetch:
             frozenset(team_ids),
             version,
             second_factor_required,
-            roles,
+            roles=roles,
         )
 
     return fetch

@@ -389,7 +389,7 @@ async def test_answers_are_as_new_as_asked_for(house: House, owner: Person):
     request.user_id, request.rights_version = recruiter.user_id, before.rights_version + 3
     after = await house.access.Check(request, metadata=owner.metadata)
     assert after.allowed
-    assert after.rights_version == before.rights_version + 3
+    assert after.rights_version >= request.rights_version
     request.rights_version = after.rights_version + 1
     outcome = await refused(house.access.Check(request, metadata=owner.metadata))
     assert outcome == (StatusCode.UNAVAILABLE, "DEPENDENCY_UNAVAILABLE")
