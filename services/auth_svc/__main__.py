@@ -80,7 +80,7 @@ from services.chassis.times import now
 from services.chassis.together import Together
 
 
-async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composition root reads top to bottom
+async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composition root
     """Serves until the process is told to stop."""
     await db.migrate(settings.postgres_url, "services.auth_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)

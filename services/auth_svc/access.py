@@ -19,16 +19,35 @@ from services.auth_svc import explanations
 from services.chassis import auth, errors
 from services.chassis.paging import Pages
 from services.chassis.permissions import require_known
-from services.chassis.rights import PERMISSIONS, Decision, Grant, Level, Rights, RightsCache, decide, explain
+from services.chassis.rights import (
+    PERMISSIONS,
+    Decision,
+    Grant,
+    Level,
+    Rights,
+    RightsCache,
+    decide,
+    explain,
+    view_of,
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # To ask about others.
 PERMISSION = "access.explain"
-# The service that owns the resources of a type, and whose permissions can be had on one: grants on a folder hold for
-# the dashboards in it.
+# The service that owns the resources of a type.
 OWNERS = {"dashboard": "dashboard", "folder": "dashboard", "source": "analytics"}
+# The permissions that can be had on a resource of a type. Grants on a folder hold for the dashboards in it.
 _NOUNS = {"dashboard": {"dashboards"}, "folder": {"folders", "dashboards"}, "source": {"sources"}}
+_ON = {
+    resource_type: frozenset(
+        permission
+        for permission in PERMISSIONS
+        for noun, _, verb in [permission.partition(".")]
+        if noun in nouns and verb not in ({"list"} if resource_type == "folder" else {"list", "create"})
+    )
+    for resource_type, nouns in _NOUNS.items()
+}
 # As many as an owner tells of at once.
 MAX_PAGE = 100
 
@@ -98,12 +117,10 @@ class AccessServicer(AccessServiceServicer):
         rights = await self._rights(request)
         permissions = rights.permissions
         if request.HasField("resource"):
-            nouns = _nouns_on(request.resource, "")
+            on = _permissions_on(request.resource, "")
             levels = (await self._levels_on(rights, request)).levels
             permissions = frozenset(
-                permission
-                for permission in PERMISSIONS
-                if _noun(permission) in nouns and _decide(rights, levels, permission).allowed
+                permission for permission in on if _decide(rights, levels, permission).allowed
             )
         return pb.GetEffectivePermissionsResponse(
             permissions=sorted(permissions),
@@ -268,21 +285,17 @@ def _require_explain(own: Rights) -> None:
 def _require_askable(question: Question, path: str) -> None:
     """Raises INVALID_ARGUMENT unless the permission is there, and can be had on such a resource."""
     require_known(question.permission, f"{path}permission")
-    if question.resource.id and _noun(question.permission) not in _nouns_on(question.resource, path):
+    if question.resource.id and question.permission not in _permissions_on(question.resource, path):
         raise errors.invalid_fields(
             [(f"{path}resource.type", f"{question.permission} is not had on one of these")]
         )
 
 
-def _nouns_on(resource: pb.AccessResource, path: str) -> set[str]:
+def _permissions_on(resource: pb.AccessResource, path: str) -> frozenset[str]:
     try:
-        return _NOUNS[resource.type]
+        return _ON[resource.type]
     except KeyError:
-        raise errors.invalid_fields([(f"{path}resource.type", f"is none of {', '.join(_NOUNS)}")]) from None
-
-
-def _noun(permission: str) -> str:
-    return permission.partition(".")[0]
+        raise errors.invalid_fields([(f"{path}resource.type", f"is none of {', '.join(_ON)}")]) from None
 
 
 def _view(resource_type: str) -> str:
@@ -309,7 +322,7 @@ def _answer(rights: Rights, seen: Mapping[_Key, _Seen], question: Question) -> p
 def _decide(rights: Rights, levels: Sequence[Level], permission: str) -> Decision:
     """As the access stage decides: who may not see a resource may do nothing with it, or in it."""
     decision = explain(rights, levels, permission)
-    if not levels or _noun(permission) == _noun(view := _view(levels[0].resource_type)):
+    if not levels or view_of(permission) == (view := _view(levels[0].resource_type)):
         return decision
     sight = explain(rights, levels, view)
     return Decision(decision.allowed, (*sight.steps, *decision.steps)) if sight.allowed else sight

@@ -149,14 +149,13 @@ class ImpersonationServicer(ImpersonationServiceServicer):
 async def end_impersonations(
     session: AsyncSession, workspace_id: str, user_id: str | None, now: datetime
 ) -> None:
-    """Ends the sessions in a workspace in which a user, or anybody, impersonates others or is impersonated."""
-    of_user = or_(Session.impersonator_id == user_id, Session.user_id == user_id) if user_id else true()
+    """Ends the sessions in a workspace in which a user impersonates others or is impersonated; None: whoever does."""
     found = await session.scalars(
         select(Session.session_id)
         .where(
             Session.impersonator_session_id.is_not(None),  # as the index has it
             Session.workspace_id == workspace_id,
-            of_user,
+            or_(Session.impersonator_id == user_id, Session.user_id == user_id) if user_id else true(),
             Session.revoke_time.is_(None),
             Session.expire_time > now,
         )

@@ -1,4 +1,4 @@
-"""What ends when somebody leaves a workspace or has other rights there: impersonation, and service accounts."""
+"""What ends when somebody leaves a workspace or gets another role there: impersonation, and service accounts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -30,6 +30,7 @@ from services.chassis import auth, errors, outbox
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.rights import ROLES
+from services.chassis.texts import clean_name
 from services.user_svc.convert import builtin_role_to_pb, role_to_pb
 from services.user_svc.models import Member, Role, Workspace
 from services.user_svc.permissions import require_complete
@@ -65,7 +66,7 @@ class RoleServicer(RoleServiceServicer):
                 .values(
                     workspace_id=caller.workspace_id,
                     name=request.name,
-                    title=request.title or request.name,
+                    title=_title(request.title, request.name, "title"),
                     description=request.description,
                     permissions=permissions,
                     creator_id=caller.user_id,
@@ -117,7 +118,7 @@ class RoleServicer(RoleServiceServicer):
             await _require_own(session, before | after)  # while the caller's own role is as it was
             role.permissions = sorted(after)
             if "title" in fields:
-                role.title = wanted.title or role.name
+                role.title = _title(wanted.title, role.name, "role.title")
             if "description" in fields:
                 role.description = wanted.description
             role.version += 1
@@ -269,6 +270,11 @@ async def _require_unused(session: AsyncSession, role: Role) -> None:
         raise errors.failed_precondition(
             "ROLE_IN_USE", "The workspace gives the role to newcomers: change its default role first."
         )
+
+
+def _title(title: str, name: str, field: str) -> str:
+    """How the role is shown. Raises INVALID_ARGUMENT for what deceives the eye."""
+    return clean_name(title, field) if title else name
 
 
 def _position(role: role_pb2.Role) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from meshboard.user.v1.internal_user_service_pb2 import GetInvitationMailRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
 from meshboard.user.v1.invitation_service_pb2 import AcceptInvitationRequest, CreateInvitationRequest
 from meshboard.user.v1.invitation_service_pb2_grpc import InvitationServiceStub
+from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceStub
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -62,6 +63,7 @@ class Services:
     workspaces: WorkspaceServiceStub
     invitations: InvitationServiceStub
     internal_users: InternalUserServiceStub
+    roles: RoleServiceStub
     sessions: async_sessionmaker[AsyncSession]
     user_sessions: async_sessionmaker[AsyncSession]
 
@@ -205,6 +207,7 @@ async def connected(auth: AuthSettings, user: Settings, keys: Path) -> AsyncIter
             workspaces=WorkspaceServiceStub(user_channel),
             invitations=InvitationServiceStub(user_channel),
             internal_users=InternalUserServiceStub(user_channel),
+            roles=RoleServiceStub(user_channel),
             sessions=sessions,
             user_sessions=user_sessions,
         )

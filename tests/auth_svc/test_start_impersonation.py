@@ -11,6 +11,8 @@ from meshboard.auth.v1.events_pb2 import SessionRevoked, SignedIn
 from meshboard.auth.v1.impersonation_service_pb2 import StartImpersonationRequest, StartImpersonationResponse
 from meshboard.auth.v1.internal_auth_service_pb2 import CheckSessionRequest, SetAccountDisabledRequest
 from meshboard.user.v1.events_pb2 import MemberRemoved, MemberUpdated, TeamCreated
+from meshboard.user.v1.role_pb2 import Role
+from meshboard.user.v1.role_service_pb2 import CreateRoleRequest, UpdateRoleRequest
 from meshboard.user.v1.team_service_pb2 import CreateTeamRequest
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
@@ -282,6 +284,16 @@ async def change_role(services: Services, played: Cast, user_id: str, role: str)
     )
 
 
+async def change_a_role(services: Services, played: Cast) -> None:
+    role = Role(workspace_id=played.owner.workspace_id, name="helper", permissions=["workspaces.view"])
+    await services.roles.CreateRole(
+        CreateRoleRequest(workspace_id=role.workspace_id, name=role.name, permissions=role.permissions),
+        metadata=played.owner.metadata,
+    )
+    role.permissions.append("members.view")
+    await services.roles.UpdateRole(UpdateRoleRequest(role=role), metadata=played.owner.metadata)
+
+
 ENDS: dict[str, Callable[[Services, Cast], Awaitable[object]]] = {
     "sign-out": lambda s, c: s.auth.SignOut(SignOutRequest(), metadata=bearer(c.session.access_token)),
     "admin-signs-out": lambda s, c: s.auth.SignOut(SignOutRequest(), metadata=c.admin.metadata),
@@ -290,6 +302,7 @@ ENDS: dict[str, Callable[[Services, Cast], Awaitable[object]]] = {
     "admin-is-an-editor-now": lambda s, c: change_role(s, c, c.admin.user_id, "editor"),
     "member-is-disabled": lambda s, c: disable(s, c.editor.user_id),
     "member-is-removed": lambda s, c: remove(s, c, c.editor.user_id),
+    "a-role-allows-more-now": change_a_role,
     "member-is-an-owner-now": lambda s, c: change_role(s, c, c.editor.user_id, "owner"),
 }
 

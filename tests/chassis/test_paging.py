@@ -54,6 +54,26 @@ def test_a_negative_size_is_refused() -> None:
     assert raised.value.violations[0][0] == "page_size"
 
 
+@given(st.sets(st.integers()), st.integers(1, 5))
+def test_a_list_in_memory_has_pages_too(values: set[int], size: int) -> None:
+    rows, found, page_token = sorted(values), list[int](), ""
+    while True:
+        page = PAGES.open(ListTeamsRequest(page_size=size, page_token=page_token), "w1")
+        part, page_token = page.close(page.rest(rows, lambda row: (row,)), lambda row: (row,))
+        found += part
+        if not page_token:
+            break
+    assert found == rows
+
+
+def test_a_list_that_someone_else_keeps_has_tokens_of_ours() -> None:
+    page = PAGES.open(ListTeamsRequest(), "w1")
+    assert page.start is None
+    token = page.token((1, "theirs"))
+    assert PAGES.open(ListTeamsRequest(page_token=token), "w1").start == [1, "theirs"]
+    assert refused(ListTeamsRequest(page_token=token), "w2")
+
+
 def test_the_last_page_has_no_token() -> None:
     page = PAGES.open(ListTeamsRequest(page_size=3), "w1")
     assert page.close(["a", "b", "c"], lambda row: (row,)) == (["a", "b", "c"], "")

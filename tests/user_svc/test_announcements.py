@@ -13,16 +13,18 @@ from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from meshboard.user.v1.workspace_service_pb2 import RemoveMemberRequest
 from sqlalchemy import select
 
-from services.chassis import outbox
+from services.chassis import outbox, trust
 from services.chassis.bus import Received
 from services.chassis.db import OutboxRow
 from services.chassis.inbox import Repeatable, consume
 from services.chassis.outbox import Relay
 from services.user_svc.consumers import on_account_discarded, on_email_changed, on_signed_in
 from services.user_svc.models import User, Workspace
+from services.user_svc.rights import rights_of
 from tests.conditions import eventually
 from tests.harness import new_id
 from tests.user_svc.conftest import Person, UserSvc
+from tests.user_svc.roles import allow, member_with
 
 
 @asynccontextmanager
@@ -63,6 +65,21 @@ async def test_changes_of_rights_reach_everyone(svc: UserSvc, owner: Person):
         await eventually(lambda: len(heard) == 2)
     await listening.unsubscribe()
     assert [event.version for event in heard] == [2, 3]
+
+
+async def test_a_changed_role_is_in_force_elsewhere(svc: UserSvc, owner: Person):
+    """Another service remembers rights for a minute; it forgets those of a changed role when it hears of it."""
+    analyst = await member_with(svc, owner, "analyst", ["audit.view"])
+    rights = await trust.follow_rights(svc.bus, rights_of(svc.sessions))
+
+    async def may(permission: str) -> bool:
+        return permission in (await rights.get(analyst.user_id, owner.workspace_id)).permissions
+
+    async with working(Relay(svc.url, svc.bus, "user").run()):
+        assert await may("audit.view")
+        await allow(svc, owner, "analyst", ["members.view"])
+        await eventually(lambda: may("members.view"))
+        assert not await may("audit.view")
 
 
 async def test_the_newest_address_stays_in_any_order(svc: UserSvc, owner: Person):

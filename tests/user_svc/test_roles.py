@@ -123,6 +123,12 @@ async def test_the_nearest_permissions_are_named(svc: UserSvc, owner: Person):
         await create(svc, owner, "odd", ["dashboards.edti"])
 
 
+async def test_a_title_deceives_nobody(svc: UserSvc, owner: Person):
+    outcome = await refused(create(svc, owner, "odd", title="Ad\u202emin"))
+    assert outcome == (StatusCode.INVALID_ARGUMENT, "VALIDATION_FAILED")
+    assert (await create(svc, owner, "odd", title=" Cafe\u0301 ")).title == "Caf\u00e9"
+
+
 async def test_what_one_makes_oneself_needs_no_sight_of_the_rest(svc: UserSvc, owner: Person):
     made = await create(svc, owner, "guest", ["dashboards.create", "dashboards.list"])
     assert "dashboards.view" not in made.permissions
