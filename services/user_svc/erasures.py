@@ -34,7 +34,7 @@ from services.chassis import auth, errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.erasures import Erased
 from services.chassis.times import timestamp_of
-from services.user_svc.convert import erasure_to_pb, user_to_pb
+from services.user_svc.convert import erasure_to_pb
 from services.user_svc.memberships import Membership, lock_user, require_owners, require_seniority
 from services.user_svc.models import (
     ERASING,
@@ -131,7 +131,6 @@ class ErasureServicer(ErasureServiceServicer):
             create_time=now,
         )
         session.add(erasure)
-        outbox.add(session, events_pb2.UserUpdated(user=user_to_pb(user)))
         requested = events_pb2.UserErasureRequested(
             erasure_id=erasure.erasure_id, user_id=user.user_id, time=timestamp_of(now)
         )

@@ -154,7 +154,8 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         async with self.db.begin() as session:
             await lock_rights(session, caller.workspace_id)
             await _require_owner_for(session, request.role)
-            user = await session.get(User, request.user_id)
+            # Held, so that nobody joins who is being erased.
+            user = await session.get(User, request.user_id, with_for_update={"read": True, "key_share": True})
             # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
             if (
                 user is None
