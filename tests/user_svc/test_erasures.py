@@ -393,6 +393,29 @@ async def test_is_for_oneself_alone(people: People):
         assert await refused(delete(people, person, user_id)) == (StatusCode.NOT_FOUND, "USER_NOT_FOUND")
 
 
+@pytest.mark.parametrize("rounds", [10, pytest.param(1000, marks=pytest.mark.long)])
+async def test_who_is_made_a_member_meanwhile_is_none_in_the_end(people: People, rounds: int):
+    owner = await people.sign_up()
+    for _ in range(rounds):
+        person = await people.sign_up()
+        deleted, added = await asyncio.gather(
+            delete(people, person), join(people, owner, person), return_exceptions=True
+        )
+        assert isinstance(deleted, DeleteUserResponse)
+        if isinstance(added, grpc.aio.AioRpcError):
+            assert added.code() is StatusCode.NOT_FOUND
+
+        async def gone(user_id: str = person.user.user_id) -> bool:
+            async with people.services.user_sessions() as session:
+                return await session.get(User, user_id) is None
+
+        await eventually(gone)
+    members = await people.services.workspaces.ListMembers(
+        ListMembersRequest(workspace_id=owner.workspace.workspace_id), metadata=bearer(owner.access_token)
+    )
+    assert [member.user.user_id for member in members.members] == [owner.user.user_id]
+
+
 async def test_of_several_calls_one_begins_it_and_the_last_token_counts(people: People):
     person = await people.sign_up()
     answers = await asyncio.gather(*(delete(people, person) for _ in range(5)), return_exceptions=True)
