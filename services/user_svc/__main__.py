@@ -37,7 +37,7 @@ from services.user_svc.consumers import (
     on_signed_in,
     on_user_updated,
 )
-from services.user_svc.erasures import ErasureServicer, Receipts, erase_user
+from services.user_svc.erasures import ErasureServicer, Receipts, erase_user, keep_asking
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.managed_users import ManagedUserServicer
 from services.user_svc.pictures import Pictures
@@ -94,6 +94,7 @@ async def serve(settings: Settings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "user").run(),
+            keep_asking(sessions, now),
             consume(
                 bus,
                 sessions,

@@ -4,6 +4,7 @@ import asyncio
 import json
 from base64 import urlsafe_b64decode
 from collections.abc import Mapping
+from datetime import UTC, timedelta
 
 import grpc
 import jwt
@@ -39,7 +40,7 @@ from sqlalchemy import func, select
 from services.auth_svc.models import Account, AuditEntryRow, ErasedUser, Session
 from services.chassis import outbox
 from services.chassis.db import GrantRow, InboxRow, OutboxRow
-from services.user_svc.erasures import RECEIPT_TYPE
+from services.user_svc.erasures import RECEIPT_TYPE, ask_again
 from services.user_svc.models import Avatar, ErasureRow, Member, ProfileRow, User, Workspace
 from tests.auth_svc.conftest import bearer, claims_of, new_email
 from tests.conditions import eventually
@@ -270,6 +271,32 @@ async def test_what_comes_twice_changes_nothing(people: People):
 
         await eventually(answered)
     assert await people.erasure(begun.erasure, begun.erasure_token) == done
+
+
+async def test_who_has_not_answered_is_asked_again_after_an_hour(people: People):
+    person = await people.sign_up()
+    begun = await delete(people, person)
+    sessions, erasure_id = people.services.user_sessions, begun.erasure.erasure_id
+
+    async def requests() -> int:
+        subject = OutboxRow.subject == UserErasureRequested.DESCRIPTOR.full_name
+        async with sessions() as session:
+            payloads = await session.scalars(select(OutboxRow.payload).where(subject))
+        asked = [UserErasureRequested.FromString(payload) for payload in payloads]
+        return sum(event.erasure_id == erasure_id for event in asked)
+
+    begin = begun.erasure.create_time.ToDatetime(UTC)
+    await ask_again(sessions, begin + timedelta(minutes=59))
+    assert await requests() == 1
+    assert await ask_again(sessions, begin + timedelta(minutes=61)) >= 1
+    assert await requests() == 2
+    async with (
+        answering(people.parts, "dashboard", people.parts.postgres_url("dashboard")),
+        answering(people.parts, "analytics", people.parts.postgres_url("analytics")),
+    ):
+        await people.until_done(begun.erasure, begun.erasure_token)
+    await ask_again(sessions, begin + timedelta(days=30))
+    assert await requests() == 2
 
 
 async def test_the_last_owner_stays_until_somebody_else_is_one(people: People):
