@@ -43,7 +43,7 @@ from services.user_svc.consumers import (
     on_signed_in,
     on_user_updated,
 )
-from services.user_svc.erasures import ErasureServicer, Receipts, erase_user
+from services.user_svc.erasures import ErasureServicer, Receipts, erase_user, keep_asking
 from services.user_svc.internal_users import InternalUserServicer
 from services.user_svc.invitations import Invitations, InvitationServicer
 from services.user_svc.managed_users import ManagedUserServicer
@@ -113,6 +113,7 @@ async def serve(settings: Settings) -> None:
         await until_stopped(
             Relay(settings.postgres_url, bus, "user").run(),
             Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
+            keep_asking(sessions, now),
             consume(
                 bus,
                 sessions,

@@ -4,14 +4,16 @@ A deleted user loses every right in one transaction; what services know of them 
 an event tells it to. The last answer completes the receipt.
 """
 
+import asyncio
 import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc.aio
+import structlog
 from meshboard.user.v1 import events_pb2
 from meshboard.user.v1.erasure_service_pb2 import (
     DeleteManagedUserRequest,
@@ -28,13 +30,14 @@ from meshboard.user.v1.erasure_service_pb2_grpc import ErasureServiceServicer
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.erasures import Erased
 from services.chassis.times import timestamp_of
-from services.user_svc.convert import erasure_to_pb, user_to_pb
+from services.user_svc.convert import erasure_to_pb
 from services.user_svc.memberships import Membership, lock_user, require_owners, require_seniority
 from services.user_svc.models import (
     ERASING,
@@ -53,6 +56,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 RECEIPT_TYPE = "erasure-receipt+jwt"
 TOKEN_PREFIX = "mbe_"  # noqa: S105 - the beginning of tokens
+
+_ASK_AGAIN = timedelta(hours=1)
+_ROUND_SECONDS = 60
+_BATCH = 100
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,10 @@ class ErasureServicer(ErasureServiceServicer):
             user_id=user.user_id,
             managing_workspace_id=user.managing_workspace_id,
             create_time=now,
+            request_time=now,
         )
         session.add(erasure)
-        outbox.add(session, events_pb2.UserUpdated(user=user_to_pb(user)))
-        requested = events_pb2.UserErasureRequested(
-            erasure_id=erasure.erasure_id, user_id=user.user_id, time=timestamp_of(now)
-        )
-        outbox.add(session, requested)
+        _request(session, erasure)
         return erasure
 
     async def _load(self, *conditions: ColumnElement[bool]) -> Erasure:
@@ -144,6 +150,45 @@ class ErasureServicer(ErasureServiceServicer):
             if erasure is None:
                 raise errors.not_found("ERASURE_NOT_FOUND", "There is no such erasure.")
             return erasure_to_pb(erasure, await _services(session, erasure.erasure_id))
+
+
+def _request(session: AsyncSession, erasure: ErasureRow) -> None:
+    """Asks every service to erase the user."""
+    requested = events_pb2.UserErasureRequested(
+        erasure_id=erasure.erasure_id, user_id=erasure.user_id, time=timestamp_of(erasure.create_time)
+    )
+    outbox.add(session, requested)
+
+
+async def ask_again(db: async_sessionmaker[AsyncSession], now: datetime) -> int:
+    """Asks anew for the erasures that are not done after an hour; gives how many those are.
+
+    So a service hears of them that was away for longer than JetStream keeps events, or has given up after its last
+    attempt. Who has answered before answers again, and that changes nothing.
+    """
+    async with db.begin() as session:
+        rows = await session.scalars(
+            select(ErasureRow)
+            .where(ErasureRow.complete_time.is_(None), ErasureRow.request_time < now - _ASK_AGAIN)
+            .limit(_BATCH)
+            .with_for_update(skip_locked=True)
+        )
+        running = list(rows)
+        for erasure in running:
+            erasure.request_time = now
+            _request(session, erasure)
+    return len(running)
+
+
+async def keep_asking(db: async_sessionmaker[AsyncSession], now: Callable[[], datetime]) -> None:
+    """Asks again every minute until it is cancelled; any number of replicas may do so at once."""
+    while True:
+        try:
+            if count := await ask_again(db, now()):
+                log.warning("erasures_not_done", count=count)
+        except (OSError, TimeoutError, SQLAlchemyError) as error:
+            log.warning("erasures_wait_for_postgres", error=repr(error))
+        await asyncio.sleep(_ROUND_SECONDS)
 
 
 async def leave(session: AsyncSession, user_id: str, memberships: list[Membership]) -> int:

@@ -93,10 +93,16 @@ class Avatar(Table):
 
 
 class ErasureRow(Table):
-    """The erasure of a user. It outlives the user and has nothing of theirs but the id."""
+    """The erasure of a user. It outlives the user and has nothing of theirs but the id.
+
+    `request_time` is when the services were last asked.
+    """
 
     __tablename__ = "erasures"
-    __table_args__ = (UniqueConstraint("user_id", name="erasures_user_once"),)
+    __table_args__ = (
+        UniqueConstraint("user_id", name="erasures_user_once"),
+        Index("erasures_running", "request_time", postgresql_where=text("complete_time IS NULL")),
+    )
 
     erasure_id: Mapped[Id] = mapped_column(primary_key=True)
     user_id: Mapped[Id]
@@ -104,6 +110,7 @@ class ErasureRow(Table):
     token_hash: Mapped[bytes | None] = mapped_column(LargeBinary)
     receipt: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time]
+    request_time: Mapped[Time]
     complete_time: Mapped[Time | None]
 
 

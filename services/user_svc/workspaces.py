@@ -321,8 +321,13 @@ async def add_member(
 ) -> Member:
     """Adds a member and the event that tells of it; the caller has locked the rights, and announces them.
 
-    Raises ALREADY_EXISTS (MEMBER_EXISTS), FAILED_PRECONDITION (EMAIL_DOMAIN_REFUSED).
+    Raises ALREADY_EXISTS (MEMBER_EXISTS), FAILED_PRECONDITION (EMAIL_DOMAIN_REFUSED), NOT_FOUND (USER_NOT_FOUND) for
+    who is being erased.
     """
+    # Held, so that nobody joins who is being erased.
+    await session.refresh(user, with_for_update={"read": True, "key_share": True})
+    if user.state == ERASING:
+        raise user_not_found(user.user_id)
     member: Member | None = await session.scalar(
         insert(Member)
         .values(workspace_id=workspace.workspace_id, user_id=user.user_id, role=role, create_time=now)
@@ -389,13 +394,9 @@ async def _find_acquaintance(session: AsyncSession, user_id: str) -> User:
     )
     user: User | None = await session.scalar(select(User).where(User.user_id == user_id, shared))
     # A service account belongs to the workspace that it was made in, and elsewhere is nobody.
-    if (
-        user is None
-        or user.state == ERASING
-        or (
-            user.kind == SERVICE_ACCOUNT
-            and not await session.get(Member, (auth.caller().workspace_id, user.user_id))
-        )
+    if user is None or (
+        user.kind == SERVICE_ACCOUNT
+        and not await session.get(Member, (auth.caller().workspace_id, user.user_id))
     ):
         raise user_not_found(user_id)
     return user

@@ -4,6 +4,7 @@ import asyncio
 import json
 from base64 import urlsafe_b64decode
 from collections.abc import Mapping
+from datetime import UTC, timedelta
 
 import grpc
 import jwt
@@ -39,7 +40,7 @@ from sqlalchemy import func, select
 from services.auth_svc.models import Account, AuditEntryRow, ErasedUser, Session
 from services.chassis import outbox
 from services.chassis.db import GrantRow, InboxRow, OutboxRow
-from services.user_svc.erasures import RECEIPT_TYPE
+from services.user_svc.erasures import RECEIPT_TYPE, ask_again
 from services.user_svc.models import Avatar, ErasureRow, Member, ProfileRow, User, Workspace
 from tests.auth_svc.conftest import bearer, claims_of, new_email
 from tests.conditions import eventually
@@ -272,6 +273,32 @@ async def test_what_comes_twice_changes_nothing(people: People):
     assert await people.erasure(begun.erasure, begun.erasure_token) == done
 
 
+async def test_who_has_not_answered_is_asked_again_after_an_hour(people: People):
+    person = await people.sign_up()
+    begun = await delete(people, person)
+    sessions, erasure_id = people.services.user_sessions, begun.erasure.erasure_id
+
+    async def requests() -> int:
+        subject = OutboxRow.subject == UserErasureRequested.DESCRIPTOR.full_name
+        async with sessions() as session:
+            payloads = await session.scalars(select(OutboxRow.payload).where(subject))
+        asked = [UserErasureRequested.FromString(payload) for payload in payloads]
+        return sum(event.erasure_id == erasure_id for event in asked)
+
+    begin = begun.erasure.create_time.ToDatetime(UTC)
+    await ask_again(sessions, begin + timedelta(minutes=59))
+    assert await requests() == 1
+    assert await ask_again(sessions, begin + timedelta(minutes=61)) >= 1
+    assert await requests() == 2
+    async with (
+        answering(people.parts, "dashboard", people.parts.postgres_url("dashboard")),
+        answering(people.parts, "analytics", people.parts.postgres_url("analytics")),
+    ):
+        await people.until_done(begun.erasure, begun.erasure_token)
+    await ask_again(sessions, begin + timedelta(days=30))
+    assert await requests() == 2
+
+
 async def test_the_last_owner_stays_until_somebody_else_is_one(people: People):
     owner, other = await people.sign_up(), await people.sign_up()
     await join(people, owner, other)
@@ -391,6 +418,29 @@ async def test_is_for_oneself_alone(people: People):
     person, other = await people.sign_up(), await people.sign_up()
     for user_id in (other.user.user_id, new_id()):
         assert await refused(delete(people, person, user_id)) == (StatusCode.NOT_FOUND, "USER_NOT_FOUND")
+
+
+@pytest.mark.parametrize("rounds", [10, pytest.param(1000, marks=pytest.mark.long)])
+async def test_who_is_made_a_member_meanwhile_is_none_in_the_end(people: People, rounds: int):
+    owner = await people.sign_up()
+    for _ in range(rounds):
+        person = await people.sign_up()
+        deleted, added = await asyncio.gather(
+            delete(people, person), join(people, owner, person), return_exceptions=True
+        )
+        assert isinstance(deleted, DeleteUserResponse)
+        if isinstance(added, grpc.aio.AioRpcError):
+            assert added.code() is StatusCode.NOT_FOUND
+
+        async def gone(user_id: str = person.user.user_id) -> bool:
+            async with people.services.user_sessions() as session:
+                return await session.get(User, user_id) is None
+
+        await eventually(gone)
+    members = await people.services.workspaces.ListMembers(
+        ListMembersRequest(workspace_id=owner.workspace.workspace_id), metadata=bearer(owner.access_token)
+    )
+    assert [member.user.user_id for member in members.members] == [owner.user.user_id]
 
 
 async def test_of_several_calls_one_begins_it_and_the_last_token_counts(people: People):

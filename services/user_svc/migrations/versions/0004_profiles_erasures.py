@@ -46,9 +46,11 @@ def upgrade() -> None:
             token_hash bytea,
             receipt text,
             create_time timestamptz NOT NULL,
+            request_time timestamptz NOT NULL,
             complete_time timestamptz
         )
     """)
+    op.execute("CREATE INDEX erasures_running ON erasures (request_time) WHERE complete_time IS NULL")
     op.execute("""
         CREATE TABLE service_erasures (
             erasure_id uuid NOT NULL REFERENCES erasures ON DELETE CASCADE,
