@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -27,6 +28,7 @@ from services.chassis.rights import (
     decide,
     visible,
 )
+from tests.conditions import eventually
 from tests.harness import new_id
 from tests.parts import Parts
 
@@ -207,3 +209,22 @@ async def test_cache_does_not_keep_an_answer_older_than_the_change():
     await cache.get(*key)
     await cache.get(*key)
     assert owner.count == 2, "the answer was on its way while the change happened"
+
+
+async def test_cache_keeps_nothing_longer_than_a_membership_lasts():
+    now = datetime.now(UTC)
+    for expire_time, count in ((now - timedelta(seconds=1), 3), (now + timedelta(hours=1), 1)):
+        owner = Owner(replace(rights(), expire_time=expire_time))
+        cache = RightsCache(owner.fetch, lambda: True)
+        for _ in range(3):
+            await cache.get(owner.answer.user_id, owner.answer.workspace_id)
+        assert owner.count == count
+    owner = Owner(replace(rights(), expire_time=datetime.now(UTC) + timedelta(milliseconds=200)))
+    cache = RightsCache(owner.fetch, lambda: True)
+
+    async def asked_again() -> bool:
+        await cache.get(owner.answer.user_id, owner.answer.workspace_id)
+        return owner.count > 1
+
+    assert not await asked_again()
+    await eventually(asked_again)

@@ -108,7 +108,7 @@ async def test_an_admin_sees_what_a_member_sees(
     mesh: Mesh, ann: Person, bob: Person, http: aiohttp.ClientSession
 ):
     members = f"/v1/workspaces/{ann.workspace_id}/members"
-    await ann.post(members, {"userId": bob.user_id, "role": "viewer"})
+    await admit(mesh, ann, bob, "viewer")
     dashboard_id = await ann.new_dashboard()
     session = await ann.post(f"{members}/{bob.user_id}:impersonate", {"reason": "ticket 17"})
     assert session["refreshToken"]
