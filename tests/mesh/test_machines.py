@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from tests.conditions import eventually
+from tests.mesh.memberships import admit
 from tests.mesh.people import Person, Watch
 from tests.parts import Mesh
 
