@@ -67,7 +67,12 @@ AUDITED: Mapping[type[Message], Rule] = {
     WorkspaceUpdated: Rule(
         "workspace.updated",
         "",
-        {"title": "workspace.title", "require_second_factor": "workspace.require_second_factor"},
+        {
+            "title": "workspace.title",
+            "require_second_factor": "workspace.require_second_factor",
+            "default_role": "workspace.default_role",
+            "allowed_email_domains": "workspace.allowed_email_domains",
+        },
     ),
     WorkspaceDeleted: Rule("workspace.deleted"),
     MemberAdded: Rule("member.added", "member.user.user_id", {"role": "member.role"}),
@@ -144,9 +149,12 @@ async def record_event(session: AsyncSession, event: Message) -> None:
 
 
 def _value(message: Any, path: str) -> Any:
-    """The value of a field by its path; of an enum its name."""
+    """The value of a field by its path; of an enum its name, of several texts one with all."""
     *parents, name = path.split(".")
     for parent in parents:
         message = getattr(message, parent)
-    value, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
+    value, field = getattr(message, name), message.DESCRIPTOR.fields_by_name[name]
+    if field.is_repeated:
+        return " ".join(value)
+    enum = field.enum_type
     return enum.values_by_number[value].name if enum else value
