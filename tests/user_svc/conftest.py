@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 
 Metadata = tuple[tuple[str, str], ...]
+# The rounds of a race in its long form.
+LONG = pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from services.user_svc import models
 from services.user_svc.consumers import on_account_discarded
 from services.user_svc.invitation_tokens import token_of
 from tests.harness import new_id, reason_of, refused
-from tests.user_svc.conftest import Person, UserSvc
+from tests.user_svc.conftest import LONG, Person, UserSvc
 from tests.user_svc.test_create_team import create
 from tests.user_svc.test_get_rights import rights_of
 from tests.user_svc.test_invitations import INVALID, change, get, preview, revoke, set_workspace
 
-ROUNDS = pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.long)])
+ROUNDS = pytest.mark.parametrize("rounds", [20, LONG])
 
 
 async def accept(svc: UserSvc, person: Person, token: str) -> AcceptInvitationResponse:

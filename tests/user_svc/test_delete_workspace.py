@@ -16,9 +16,9 @@ from sqlalchemy import func, select
 from services.chassis.db import OutboxRow
 from services.user_svc.models import Invitation, Member, Team, TeamMember, Workspace
 from tests.harness import reason_of, refused
-from tests.user_svc.conftest import Person, UserSvc
+from tests.user_svc.conftest import LONG, Person, UserSvc
 
-ROUNDS = pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.long)])
+ROUNDS = pytest.mark.parametrize("rounds", [20, LONG])
 
 
 def deleting(owner: Person, etag: str = "") -> DeleteWorkspaceRequest:

@@ -13,9 +13,9 @@ from sqlalchemy import select
 
 from services.chassis.db import OutboxRow
 from tests.harness import new_id, reason_of, refused
-from tests.user_svc.conftest import Person, UserSvc
+from tests.user_svc.conftest import LONG, Person, UserSvc
 
-ROUNDS = pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.long)])
+ROUNDS = pytest.mark.parametrize("rounds", [20, LONG])
 
 
 def leaving(person: Person) -> LeaveWorkspaceRequest:

@@ -8,11 +8,11 @@ from meshboard.user.v1.team_service_pb2 import ListTeamsRequest, MoveTeamRequest
 from meshboard.user.v1.workspace_pb2 import Team
 
 from tests.harness import new_id, reason_of, refused
-from tests.user_svc.conftest import Person, UserSvc
+from tests.user_svc.conftest import LONG, Person, UserSvc
 from tests.user_svc.test_create_team import create
 from tests.user_svc.test_get_rights import rights_of
 
-ROUNDS = pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.long)])
+ROUNDS = pytest.mark.parametrize("rounds", [20, LONG])
 
 
 async def move(svc: UserSvc, owner: Person, team: Team, below: Team | None, etag: str = "") -> Team:
