@@ -20,12 +20,9 @@ from services.chassis.db import OutboxRow
 from services.user_svc.models import Invitation
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, from_elsewhere, new_email
 from tests.auth_svc.machines import join, owner_of
-from tests.auth_svc.test_verify_email import strict, verify
 from tests.conditions import eventually
 from tests.harness import new_id, refused, service_metadata
 from tests.mailbox import Mailbox
-
-__all__ = ["strict"]  # the fixture
 
 INVALID = (grpc.StatusCode.NOT_FOUND, "INVITATION_INVALID")
 
@@ -91,18 +88,6 @@ async def test_a_resent_mail_has_another_link(services: Services, mailbox: Mailb
     assert second != first
     assert await refused(sign_up(services, email, first)) == INVALID
     await sign_up(services, email, second)
-
-
-async def test_works_where_addresses_must_be_verified_first(strict: Services, mailbox: Mailbox):
-    owner_email, email = new_email(), new_email()
-    await strict.sign_up(owner_email)
-    owner = await verify(strict, await mailbox.token(owner_email, "sign-up"))
-    token = await strict.invite(owner.workspace.workspace_id, email, bearer(owner.access_token))
-    signed_up = await sign_up(strict, email, token)
-    assert signed_up.workspace.workspace_id == owner.workspace.workspace_id
-    assert signed_up.access_token
-    for token in ("mbi_" + "A" * 64, "x"):
-        assert await refused(sign_up(strict, owner_email, token)) == INVALID, "nothing is told of accounts"
 
 
 async def test_the_token_is_for_its_address(services: Services):
