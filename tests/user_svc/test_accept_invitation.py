@@ -111,7 +111,7 @@ async def test_spelling_of_the_address_does_not_matter(svc: UserSvc, owner: Pers
         {"state": "REVOKED"},
         {"state": "EXPIRED"},
     ],
-    ids=str,
+    ids=" ".join,
 )
 async def test_holds_for_what_it_was_made_for(svc: UserSvc, owner: Person, values: dict[str, Any]):
     person, invitation, token = await invited(svc, owner)

@@ -62,7 +62,7 @@ def test_says_which_invitation_and_holds_for_it():
         # The bytes of one field are not those of another.
         {"email_key": "ada@example.orgviewer", "role": ""},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_holds_for_nothing_else(change: dict[str, Any]):
     row = Row()
