@@ -80,7 +80,12 @@ AUDITED: Mapping[type[Message], Rule] = {
     WorkspaceUpdated: Rule(
         "workspace.updated",
         "",
-        {"title": "workspace.title", "require_second_factor": "workspace.require_second_factor"},
+        {
+            "title": "workspace.title",
+            "require_second_factor": "workspace.require_second_factor",
+            "default_role": "workspace.default_role",
+            "allowed_email_domains": "workspace.allowed_email_domains",
+        },
     ),
     WorkspaceDeleted: Rule("workspace.deleted"),
     UserStateChanged: Rule("user.state_changed", "user_id", {"state": "state"}),

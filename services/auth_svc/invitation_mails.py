@@ -33,6 +33,7 @@ class InvitationMails:
         await self._mail(session, event.workspace_id, event.invitation_id)
 
     async def _mail(self, session: AsyncSession, workspace_id: str, invitation_id: str) -> None:
+        # Asked before the handler has locked anything but the event's own row in the inbox.
         try:
             mail = await self.users.GetInvitationMail(
                 GetInvitationMailRequest(workspace_id=workspace_id, invitation_id=invitation_id)

@@ -160,14 +160,11 @@ class InvitationServicer(InvitationServiceServicer):
         async with self.db.begin() as session:
             await lock_rights(session, caller.workspace_id)
             workspace = await session.get_one(Workspace, caller.workspace_id)
-            require_allowed_email(workspace, request.email)
             role = request.role or workspace.default_role
             team_ids = sorted({team_id.lower() for team_id in request.team_ids})
-            rights = await read_rights(session, caller.user_id, caller.workspace_id)
-            _require_within(rights, role, team_ids)
+            await self._require_sendable(session, workspace, request.email, role, team_ids)
             await _require_teams(session, caller.workspace_id, team_ids)
             await _require_no_member(session, caller.workspace_id, request.email)
-            await self._require_room(session, caller.user_id)
             await self._expire(session, caller.workspace_id, request.email)
             invitation = await session.scalar(
                 insert(Invitation)
@@ -236,10 +233,10 @@ class InvitationServicer(InvitationServiceServicer):
                     "The invitation was mailed a moment ago: look into the mailbox, or wait a minute.",
                     retry_seconds=wait.total_seconds(),
                 )
-            require_allowed_email(await session.get_one(Workspace, caller.workspace_id), invitation.email)
-            rights = await read_rights(session, caller.user_id, caller.workspace_id)
-            _require_within(rights, invitation.role, invitation.team_ids)
-            await self._require_room(session, caller.user_id)
+            workspace = await session.get_one(Workspace, caller.workspace_id)
+            await self._require_sendable(
+                session, workspace, invitation.email, invitation.role, invitation.team_ids
+            )
             invitation.generation += 1
             invitation.inviter_id, invitation.send_time = caller.user_id, now
             invitation.expire_time = max(invitation.expire_time, now + _LIFETIME)
@@ -312,8 +309,14 @@ class InvitationServicer(InvitationServiceServicer):
         told = event(workspace_id=invitation.workspace_id, invitation_id=invitation.invitation_id)
         outbox.add(session, told, workspace_id=invitation.workspace_id)
 
-    async def _require_room(self, session: AsyncSession, inviter_id: str) -> None:
-        """Keeps people from sending mails to the world. Raises RESOURCE_EXHAUSTED (INVITATION_LIMIT)."""
+    async def _require_sendable(
+        self, session: AsyncSession, workspace: Workspace, email: str, role: str, team_ids: Sequence[str]
+    ) -> None:
+        """Raises unless the caller may have such an invitation mailed, as the tables say now."""
+        inviter_id = auth.caller().user_id
+        require_allowed_email(workspace, email)
+        _require_within(await read_rights(session, inviter_id, workspace.workspace_id), role, team_ids)
+        # People do not send mails to the world.
         sent = await session.scalar(
             select(func.count())
             .select_from(Invitation)

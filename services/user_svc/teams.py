@@ -375,7 +375,7 @@ async def _shift(session: AsyncSession, team: Team, parent: Team | None) -> None
             Team.workspace_id == team.workspace_id, Team.team_id.in_(_below(team))
         )
     )
-    depths = dict(found.tuples().all())
+    depths = {row.team_id: row.depth for row in found}
     if parent is not None and parent.team_id in depths:
         raise errors.failed_precondition("TEAM_CYCLE", "The team would be below itself.")
     shift = (parent.depth if parent else 0) + 1 - team.depth

@@ -227,9 +227,8 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         workspace_id = auth.caller().workspace_id
         page = self.pages.open(request, workspace_id)
         async with self.db() as session:
-            rows = await session.execute(
-                select(Member, User)
-                .join(User, User.user_id == Member.user_id)
+            of_page = (
+                select(Member)
                 .where(
                     Member.workspace_id == workspace_id,
                     Member.role == request.role if request.role else true(),
@@ -237,6 +236,13 @@ class WorkspaceServicer(WorkspaceServiceServicer):
                 )
                 .order_by(Member.create_time, Member.user_id)
                 .limit(page.limit)
+            )
+            # The users of the page alone, whatever Postgres believes of the size of the workspace.
+            member = aliased(Member, of_page.subquery())
+            rows = await session.execute(
+                select(member, User)
+                .join(User, User.user_id == member.user_id)
+                .order_by(member.create_time, member.user_id)
             )
         members, next_page_token = page.close(rows.all(), lambda row: (row[0].create_time, row[0].user_id))
         return ListMembersResponse(

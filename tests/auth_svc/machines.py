@@ -112,7 +112,11 @@ async def audited(services: Services, subject_id: str) -> list[AuditEntryRow]:
     async with services.sessions() as session:
         rows = await session.scalars(
             select(AuditEntryRow)
-            .where(AuditEntryRow.subject_id == subject_id, ~AuditEntryRow.kind.like("member.%"))
+            .where(
+                AuditEntryRow.subject_id == subject_id,
+                ~AuditEntryRow.kind.like("member.%"),
+                ~AuditEntryRow.kind.like("invitation.%"),
+            )
             .order_by(AuditEntryRow.time, AuditEntryRow.audit_entry_id)
         )
         return list(rows)

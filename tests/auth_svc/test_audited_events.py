@@ -98,10 +98,10 @@ async def entry_of(services: Services, event: Message) -> AuditEntryRow:
         ),
         (MemberRemoved(workspace_id=WORKSPACE, user_id=USER), "member.removed", USER, {}),
         (
-            WorkspaceUpdated(workspace=Workspace(title="Shop")),
+            WorkspaceUpdated(workspace=Workspace(title="Shop", allowed_email_domains=["a.org", "b.org"])),
             "workspace.updated",
             "",
-            {"title": "Shop", "require_second_factor": False},
+            {"title": "Shop", "require_second_factor": False, "allowed_email_domains": ["a.org", "b.org"]},
         ),
         (
             DashboardGrantCreated(

@@ -281,3 +281,24 @@ async def test_one_effect_each_through_kills_of_nats(
     with suppress(asyncio.CancelledError):
         await relay
     assert [await effects(db, user_id) for user_id in users] == [1] * 60
+
+
+async def test_what_follows_the_commit_finds_it_done(db: Sessions, bus: Bus) -> None:
+    user_id, found = uuid4().hex, list[int]()
+    failures = [RuntimeError("first try")]
+
+    async def handler(session: AsyncSession, event: MemberRemoved) -> None:
+        async def look() -> None:
+            found.append(await effects(db, event.user_id))
+
+        await note(session, event)
+        inbox.after_commit(session, look)
+        if event.user_id == user_id and failures:
+            raise failures.pop()
+
+    await publish(bus, user_id)
+    async with consuming(bus, db, uuid4().hex, {MemberRemoved: handler}, backoff_seconds=[0.1]):
+        await eventually(lambda: has_effect(db, user_id))
+        await eventually(lambda: bool(found))
+    assert not failures
+    assert 0 not in found

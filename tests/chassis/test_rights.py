@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
@@ -25,6 +26,7 @@ from services.chassis.rights import (
     decide,
     explain,
 )
+from tests.conditions import eventually
 from tests.harness import new_id
 
 
@@ -285,3 +287,22 @@ async def test_one_who_gives_up_takes_nothing_from_the_others():
     await settle()
     owner.asked[0].set_result(owner.answer)
     assert await second == owner.answer
+
+
+async def test_cache_keeps_nothing_longer_than_a_membership_lasts():
+    now = datetime.now(UTC)
+    for expire_time, count in ((now - timedelta(seconds=1), 3), (now + timedelta(hours=1), 1)):
+        owner = Owner(replace(rights(), expire_time=expire_time))
+        cache = RightsCache(owner.fetch, lambda: True)
+        for _ in range(3):
+            await cache.get(owner.answer.user_id, owner.answer.workspace_id)
+        assert owner.count == count
+    owner = Owner(replace(rights(), expire_time=datetime.now(UTC) + timedelta(milliseconds=200)))
+    cache = RightsCache(owner.fetch, lambda: True)
+
+    async def asked_again() -> bool:
+        await cache.get(owner.answer.user_id, owner.answer.workspace_id)
+        return owner.count > 1
+
+    assert not await asked_again()
+    await eventually(asked_again)

@@ -55,9 +55,12 @@ def test_it_knows_every_link_and_calls_routes_that_exist() -> None:
     mailed = set(re.findall(r'_link\(settings, "([a-z-]+)"', written))
     known = dict(re.findall(r'^  "([a-z-]+)": \{.*?method: "(\w+)"', PAGE, flags=re.MULTILINE | re.DOTALL))
     assert set(known) == mailed
-    assert mailed <= {purpose.label for purpose in Purpose}
+    assert mailed <= {purpose.label for purpose in Purpose} | {"invitation"}  # whose tokens user_svc makes
     public = {path for rpc in RPCS.values() if rpc.rule == "public" for _, path in rpc.bindings}
     assert {f"/v1/auth:{method}" for method in known.values()} <= public
+    called = set(re.findall(r'post\("(/v1/[^"]+)"', PAGE))
+    assert called - {"/v1/invitations:accept"} <= public
+    assert called <= {path for rpc in RPCS.values() for _, path in rpc.bindings}
 
 
 def test_every_field_has_a_label() -> None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard
-from meshboard.user.v1.events_pb2 import MemberRemoved
+from meshboard.dashboard.v1.events_pb2 import DashboardGrantDeleted
+from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted
 from meshboard.user.v1.grant_pb2 import Grant, NewGrant, Subject
 from sqlalchemy import delete, select, update
 
@@ -319,6 +320,28 @@ async def test_lists_page_by_page_the_oldest_first(mesh: Mesh) -> None:
     assert listed[0].role == "owner"
     assert listed[0].subject == Subject(user_id=admin.user_id)
     assert listed[1:] == made
+
+
+async def test_a_deleted_team_leaves_no_grants(mesh: Mesh) -> None:
+    admin, team_id, other_id = mesh.identity.member("admin"), new_id(), new_id()
+    guest = mesh.identity.member("viewer", admin.workspace_id, [team_id])
+    dashboard = await mesh.dashboard(admin)
+    for subject in (Subject(team_id=team_id), Subject(team_id=other_id), Subject(user_id=guest.user_id)):
+        await grant(mesh, admin, dashboard, subject, "viewer")
+    user = Peer("user", "127.0.0.1:1", auth.ServiceTokens("dashboard", mesh.identity.keys))
+    grants = grants_on_dashboards(mesh.db, user, Pages(bytes(32)))
+    async with mesh.db.begin() as session:
+        await grants.on_team_deleted(session, TeamDeleted(workspace_id=new_id(), team_id=team_id))
+        await grants.on_team_deleted(session, TeamDeleted(workspace_id=admin.workspace_id, team_id=team_id))
+    await user.close()
+    async with mesh.db() as session:
+        left = await session.scalars(select(GrantRow).where(GrantRow.workspace_id == admin.workspace_id))
+        assert {row.subject_id for row in left} == {admin.user_id, other_id, guest.user_id}
+        told = await session.scalars(
+            select(OutboxRow.payload).where(OutboxRow.subject == DashboardGrantDeleted.DESCRIPTOR.full_name)
+        )
+        events = [DashboardGrantDeleted.FromString(row) for row in told]
+    assert [e.dashboard_id for e in events].count(dashboard.dashboard_id) == 1
 
 
 async def test_a_removed_member_leaves_no_grants(mesh: Mesh) -> None:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.conditions import eventually
+from tests.mesh.memberships import admit
 from tests.mesh.people import Answer, Person
 from tests.parts import Mesh
 
@@ -114,7 +115,7 @@ async def test_without_nats_no_right_outlives_its_end(fragile: Mesh, ann: Person
     guest = Person(bob.http, bob.url)
     guest.headers = {**bob.headers, "x-workspace-id": ann.workspace_id}
     membership = f"/v1/workspaces/{ann.workspace_id}/members"
-    await ann.post(membership, {"userId": bob.user_id, "role": "viewer"})
+    await admit(fragile, ann, bob, "viewer")
     home = f"/v1/dashboards/{await bob.new_dashboard()}"
     await until_served(guest, path)
     await until_served(bob, home)

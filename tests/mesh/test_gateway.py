@@ -21,6 +21,7 @@ from meshboard.user.v1 import (
 
 from tests.conditions import eventually
 from tests.harness import new_id, reason_of
+from tests.mesh.memberships import admit
 from tests.mesh.people import Person
 from tests.parts import Mesh
 
@@ -257,9 +258,8 @@ async def test_a_wrong_or_rotated_write_key(ann: Person, stranger: Person):
         assert (answer.status, answer.reason) == (401, "WRITE_KEY_INVALID")
 
 
-async def test_grants_open_and_close_a_dashboard(ann: Person, bob: Person):
-    members = f"/v1/workspaces/{ann.workspace_id}/members"
-    await ann.post(members, {"userId": bob.user_id, "role": "viewer"})
+async def test_grants_open_and_close_a_dashboard(mesh: Mesh, ann: Person, bob: Person):
+    await admit(mesh, ann, bob, "viewer")
     bob.headers["x-workspace-id"] = ann.workspace_id
     dashboard_id = await ann.new_dashboard()
     path = f"/v1/dashboards/{dashboard_id}"
@@ -286,9 +286,9 @@ async def test_grants_open_and_close_a_dashboard(ann: Person, bob: Person):
     assert dashboard_id not in json.dumps(await bob.get("/v1/dashboards"))
 
 
-async def test_a_member_who_is_removed_is_out_at_once(ann: Person, bob: Person):
+async def test_a_member_who_is_removed_is_out_at_once(mesh: Mesh, ann: Person, bob: Person):
     members = f"/v1/workspaces/{ann.workspace_id}/members"
-    await ann.post(members, {"userId": bob.user_id, "role": "editor"})
+    await admit(mesh, ann, bob, "editor")
     bob.headers["x-workspace-id"] = ann.workspace_id
     await bob.get("/v1/dashboards")
     await ann.call("DELETE", f"{members}/{bob.user_id}")

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from tests.conditions import eventually
+from tests.mesh.memberships import admit
 from tests.mesh.people import Person, Watch
 from tests.parts import Mesh
 
@@ -108,7 +109,7 @@ async def test_an_admin_sees_what_a_member_sees(
     mesh: Mesh, ann: Person, bob: Person, http: aiohttp.ClientSession
 ):
     members = f"/v1/workspaces/{ann.workspace_id}/members"
-    await ann.post(members, {"userId": bob.user_id, "role": "viewer"})
+    await admit(mesh, ann, bob, "viewer")
     dashboard_id = await ann.new_dashboard()
     session = await ann.post(f"{members}/{bob.user_id}:impersonate", {"reason": "ticket 17"})
     assert session["refreshToken"]

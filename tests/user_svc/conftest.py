@@ -1,6 +1,7 @@
 """user_svc's servicers on a real server with all stages; tokens come from the test's own identity."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -31,10 +32,12 @@ from meshboard.user.v1.role_service_pb2_grpc import RoleServiceStub, add_RoleSer
 from meshboard.user.v1.team_service_pb2_grpc import TeamServiceStub, add_TeamServiceServicer_to_server
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
 from meshboard.user.v1.user_service_pb2_grpc import UserServiceStub, add_UserServiceServicer_to_server
+from meshboard.user.v1.workspace_service_pb2 import AddMemberRequest
 from meshboard.user.v1.workspace_service_pb2_grpc import (
     WorkspaceServiceStub,
     add_WorkspaceServiceServicer_to_server,
 )
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, db
@@ -68,6 +71,8 @@ if TYPE_CHECKING:
     from meshboard.auth.v1.internal_auth_service_pb2_grpc import InternalAuthServiceStub
 
 Metadata = tuple[tuple[str, str], ...]
+# The rounds of a race in its long form.
+LONG = pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,10 @@ class UserSvc:
     async def join(self, owner: Person, role: str) -> Person:
         """Somebody new, who has signed up by an invitation to the owner's workspace."""
         invitation = await self.invite(owner, role=role)
+        return await self.sign_up(invitation, await self.token_of(invitation))
+
+    async def sign_up(self, invitation: Invitation, token: str) -> Person:
+        """Somebody new with the address of an invitation, whose token this is."""
         user_id = new_id()
         await self.internal.CreateUser(
             CreateUserRequest(
@@ -153,12 +162,14 @@ class UserSvc:
                 workspace_id=new_id(),
                 email=invitation.email,
                 display_name="Grace",
-                invitation_token=await self.token_of(invitation),
+                invitation_token=token,
             ),
             metadata=self.calling_as("auth"),
         )
-        token = self.identity.token(sub=user_id, wid=owner.workspace_id)
-        return Person(user_id, owner.workspace_id, invitation.email, (("authorization", f"Bearer {token}"),))
+        metadata = (
+            ("authorization", f"Bearer {self.identity.token(sub=user_id, wid=invitation.workspace_id)}"),
+        )
+        return Person(user_id, invitation.workspace_id, invitation.email, metadata)
 
     async def admit(self, owner: Person, person: Person, role: str = "viewer") -> None:
         """Makes somebody who is here already a member of the owner's workspace, by an invitation."""
@@ -167,11 +178,34 @@ class UserSvc:
             AcceptInvitationRequest(token=token), metadata=person.metadata
         )
 
+    async def add(self, owner: Person, person: Person, role: str) -> None:
+        """Makes somebody a member whom the owner meets elsewhere."""
+        await self.workspaces.AddMember(
+            AddMemberRequest(workspace_id=owner.workspace_id, user_id=person.user_id, role=role),
+            metadata=owner.metadata,
+        )
+
     async def acquaintance(self, owner: Person) -> Person:
         """Somebody new, whom the owner meets in another workspace."""
         person = await self.person()
         await self.admit(person, owner)
         return person
+
+
+@contextmanager
+def statements_of(svc: UserSvc) -> Iterator[list[str]]:
+    """The SQL statements that user_svc makes in the block, without those that fix the transaction."""
+    statements: list[str] = []
+
+    def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    engine = db.engine(svc.sessions).sync_engine
+    event.listen(engine, "before_cursor_execute", count)
+    try:
+        yield statements
+    finally:
+        event.remove(engine, "before_cursor_execute", count)
 
 
 def now() -> datetime:
