@@ -1,8 +1,10 @@
 """user_svc's servicers on a real server with all stages; tokens come from the test's own identity."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from meshboard.user.v1.internal_user_service_pb2 import CreateUserRequest
@@ -26,6 +28,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
+from services.chassis.search import Engine
 from services.chassis.search_engines import engine_of
 from services.chassis.settings import Settings
 from services.user_svc.internal_users import InternalUserServicer
@@ -56,6 +59,7 @@ class UserSvc:
 
     url: str
     sessions: async_sessionmaker[AsyncSession]
+    engine: Engine
     bus: Bus
     identity: Identity
     users: UserServiceStub
@@ -96,11 +100,12 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-@pytest.fixture(scope="session")
-async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
+@asynccontextmanager
+async def running_svc(parts: Parts, identity: Identity, **more: Any) -> AsyncIterator[UserSvc]:
+    """user_svc with a database of its own; `more` are settings."""
     url = await parts.fresh_database("user")
     await db.migrate(url, "services.user_svc")
-    settings = make_settings(Settings, parts, identity.keys, url)
+    settings = make_settings(Settings, parts, identity.keys, url, **more)
     sessions = db.connect(url)
     bus = await Bus.connect(parts.nats_url, "test")
     cache = await Cache.connect(parts.redis_url, bus, "user")
@@ -129,6 +134,7 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
         yield UserSvc(
             url=url,
             sessions=sessions,
+            engine=engine,
             bus=bus,
             identity=identity,
             users=UserServiceStub(channel),
@@ -136,9 +142,16 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
             teams=TeamServiceStub(channel),
             internal=InternalUserServiceStub(channel),
         )
+    await engine.close()
     await cache.close()
     await bus.close()
     await db.engine(sessions).dispose()
+
+
+@pytest.fixture(scope="session")
+async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
+    async with running_svc(parts, identity) as svc:
+        yield svc
 
 
 @pytest.fixture
