@@ -57,7 +57,7 @@ async def serve(settings: Settings) -> None:
     await feeds.listen(bus)
     grants = grants_on_dashboards(sessions, user_peer, pages)
     engine = engine_of(settings, sessions)
-    search = DashboardSearch(sessions, engine)
+    search = DashboardSearch(sessions, engine, DASHBOARD)
     dashboards = DashboardServicer(
         db=sessions,
         boards=boards,

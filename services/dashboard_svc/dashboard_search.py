@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import rights as chassis_rights
 from services.chassis import times
+from services.chassis.access import Resource
 from services.chassis.indexing import Corpus
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
@@ -25,9 +26,11 @@ class DashboardSearch:
         self,
         db: async_sessionmaker[AsyncSession],
         engine: Engine,
+        resource: Resource,
         now: Callable[[], datetime] = times.now,
     ) -> None:
         self._db = db
+        self._resource = resource
         self._search = Search(engine, DASHBOARDS)
         self._now = now
 
@@ -36,7 +39,7 @@ class DashboardSearch:
     ) -> list[Found[Dashboard]]:
         """The next hits. Raises INVALID_ARGUMENT (SEARCH_QUERY_INVALID), and UNAVAILABLE."""
         now = self._now()
-        visible = chassis_rights.visible("dashboard", Dashboard.dashboard_id, rights, now)
+        visible = chassis_rights.visible(self._resource.type, Dashboard.dashboard_id, rights, now)
 
         async def load(dashboard_ids: list[str]) -> Mapping[str, Dashboard]:
             async with self._db() as session:
@@ -51,14 +54,14 @@ class DashboardSearch:
 
         words = Query.of(query)
         async with self._db() as session:
-            within = await _within(session, rights, now)
+            within = await _within(session, self._resource, rights, now)
         return await self._search.find(words, within, load, after, limit)
 
 
-async def _within(session: AsyncSession, rights: Rights, now: datetime) -> Within:
+async def _within(session: AsyncSession, resource: Resource, rights: Rights, now: datetime) -> Within:
     """What the user reaches: by the role, and otherwise by grants on single dashboards."""
     by_role = "dashboards.view" in rights.permissions
-    visible = chassis_rights.visible("dashboard", Dashboard.dashboard_id, rights, now)
+    visible = chassis_rights.visible(resource.type, Dashboard.dashboard_id, rights, now)
     others = await session.scalars(
         select(Dashboard.dashboard_id).where(
             Dashboard.workspace_id == rights.workspace_id, visible.is_not(by_role)

@@ -167,7 +167,7 @@ async def mesh(
             answers = Answers(peers[1])
             feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
             await feeds.listen(bus)
-            search = DashboardSearch(db, engine)
+            search = DashboardSearch(db, engine, DASHBOARD)
             servers: list[Server] = []
             dashboards = DashboardServicer(
                 db=db,
