@@ -159,7 +159,7 @@ class Stack:
             **{
                 name: value
                 for name, value in self.environment.items()
-                if name not in {*REPLACEABLE, "MESHBOARD_SMTP_URL"}
+                if name not in {*REPLACEABLE, "MESHBOARD_SMTP_URL", "MESHBOARD_ELASTICSEARCH_URL"}
             },
             "MESHBOARD_REDIS_URL": redis_url,
             "MESHBOARD_NATS_URL": nats_url,
@@ -180,6 +180,8 @@ class Stack:
             }
             if owner == "auth":
                 own["MESHBOARD_SMTP_URL"] = smtp_url
+            if owner in {"user", "dashboard"}:
+                own["MESHBOARD_ELASTICSEARCH_URL"] = self.environment.get("MESHBOARD_ELASTICSEARCH_URL", "")
             if owner == "analytics":
                 own["MESHBOARD_STORE_DIR"] = str(self.data_dir / "store")
             return parts.service(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis import db as chassis_db
-from services.chassis.indexing import Corpus, Indexer
-from services.chassis.search import Document, Engine, Found, Index, Key, Query, Search, Within
-from services.chassis.search_engines import Elasticsearch, engine_of
+from services.chassis.indexing import Corpus
+from services.chassis.search import Document, Found, Index, Key, Query, Search, Within
+from services.chassis.search_engines import engine_of
 from services.chassis.settings import Settings
-from tests.conditions import eventually
 from tests.harness import make_settings, new_id
 from tests.parts import Parts
+from tests.searching import Indexed, engine_settings
 
 THINGS = Index("things", {"title": 3, "body": 1})
 
@@ -62,18 +59,8 @@ async def _count(session: AsyncSession) -> int:
 CORPUS = Corpus(THINGS, _read, _scan, _count)
 
 
-@dataclass
-class Library:
+class Library(Indexed):
     """A database of things, and their index."""
-
-    url: str
-    db: async_sessionmaker[AsyncSession]
-    engine: Engine
-    search: Search
-
-    def indexer(self) -> Indexer:
-        """One more indexer."""
-        return Indexer(self.url, self.db, self.engine, CORPUS)
 
     async def put(
         self,
@@ -107,18 +94,6 @@ class Library:
         async with self.db.begin() as session:
             await session.execute(text("DELETE FROM things WHERE thing_id = :id"), {"id": thing_id})
 
-    async def settled(self, seconds: float = 30) -> None:
-        """Returns when searches find all that is written."""
-
-        async def nothing_waits() -> bool:
-            async with self.db() as session:
-                return not await session.scalar(text("SELECT count(*) FROM search_queue"))
-
-        await eventually(nothing_waits, seconds)
-        if isinstance(self.engine, Elasticsearch):
-            async with self.engine.answering(10) as client:
-                await client.indices.refresh(index=f"{self.engine.alias(THINGS)}*")
-
     async def find(
         self,
         workspace_id: str,
@@ -139,37 +114,13 @@ class Library:
                 )
             return {thing_id: title for thing_id, title in rows if thing_id not in hidden}
 
-        return await self.search.find(Query.of(query), within or Within(workspace_id), load, after, limit)
+        return await Search(self.engine, THINGS).find(
+            Query.of(query), within or Within(workspace_id), load, after, limit
+        )
 
     async def titles(self, workspace_id: str, query: str) -> list[str]:
         """The titles of the hits, the best first."""
         return [found.row for found in await self.find(workspace_id, query)]
-
-    async def indexed(self) -> dict[str, list[str]]:
-        """The words of each document in the index, by id."""
-        async with self.db() as session:
-            generation = await session.scalar(text("SELECT generation FROM search_indexes"))
-            rows = await session.execute(
-                text("""
-                    SELECT document_id::text, texts FROM search_documents
-                    WHERE generation = :generation AND gone_time IS NULL
-                """),
-                {"generation": generation},
-            )
-        if not isinstance(self.engine, Elasticsearch):
-            return {thing_id: [words.strip() for words in texts] for thing_id, texts in rows}
-        async with self.engine.answering(10) as client:
-            await client.indices.refresh(index=self.engine.alias(THINGS))
-            found = await client.search(index=self.engine.alias(THINGS), size=10_000)
-        documents = [hit["_source"] for hit in found["hits"]["hits"]]
-        return {d["document_id"]: [d["texts"][field] for field in THINGS.fields] for d in documents}
-
-    async def expected(self) -> dict[str, list[str]]:
-        """What `indexed` says when the index is as the table."""
-        async with self.db() as session:
-            keys = await _scan(session, None, 100_000)
-            documents = await _read(session, keys)
-        return {d.document_id: [d.words(field) for field in THINGS.fields] for d in documents}
 
 
 @asynccontextmanager
@@ -178,27 +129,12 @@ async def running_library(parts: Parts, keys: Any, elasticsearch_url: str) -> As
     url = await parts.fresh_database("user")
     await chassis_db.migrate(url, "tests.chassis.example_svc")
     db = chassis_db.connect(url)
-    settings = make_settings(
-        Settings,
-        parts,
-        keys,
-        url,
-        elasticsearch_url=elasticsearch_url,
-        elasticsearch_prefix=f"t{uuid4().hex[:12]}",
-    )
+    settings = make_settings(Settings, parts, keys, url, **engine_settings(elasticsearch_url))
     engine = engine_of(settings, db)
-    library = Library(url, db, engine, Search(engine, THINGS))
-    running = asyncio.create_task(library.indexer().run())
-
-    async def built() -> bool:
-        async with db() as session:
-            return bool(await session.scalar(text("SELECT generation FROM search_indexes")))
-
+    library = Library(url, db, engine, CORPUS)
     try:
-        await eventually(built, 60)
-        yield library
+        async with library.indexing():
+            yield library
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
         await engine.close()
         await chassis_db.engine(db).dispose()

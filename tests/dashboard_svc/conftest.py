@@ -26,6 +26,10 @@ from meshboard.dashboard.v1.folder_service_pb2_grpc import (
     FolderServiceStub,
     add_FolderServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.search_service_pb2_grpc import (
+    SearchServiceStub,
+    add_SearchServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.widget_service_pb2 import CreateWidgetRequest
 from meshboard.dashboard.v1.widget_service_pb2_grpc import (
     WidgetServiceStub,
@@ -46,6 +50,7 @@ from services.chassis.grants import InternalGrantServicer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.rights import Rights
+from services.chassis.search import Engine
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server
 from services.dashboard_svc.answers import Answers
@@ -54,6 +59,7 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
+from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
@@ -73,10 +79,12 @@ class Mesh:
     bus: Bus
     server: Server
     feeds: Feeds
+    engine: Engine
     dashboards: Any
     folders: Any
     widgets: Any
     internal_grants: Any
+    searches: Any
     another: Any = field(repr=False)
 
     async def dashboard(
@@ -156,13 +164,25 @@ def span() -> Span:
 
 
 @pytest.fixture
+def engine_of_searches() -> dict[str, Any]:
+    """The settings of the search engine; tests of searches override it."""
+    return {}
+
+
+@pytest.fixture
 async def mesh(
-    parts: Parts, keys: Path, identity: Absentee, database_url: str, span: Span
+    parts: Parts,
+    keys: Path,
+    identity: Absentee,
+    database_url: str,
+    span: Span,
+    engine_of_searches: dict[str, Any],
 ) -> AsyncIterator[Mesh]:
     analytics, users = StandInAnalytics(), StandInUsers()
-    settings = make_settings(Settings, parts, keys, database_url)
+    settings = make_settings(Settings, parts, keys, database_url, **engine_of_searches)
     db = chassis_db.connect(database_url, settings.postgres_pool_size)
     bus = await Bus.connect(parts.nats_url, "test")
+    engine = engine_of(settings, db)
     relay = asyncio.create_task(Relay(database_url, bus, "dashboard").run())
     async with serving_stand_ins(analytics, users) as address:
 
@@ -175,7 +195,7 @@ async def mesh(
             answers = Answers(peers[1])
             feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
             await feeds.listen(bus)
-            search = DashboardSearch(db, engine_of(settings, db), DASHBOARD)
+            search = DashboardSearch(db, engine, DASHBOARD)
             servers: list[Server] = []
             dashboards = DashboardServicer(
                 db=db,
@@ -192,11 +212,13 @@ async def mesh(
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
             access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
+            searches = SearchServicer(db, search, peers[0], pages)
             registrations = [
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
                 lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
+                lambda server: add_SearchServiceServicer_to_server(searches, server),
             ]
             async with serving(settings, registrations, access) as (channel, server):
                 servers.append(server)
@@ -214,13 +236,16 @@ async def mesh(
                 bus=bus,
                 server=server,
                 feeds=feeds,
+                engine=engine,
                 dashboards=DashboardServiceStub(channel),
                 folders=FolderServiceStub(channel),
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
+                searches=SearchServiceStub(channel),
                 another=replica,
             )
     relay.cancel()
     await asyncio.gather(relay, return_exceptions=True)
+    await engine.close()
     await bus.close()
     await chassis_db.engine(db).dispose()

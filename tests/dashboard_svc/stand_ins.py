@@ -85,10 +85,13 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
 
 
 class StandInUsers(InternalUserServiceServicer):
-    """Knows the subjects in `known`."""
+    """Knows the subjects in `known`; finds `found` whatever is asked, or raises `failure`."""
 
     def __init__(self) -> None:
         self.known: set[str] = set()
+        self.found: list[internal_user_service_pb2.MemberHit] = []
+        self.searches: list[internal_user_service_pb2.SearchMembersRequest] = []
+        self.failure: errors.Error | None = None
 
     async def CheckSubjects(
         self, request: internal_user_service_pb2.CheckSubjectsRequest, context: Context
@@ -97,6 +100,18 @@ class StandInUsers(InternalUserServiceServicer):
             user_ids=[i for i in request.user_ids if i in self.known],
             team_ids=[i for i in request.team_ids if i in self.known],
         )
+
+    async def SearchMembers(
+        self, request: internal_user_service_pb2.SearchMembersRequest, context: Context
+    ) -> internal_user_service_pb2.SearchMembersResponse:
+        self.searches.append(request)
+        if self.failure:
+            await abort(context, self.failure)
+        hits = sorted(self.found, key=lambda hit: (hit.score, hit.user.user_id), reverse=True)
+        if request.HasField("after"):
+            place = (request.after.score, request.after.id)
+            hits = [hit for hit in hits if (hit.score, hit.user.user_id) < place]
+        return internal_user_service_pb2.SearchMembersResponse(hits=hits[: request.limit])
 
 
 async def abort(context: Context, failure: errors.Error) -> None:

@@ -1,7 +1,7 @@
 """user_svc's servicers on a real server with all stages; tokens come from the test's own identity."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -46,6 +46,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.paging import Pages
 from services.chassis.rights import RightsCache
+from services.chassis.search import Engine
 from services.chassis.search_engines import engine_of
 from services.chassis.server import contracts
 from services.chassis.settings import Settings
@@ -105,6 +106,7 @@ class UserSvc:
 
     url: str
     sessions: async_sessionmaker[AsyncSession]
+    engine: Engine
     bus: Bus
     identity: Identity
     users: UserServiceStub
@@ -213,11 +215,12 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-@pytest.fixture(scope="session")
-async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
+@asynccontextmanager
+async def running_svc(parts: Parts, identity: Identity, **more: Any) -> AsyncIterator[UserSvc]:
+    """user_svc with a database of its own; `more` are settings."""
     url = await parts.fresh_database("user")
     await db.migrate(url, "services.user_svc")
-    settings = make_settings(Settings, parts, identity.keys, url)
+    settings = make_settings(Settings, parts, identity.keys, url, **more)
     sessions = db.connect(url)
     bus = await Bus.connect(parts.nats_url, "test")
     cache = await Cache.connect(parts.redis_url, bus, "user")
@@ -261,6 +264,7 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
         yield UserSvc(
             url=url,
             sessions=sessions,
+            engine=engine,
             bus=bus,
             identity=identity,
             users=UserServiceStub(channel),
@@ -276,6 +280,7 @@ async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
             erasures=ErasureServiceStub(channel),
         )
     pictures.close()
+    await engine.close()
     await cache.close()
     await bus.close()
     await db.engine(sessions).dispose()
@@ -286,6 +291,12 @@ async def people(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Peop
     """Both services, with events. Mark the module with xdist_group("people"): one worker then runs them."""
     async with running_people(tmp_path_factory.mktemp("people")) as both:
         yield both
+
+
+@pytest.fixture
+async def svc(parts: Parts, identity: Identity) -> AsyncIterator[UserSvc]:
+    async with running_svc(parts, identity) as svc:
+        yield svc
 
 
 @pytest.fixture
