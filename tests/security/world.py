@@ -98,7 +98,7 @@ async def invitation_token(mesh: Mesh, email: str) -> str:
 
     def arrived() -> bool:
         mails = [mail for mail in read(mesh.stack.mails_dir) if mail.to == email]
-        found.extend(token for mail in mails for token in re.findall(r"token=([\w.-]+)", mail.text))
+        found.extend(token for mail in mails for token in re.findall(r"#invitation=(\S+)", mail.text))
         return bool(found)
 
     await eventually(arrived)
@@ -135,7 +135,7 @@ async def things(mesh: Mesh, keeper: Person) -> dict[str, str]:
         "member": member.user_id,
         "team": team_id,
         "role": name,
-        "managed": managed["user"]["userId"],
+        "managed": managed["member"]["user"]["userId"],
         "invitation": invitation["invitation"]["invitationId"],
         "service_account": account["serviceAccount"]["serviceAccountId"],
         "source": source_id,
