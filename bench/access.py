@@ -102,7 +102,7 @@ async def _measure(
     crowd = Crowd(owner, Account(mesh), Account(mesh), [])
     await _seed(mesh, crowd, dashboards, members)
     say(f"{dashboards:,} dashboards and {members:,} members in {time.monotonic() - start:.1f} s")
-    cold = await _cold_decisions(mesh, crowd, probes * 10)
+    cold = await _cold_decisions(mesh, crowd, probes * 3)
     result.append(
         _percentile("cold decision", cold, TARGETS["cold decision"], "from Postgres, past the network")
     )

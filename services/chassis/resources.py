@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from sqlalchemy import Boolean, DateTime, Integer, Text, TextClause, Uuid, bindparam, text
@@ -211,6 +211,14 @@ async def reach(session: AsyncSession, resource: Resource, rights: Rights, now: 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Statement:
+    """A text, and the names of its parameters without the prefix."""
+
+    clause: TextClause
+    names: tuple[str, ...]
+
+
 class _Sql:
     """The statements about one type of resource. Each parameter is named after the type, so that two can be joined."""
 
@@ -219,6 +227,7 @@ class _Sql:
         self._id = resource.resource_id.key
         self._table = resource.table
         self._p = f":{resource.type}_"
+        self.visible_ids = lru_cache(maxsize=32)(self._visible_ids)  # most ask for a page of the same size
 
     @cached_property
     def found(self) -> Any:
@@ -252,12 +261,12 @@ class _Sql:
         return text(sql).bindparams(*_typed(*_ASKED)).columns(**_FOUND)
 
     @cached_property
-    def visible(self) -> TextClause:
+    def visible(self) -> _Statement:
         """Whether a row of the table is visible."""
         said = self._said_of(f"{self._table}.{self._id}")
         return self._text(f"coalesce({said}, {self._place_allows(self._table, inline=True)})")
 
-    def visible_ids(self, limit: int) -> TextClause:
+    def _visible_ids(self, limit: int) -> _Statement:
         """Whether a row of the table is one of the next visible ones."""
         # The limit is no parameter: a plan for any limit is one for many rows.
         ways = " UNION ALL ".join(self._ways_by_place(limit) + self._ways_by_grant(limit))
@@ -326,12 +335,12 @@ class _Sql:
         ]
 
     @cached_property
-    def allowing_places(self) -> TextClause:
+    def allowing_places(self) -> _Statement:
         """The places in which a row is visible that no grant is on."""
         return self._text(f"{self._with_verdicts} {_ALLOWING}")
 
     @cached_property
-    def exceptions(self) -> TextClause:
+    def exceptions(self) -> _Statement:
         """The rows that the grants on them make visible or not, otherwise than their places do."""
         resource = self._resource
         ctes = self._with_verdicts or "WITH"
@@ -402,9 +411,9 @@ class _Sql:
                 OR grants.effect = '{DENY}' AND (grants.role = ANY ({p}denying) OR grants.role <> ALL ({p}known)))
         """
 
-    def _text(self, sql: str) -> TextClause:
+    def _text(self, sql: str) -> _Statement:
         names = [name for name in _TYPES if f"{self._p}{name}" in sql]
-        return text(sql).bindparams(*_typed(*names, prefix=f"{self._resource.type}_"))
+        return _Statement(text(sql).bindparams(*_typed(*names, prefix=self._p[1:])), tuple(names))
 
 
 _VERDICT = f"""coalesce(
@@ -421,7 +430,9 @@ def _typed(*names: str, prefix: str = "") -> list[Any]:
     return [bindparam(prefix + name, type_=_TYPES[name], required=True) for name in names]
 
 
-def _bound(clause: TextClause, resource: Resource, rights: Rights, now: datetime, **more: Any) -> TextClause:
+def _bound(
+    statement: _Statement, resource: Resource, rights: Rights, now: datetime, **more: Any
+) -> TextClause:
     """The statement with the values of a user."""
     known = [*ROLES, *sorted(rights.roles)]
 
@@ -439,7 +450,5 @@ def _bound(clause: TextClause, resource: Resource, rights: Rights, now: datetime
         "known": known,
         **more,
     }
-    wanted = clause._bindparams
-    return clause.bindparams(
-        **{f"{resource.type}_{name}": v for name, v in values.items() if f"{resource.type}_{name}" in wanted}
-    )
+    prefix = f"{resource.type}_"
+    return statement.clause.bindparams(**{prefix + name: values[name] for name in statement.names})

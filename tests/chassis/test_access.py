@@ -10,10 +10,11 @@ import grpc
 import pytest
 from meshboard.auth.v1 import account_service_pb2
 from meshboard.auth.v1.account_service_pb2 import GetAccountRequest
+from meshboard.dashboard.v1 import dashboard_service_pb2
 from meshboard.user.v1.workspace_service_pb2 import ListMembersRequest
 
 from services.chassis import errors
-from services.chassis.access import Access, Rule, rule_of
+from services.chassis.access import Access, MissingAccessError, Need, Rule, rule_of
 from tests.harness import Identity, Member, new_id
 
 SENSITIVE = Rule("m", "authenticated", "", frozenset(), (), sensitive=True)
@@ -139,3 +140,31 @@ def test_the_contract_says_what_is_recent():
         "GetAccount": (True, False),
         "VerifyEmail": (False, False),
     }
+
+
+async def test_a_scope_must_hold_all_that_a_call_needs(access: Access, identity: Identity):
+    member = identity.member("admin")
+    both = replace(MEMBERS, also=(Need("teams.view"),))
+    assert await outcome(access, both, token_of(member, scope="members.view teams.view")) == "OK"
+    assert await outcome(access, both, token_of(member, scope="members.view")) == "SCOPE_MISSING"
+    viewer = identity.member("viewer")
+    beyond = replace(MEMBERS, also=(Need("teams.edit"),))
+    assert await outcome(access, beyond, token_of(viewer)) == "PERMISSION_MISSING"
+    assert await outcome(access, beyond, token_of(member)) == "OK"
+
+
+def test_the_contract_says_what_is_needed_besides():
+    methods = dashboard_service_pb2.DESCRIPTOR.services_by_name["DashboardService"].methods_by_name
+    assert rule_of(methods["MoveDashboard"]).needs == (
+        Need("dashboards.grant", ("dashboard_id",)),
+        Need("dashboards.edit", ("dashboard_id",)),
+        Need("dashboards.create", ("folder_id",), or_workspace=True),
+    )
+    assert Need("folders.create", ("parent_folder_id",)).type == "folder"
+    assert Need("sources.query", ("query", "source_ids")).type == "source"
+
+
+def test_a_service_refuses_a_rule_about_what_it_does_not_own(access: Access):
+    foreign = replace(MEMBERS, also=(Need("folders.create", ("folder_id",)),))
+    with pytest.raises(MissingAccessError, match="folder"):
+        access.check_rule(foreign)

@@ -65,6 +65,13 @@ class Dashboard(Base):
     dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
 
 
+class Folder(Base):
+    __tablename__ = "folders"
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    folder_id: Mapped[Id] = mapped_column(primary_key=True)
+    parent_folder_id: Mapped[Id | None]
+
+
 class Sources(pb_grpc.SourceServiceServicer):
     """Does what the title of a source says."""
 
@@ -182,6 +189,7 @@ async def running(parts: Parts, identity: Identity) -> AsyncIterator[Running]:
         resources=[
             Resource("source", Source.workspace_id, Source.source_id),
             Resource("dashboard", Dashboard.workspace_id, Dashboard.dashboard_id),
+            Resource("folder", Folder.workspace_id, Folder.folder_id, parent_id=Folder.parent_folder_id),
         ],
     )
     registrations = [
