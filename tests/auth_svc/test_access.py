@@ -391,8 +391,10 @@ async def test_answers_are_as_new_as_asked_for(house: House, owner: Person):
     assert after.allowed
     assert after.rights_version >= request.rights_version
     request.rights_version = after.rights_version + 1
-    outcome = await refused(house.access.Check(request, metadata=owner.metadata))
-    assert outcome == (StatusCode.UNAVAILABLE, "DEPENDENCY_UNAVAILABLE")
+    for user_id in (recruiter.user_id, ""):
+        request.user_id = user_id
+        outcome = await refused(house.access.Check(request, metadata=owner.metadata))
+        assert outcome == (StatusCode.UNAVAILABLE, "DEPENDENCY_UNAVAILABLE")
 
 
 async def test_an_owner_that_is_away_is_no_answer(house: House, owner: Person):

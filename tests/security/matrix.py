@@ -221,7 +221,7 @@ MATRIX: Mapping[str, Row] = {
     "auth.v1.InternalAuthService.CheckSession": Services({"session_id": "{absent}"}, _ALL),
     "auth.v1.InternalAuthService.GetVerifiedEmail": Services({"user_id": "{member}"}, frozenset({"user"})),
     "auth.v1.InternalAuthService.SetAccountDisabled": Services(
-        {"user_id": "{absent}", "disabled": True}, frozenset({"user"}), ("RESOURCE_NOT_FOUND",)
+        {"user_id": "{absent}", "disabled": True}, frozenset({"user"}), (OK, "RESOURCE_NOT_FOUND")
     ),
     # user_svc
     "user.v1.UserService.GetMe": SignedIn(key=OK),
@@ -305,7 +305,10 @@ MATRIX: Mapping[str, Row] = {
     ),
     "user.v1.InvitationService.ListInvitations": In(_W, "---++"),
     "user.v1.InvitationService.ResendInvitation": In(
-        {**_W, "invitation_id": "{invitation}"}, "---++", (OK, "MAIL_DELAYED"), absent="INVITATION_NOT_FOUND"
+        {**_W, "invitation_id": "{invitation}"},
+        "---++",
+        (OK, "INVITATION_DELAYED"),
+        absent="INVITATION_NOT_FOUND",
     ),
     "user.v1.InvitationService.RevokeInvitation": In(
         {**_W, "invitation_id": "{absent}"}, "---++", ("INVITATION_NOT_FOUND",)
