@@ -1,5 +1,6 @@
 """Files from anywhere: what is no plain picture is refused at little cost, and nothing survives but pixels."""
 
+import asyncio
 import io
 import struct
 import zlib
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from services.user_svc.pictures import MAX_SIDE, PictureError, shrink
+from services.chassis import errors
+from services.user_svc.pictures import MAX_SIDE, PictureError, Pictures, shrink
 
 CANARY = b"secret-place-47.3769N"
 
@@ -211,3 +213,17 @@ def test_damage_is_refused_or_harmless(name: str, changes: list[tuple[float, int
 )
 def test_noise_is_refused(head: bytes, rest: bytes):
     refused_as(head + rest)
+
+
+async def test_of_many_at_once_some_wait_and_the_others_are_refused():
+    pictures = Pictures()
+    try:
+        outcomes = await asyncio.gather(
+            *(pictures.avatar(PNG, "image") for _ in range(40)), return_exceptions=True
+        )
+        refusals = [each for each in outcomes if isinstance(each, errors.Error)]
+        assert [each.reason for each in refusals] == ["OVERLOADED"] * 23
+        assert all(opened(each).size == (256, 192) for each in outcomes if isinstance(each, bytes))
+        await pictures.avatar(PNG, "image")
+    finally:
+        pictures.close()
