@@ -287,7 +287,9 @@ class InvitationServicer(InvitationServiceServicer):
                 "EMAIL_UNVERIFIED", "Verify the address of your account first: a link was mailed to it."
             )
         async with self.db.begin() as session:
-            user = await session.get_one(User, user_id)
+            # Held, so that the user is there when they become a member.
+            held = {"read": True, "key_share": True}
+            user = await session.get_one(User, user_id, with_for_update=held)
             workspace, member = await self.invitations.accept(session, request.token, user, verified.email)
         return AcceptInvitationResponse(
             workspace=workspace_to_pb(workspace), member=member_to_pb(member, user)

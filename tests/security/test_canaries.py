@@ -94,6 +94,17 @@ async def live(mesh: Mesh, person: Person) -> list[str]:
     hidden.append(exchanged["accessToken"])
     assert (await person.call("POST", "/v1/auth:exchangeApiKey", {"apiKey": new_password})).status == 401
 
+    guest = Person(person.http, person.url)
+    guest.password = f"canary-{secrets.token_hex(12)}"
+    invitations = f"/v1/workspaces/{person.workspace_id}/invitations"
+    await person.post(invitations, {"email": guest.email})
+    token = await until_mailed(mesh, guest.email, 1)
+    hidden += [token, guest.password]
+    await guest.post("/v1/invitations:preview", {"token": token})
+    assert (await guest.call("POST", "/v1/invitations:preview", {"token": token[:-1]})).status == 404
+    invited = {"email": guest.email, "password": guest.password, "displayName": "Guest"}
+    await guest.post("/v1/auth:signUp", {**invited, "invitationToken": token})
+
     new_email = f"{secrets.token_hex(8)}@example.org"
     await person.post("/v1/auth/account:changeEmail", {"newEmail": new_email})
     hidden.append(await until_mailed(mesh, new_email, 1))
