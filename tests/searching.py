@@ -88,9 +88,12 @@ class Indexed:
 
     async def expected(self) -> dict[str, list[str]]:
         """What `content` is when the index is as the tables."""
+        documents: list[Document] = []
         async with self.db() as session:
-            keys = await self.corpus.scan(session, None, 100_000)
-            documents = await self.corpus.read(session, keys)
+            keys = await self.corpus.scan(session, None, 7)
+            while keys:
+                documents += await self.corpus.read(session, keys)
+                keys = await self.corpus.scan(session, keys[-1], 7)
         fields = self.corpus.index.fields
         return {f"{d.workspace_id}/{d.document_id}": [d.words(field) for field in fields] for d in documents}
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
+
+import structlog
 
 from services.chassis import db as chassis_db
 from services.chassis.indexing import INTERRUPTIONS, Corpus, Indexer, RebuildRuns
@@ -23,6 +26,11 @@ _TELL_SECONDS = 1.0
 def main(corpus: Corpus) -> None:
     """Rebuilds the index of this process' service."""
     settings, name = load(Settings), corpus.index.name
+    # stdout is for the outcome, and what failed is said plainly.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     began = time.monotonic()
     try:
         documents = asyncio.run(_rebuild(settings, corpus))

@@ -68,14 +68,12 @@ class Postgres:
         self, index: Index, query: Query, within: Within, after: Place | None, limit: int
     ) -> list[Place]:
         """As in Engine."""
-        values: dict[str, Any] = {"index": index.name, "limit": limit}
+        values: dict[str, Any] = {"index": index.name, "workspace_id": within.workspace_id, "limit": limit}
         conditions = [_found(query, values), *_reached(within, values)]
         statement = text(f"""
             SELECT score, document_id::text FROM (
-                SELECT document_id, {_score(index, query)} AS score
-                FROM search_documents
-                WHERE index_name = :index AND gone_time IS NULL AND generation = :generation
-                  AND {" AND ".join(conditions)}
+                SELECT document_id, {_score(index, query)} AS score {_DOCUMENTS}
+                  AND gone_time IS NULL AND {" AND ".join(conditions)}
             ) AS hits
             WHERE {_after(after, values)}
             ORDER BY score DESC, document_id DESC
@@ -166,6 +164,12 @@ class Postgres:
             )
 
 
+_DOCUMENTS = """
+    FROM search_documents
+    WHERE index_name = :index AND generation = :generation AND workspace_id = :workspace_id
+"""
+
+
 def _found(query: Query, values: dict[str, Any]) -> str:
     """SQL: each word is somewhere in the document. Words have no character that means something to LIKE."""
     conditions = []
@@ -194,14 +198,13 @@ def _score(index: Index, query: Query) -> str:
                 ways.append((BEGINNING * weight, f"texts[{place}] LIKE :beginning_{number}"))
             if may_be_similar(word):
                 ways.append((SIMILAR * weight, f":word_{number} <<% texts[{place}]"))
-        ways.sort(key=lambda way: -way[0])
+        ways.sort(key=lambda way: (-way[0], "<<%" in way[1]))  # the cheaper one first
         worths.append(f"CASE {' '.join(f'WHEN {way} THEN {worth}' for worth, way in ways)} ELSE 0 END")
     return " + ".join(worths)
 
 
 def _reached(within: Within, values: dict[str, Any]) -> list[str]:
-    values["workspace_id"] = within.workspace_id
-    conditions = ["workspace_id = :workspace_id"]
+    conditions: list[str] = []
     if within.parent_ids is not None:
         values["parent_ids"] = [parent_id for parent_id in within.parent_ids if parent_id]
         values["allowed"] = list(within.allowed)

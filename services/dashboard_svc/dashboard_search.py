@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import Uuid, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import resources, times
@@ -92,7 +92,7 @@ async def _scan(session: AsyncSession, after: Key | None, limit: int) -> list[Ke
     key = (Dashboard.workspace_id, Dashboard.dashboard_id)
     keys = select(*key).order_by(*key).limit(limit)
     if after is not None:
-        keys = keys.where(tuple_(*key) > tuple_(*after))
+        keys = keys.where(tuple_(*key) > tuple_(*after, types=[Uuid(as_uuid=False)] * 2))
     return [(workspace_id, dashboard_id) for workspace_id, dashboard_id in await session.execute(keys)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import Uuid, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis.indexing import Corpus
@@ -52,7 +52,7 @@ async def _scan(session: AsyncSession, after: Key | None, limit: int) -> list[Ke
     key = (Member.workspace_id, Member.user_id)
     keys = select(*key).order_by(*key).limit(limit)
     if after is not None:
-        keys = keys.where(tuple_(*key) > tuple_(*after))
+        keys = keys.where(tuple_(*key) > tuple_(*after, types=[Uuid(as_uuid=False)] * 2))
     return [(workspace_id, user_id) for workspace_id, user_id in await session.execute(keys)]
 
 
