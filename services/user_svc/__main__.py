@@ -45,7 +45,7 @@ from services.user_svc.consumers import (
 )
 from services.user_svc.erasures import ErasureServicer, Receipts, erase_user, keep_asking
 from services.user_svc.internal_users import InternalUserServicer
-from services.user_svc.invitations import Invitations, InvitationServicer
+from services.user_svc.invitations import Invitations, InvitationServicer, erase_invitations
 from services.user_svc.managed_users import ManagedUserServicer
 from services.user_svc.member_search import CORPUS, MemberSearch
 from services.user_svc.permissions import catalogue
@@ -124,7 +124,7 @@ async def serve(settings: Settings) -> None:
                     EmailChanged: on_email_changed,
                     UserUpdated: partial(on_user_updated, me),
                     ProfileUpdated: partial(on_profile_updated, me),
-                    UserErasureRequested: erasing("user", erase_user),
+                    UserErasureRequested: erasing("user", erase_invitations, erase_user),
                     UserErased: Receipts(tokens, now).on_user_erased,
                 },
             ),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 from meshboard.auth.v1.internal_auth_service_pb2 import GetVerifiedEmailRequest
@@ -30,12 +30,13 @@ from meshboard.user.v1.invitation_service_pb2 import (
 )
 from meshboard.user.v1.invitation_service_pb2_grpc import InvitationServiceServicer
 from meshboard.user.v1.workspace_pb2 import TeamMember as TeamMemberPb
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, true, update
+from sqlalchemy import ColumnElement, CursorResult, and_, delete, exists, func, or_, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox
 from services.chassis.emails import email_key
+from services.chassis.erasures import Erased
 from services.chassis.paging import Pages
 from services.chassis.rights import ROLES, Rights
 from services.chassis.times import time_of, timestamp_of
@@ -465,6 +466,17 @@ async def _join_teams(session: AsyncSession, invitation: Invitation, user: User,
             role=TeamMemberPb.MEMBER,
         )
         outbox.add(session, event, workspace_id=invitation.workspace_id)
+
+
+async def erase_invitations(session: AsyncSession, user_id: str) -> Erased:
+    """Deletes what a person has accepted, and what was sent to the address: who has that next inherits no invitation."""
+    email = await session.scalar(select(User.email).where(User.user_id == user_id))
+    done = await session.execute(
+        delete(Invitation).where(
+            or_(Invitation.acceptor_id == user_id, Invitation.email_key == email_key(email or ""))
+        )
+    )
+    return Erased({"invitations": cast("CursorResult[Any]", done).rowcount})
 
 
 def for_another() -> errors.Error:

@@ -254,6 +254,7 @@ class Invitation(Table):
             unique=True,
             postgresql_where=text("state = 'PENDING'"),
         ),
+        Index("invitations_by_email", "email_key"),
         Index("invitations_by_inviter", "inviter_id", "send_time"),
         Index("invitations_by_acceptor", "acceptor_id", postgresql_where=text("acceptor_id IS NOT NULL")),
     )

@@ -63,6 +63,8 @@ NOT_AUDITED = {
     "dashboard.v1.WidgetDeleted": "what a dashboard shows is no matter of security",
     "user.v1.UserCreated": "auth_svc writes the entry of the sign-up or of the service account",
     "user.v1.UserUpdated": "names are no matter of security; what can be done with them is",
+    "user.v1.ProfileUpdated": "preferences are no matter of security",
+    "user.v1.UserErased": "UserErasureCompleted has the entry",
     "user.v1.RightsChanged": "follows from a change that has an entry",
 }
 

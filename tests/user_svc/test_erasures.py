@@ -26,6 +26,7 @@ from meshboard.user.v1.erasure_service_pb2 import (
 )
 from meshboard.user.v1.events_pb2 import UserErased, UserErasureRequested
 from meshboard.user.v1.internal_user_service_pb2 import GetRightsRequest
+from meshboard.user.v1.invitation_service_pb2 import CreateInvitationRequest, ListInvitationsRequest
 from meshboard.user.v1.profile_pb2 import Profile
 from meshboard.user.v1.profile_service_pb2 import UpdateProfileRequest
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
@@ -323,6 +324,11 @@ async def test_a_new_user_of_the_address_inherits_nothing(people: People):
     owner, person = await people.sign_up(), await people.sign_up()
     email = person.user.email
     await live(people, person, owner)
+    other = await people.sign_up()
+    await people.services.invitations.CreateInvitation(
+        CreateInvitationRequest(workspace_id=other.workspace.workspace_id, email=email),
+        metadata=bearer(other.access_token),
+    )
     for _ in range(20):
         if (await refused(people.services.sign_in(email, "something else")))[1] == "SIGN_IN_DELAYED":
             break
@@ -344,6 +350,11 @@ async def test_a_new_user_of_the_address_inherits_nothing(people: People):
         ListWorkspacesRequest(), metadata=bearer(newcomer.access_token)
     )
     assert [each.workspace_id for each in mine.workspaces] == [newcomer.workspace.workspace_id]
+    invited = await people.services.invitations.ListInvitations(
+        ListInvitationsRequest(workspace_id=other.workspace.workspace_id),
+        metadata=bearer(other.access_token),
+    )
+    assert not invited.invitations
     me = await people.services.users.GetMe(GetMeRequest(), metadata=bearer(newcomer.access_token))
     assert (me.user.avatar_url, me.profile.etag) == ("", "0")
     for service in people.others:

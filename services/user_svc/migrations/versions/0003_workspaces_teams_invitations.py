@@ -48,6 +48,7 @@ def upgrade() -> None:
         CREATE UNIQUE INDEX invitations_pending_once ON invitations (workspace_id, email_key)
             WHERE state = 'PENDING'
     """)
+    op.execute("CREATE INDEX invitations_by_email ON invitations (email_key)")
     op.execute("CREATE INDEX invitations_by_inviter ON invitations (inviter_id, send_time)")
     op.execute("""
         CREATE INDEX invitations_by_acceptor ON invitations (acceptor_id) WHERE acceptor_id IS NOT NULL
