@@ -202,6 +202,19 @@ async def test_a_folder_settles_what_lies_in_it(house: House, owner: Person):
     assert await house.check(owner, "dashboards.create", folder, user_id=viewer.user_id) == (False, GRANT)
 
 
+async def test_who_does_not_see_a_folder_can_do_nothing_in_it(house: House, owner: Person):
+    role = CreateRoleRequest(
+        workspace_id=owner.workspace_id,
+        name="maker",
+        permissions=["workspaces.view", "dashboards.view", "dashboards.create"],
+    )
+    await house.services.roles.CreateRole(role, metadata=owner.metadata)
+    maker = await join(house, owner, "maker")
+    folder = AccessResource(type="folder", id=await house.folder(owner))
+    assert await house.check(owner, "dashboards.create", folder, user_id=maker.user_id) == (False, ROLE)
+    assert await house.check(owner, "dashboards.create", user_id=maker.user_id) == (True, ROLE)
+
+
 async def test_what_the_caller_does_not_see_is_as_if_it_were_not(house: House, owner: Person):
     viewer, admin = await join(house, owner, "viewer"), await join(house, owner, "admin")
     hidden, foreign = await house.dashboard(owner), await house.dashboard(await new_owner(house.services))

@@ -96,7 +96,9 @@ async def test_the_newest_address_stays_in_any_order(svc: UserSvc, owner: Person
     async with svc.sessions() as session:
         user = await session.get_one(User, owner.user_id)
         rows = await session.scalars(
-            select(OutboxRow).where(OutboxRow.subject == UserUpdated.DESCRIPTOR.full_name)
+            select(OutboxRow)
+            .where(OutboxRow.subject == UserUpdated.DESCRIPTOR.full_name)
+            .order_by(OutboxRow.id)
         )
         told = [UserUpdated.FromString(row.payload).user for row in rows]
     assert user.email == "third@example.org"
