@@ -350,7 +350,10 @@ async def test_a_late_writer_brings_nothing_back(library: Library, workspace_id:
     assert f"{workspace_id}/{gone_id}" not in indexed
 
 
-async def test_a_rebuild_beside_writers_converges(library: Library, workspace_id: str):
+@pytest.mark.parametrize(
+    "rounds", [3, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
+)
+async def test_a_rebuild_beside_writers_converges(library: Library, workspace_id: str, rounds: int):
     chance = random.Random(7)
     alive = [await library.put(workspace_id, f"Steady thing {number}") for number in range(300)]
     await library.settled()
@@ -377,7 +380,7 @@ async def test_a_rebuild_beside_writers_converges(library: Library, workspace_id
     tasks = [asyncio.create_task(write()) for _ in range(3)] + [asyncio.create_task(look())]
     progress: list[tuple[int, int]] = []
     try:
-        for _ in range(3):
+        for _ in range(rounds):
             await library.indexer().rebuild(lambda done, total: progress.append((done, total)))
     finally:
         stop.set()
