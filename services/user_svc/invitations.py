@@ -469,7 +469,7 @@ async def _join_teams(session: AsyncSession, invitation: Invitation, user: User,
 
 
 async def erase_invitations(session: AsyncSession, user_id: str) -> Erased:
-    """Deletes what a person has accepted, and what was sent to the address: who has that next inherits no invitation."""
+    """Deletes what a person has accepted, and what was sent to the address: who has it next inherits nothing."""
     email = await session.scalar(select(User.email).where(User.user_id == user_id))
     done = await session.execute(
         delete(Invitation).where(

@@ -32,6 +32,7 @@ from meshboard.user.v1.profile_service_pb2 import UpdateProfileRequest
 from meshboard.user.v1.user_service_pb2 import GetMeRequest
 from meshboard.user.v1.workspace_service_pb2 import (
     AddMemberRequest,
+    CreateWorkspaceRequest,
     ListMembersRequest,
     ListWorkspacesRequest,
     UpdateMemberRequest,
@@ -65,9 +66,12 @@ async def delete_managed(people: People, admin: Signed, user_id: str) -> DeleteM
 
 
 async def join(people: People, owner: Signed, person: Signed, role: str = "viewer") -> None:
-    await people.services.workspaces.AddMember(
-        AddMemberRequest(workspace_id=owner.workspace.workspace_id, user_id=person.user.user_id, role=role),
-        metadata=bearer(owner.access_token),
+    await people.services.admit(
+        owner.workspace.workspace_id,
+        bearer(owner.access_token),
+        person.user.user_id,
+        person.access_token,
+        role,
     )
 
 
@@ -438,10 +442,19 @@ async def test_is_for_oneself_alone(people: People):
 @pytest.mark.parametrize("rounds", [10, pytest.param(1000, marks=pytest.mark.long)])
 async def test_who_is_made_a_member_meanwhile_is_none_in_the_end(people: People, rounds: int):
     owner = await people.sign_up()
+    created = await people.services.workspaces.CreateWorkspace(
+        CreateWorkspaceRequest(title="Second"), metadata=bearer(owner.access_token)
+    )
     for _ in range(rounds):
         person = await people.sign_up()
+        await join(people, owner, person)
+        adding = AddMemberRequest(
+            workspace_id=created.workspace.workspace_id, user_id=person.user.user_id, role="viewer"
+        )
         deleted, added = await asyncio.gather(
-            delete(people, person), join(people, owner, person), return_exceptions=True
+            delete(people, person),
+            people.services.workspaces.AddMember(adding, metadata=bearer(owner.access_token)),
+            return_exceptions=True,
         )
         assert isinstance(deleted, DeleteUserResponse)
         if isinstance(added, grpc.aio.AioRpcError):
@@ -452,10 +465,11 @@ async def test_who_is_made_a_member_meanwhile_is_none_in_the_end(people: People,
                 return await session.get(User, user_id) is None
 
         await eventually(gone)
-    members = await people.services.workspaces.ListMembers(
-        ListMembersRequest(workspace_id=owner.workspace.workspace_id), metadata=bearer(owner.access_token)
-    )
-    assert [member.user.user_id for member in members.members] == [owner.user.user_id]
+    for workspace in (owner.workspace, created.workspace):
+        members = await people.services.workspaces.ListMembers(
+            ListMembersRequest(workspace_id=workspace.workspace_id), metadata=bearer(owner.access_token)
+        )
+        assert [member.user.user_id for member in members.members] == [owner.user.user_id]
 
 
 async def test_of_several_calls_one_begins_it_and_the_last_token_counts(people: People):

@@ -230,14 +230,16 @@ async def test_renames_and_refuses_other_fields(people: People):
         assert outcome == (StatusCode.INVALID_ARGUMENT, "UPDATE_MASK_INVALID")
 
 
+async def admit(people: People, owner: SignUpResponse, person: SignUpResponse | SignInResponse) -> None:
+    """Makes somebody a member of the owner's workspace, by an invitation."""
+    await people.services.admit(
+        owner.workspace.workspace_id, bearer(owner.access_token), person.user.user_id, person.access_token
+    )
+
+
 async def test_who_signed_up_is_managed_by_nobody(people: People):
     admin, other, person = await people.sign_up(), await people.sign_up(), await people.sign_up()
-    await people.services.workspaces.AddMember(
-        AddMemberRequest(
-            workspace_id=admin.workspace.workspace_id, user_id=person.user.user_id, role="viewer"
-        ),
-        metadata=bearer(admin.access_token),
-    )
+    await admit(people, admin, person)
     elsewhere = (await people.make(other)).user
     for user_id in (person.user.user_id, elsewhere.user_id, new_id()):
         for call in (
@@ -251,6 +253,7 @@ async def test_who_signed_up_is_managed_by_nobody(people: People):
 async def test_another_workspace_does_not_learn_who_manages(people: People):
     admin, other = await people.sign_up(), await people.sign_up()
     user = (await people.make(admin)).user
+    await admit(people, admin, other)
     added = await people.services.workspaces.AddMember(
         AddMemberRequest(workspace_id=other.workspace.workspace_id, user_id=user.user_id, role="viewer"),
         metadata=bearer(other.access_token),
@@ -275,10 +278,7 @@ async def test_deactivating_takes_everything_and_reactivating_gives_it_back(peop
     admin, other, email = await people.sign_up(), await people.sign_up(), new_email()
     user = (await people.make(admin, "editor", email)).user
     signed_in = await people.choose_password(email)
-    await people.services.workspaces.AddMember(
-        AddMemberRequest(workspace_id=other.workspace.workspace_id, user_id=user.user_id, role="viewer"),
-        metadata=bearer(other.access_token),
-    )
+    await admit(people, other, signed_in)
     workspaces = (admin.workspace.workspace_id, other.workspace.workspace_id)
     deactivated = await deactivate(people, admin, user.user_id)
     assert deactivated.state == User.DEACTIVATED
