@@ -32,7 +32,7 @@ from meshboard.user.v1.internal_user_service_pb2 import (
 )
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceServicer
 from meshboard.user.v1.user_service_pb2 import GetMeResponse
-from sqlalchemy import bindparam, delete, exists, select
+from sqlalchemy import bindparam, delete, exists, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -218,7 +218,9 @@ class InternalUserServicer(InternalUserServiceServicer):
         self, request: GetTeamsOfUserRequest, context: Context
     ) -> GetTeamsOfUserResponse:
         direct = select(TeamMember.team_id).where(
-            TeamMember.workspace_id == request.workspace_id, TeamMember.user_id == request.user_id
+            TeamMember.workspace_id == request.workspace_id,
+            TeamMember.user_id == request.user_id,
+            or_(TeamMember.expire_time.is_(None), TeamMember.expire_time > func.now()),
         )
         of_workspace = select(Team.team_id, Team.parent_team_id).where(
             Team.workspace_id == request.workspace_id
@@ -285,7 +287,7 @@ class InternalUserServicer(InternalUserServiceServicer):
         after = (request.after.score, request.after.id) if request.HasField("after") else None
         found = await self.members.find(request.workspace_id, request.query, after, request.limit)
         return SearchMembersResponse(
-            hits=[MemberHit(score=hit.score, user=user_to_pb(hit.row)) for hit in found]
+            hits=[MemberHit(score=hit.score, user=user_to_pb(hit.row, request.workspace_id)) for hit in found]
         )
 
 

@@ -32,7 +32,7 @@ from services.chassis.paging import Pages
 from services.chassis.rights import ROLES
 from services.chassis.texts import clean_name
 from services.user_svc.convert import builtin_role_to_pb, role_to_pb
-from services.user_svc.models import Member, Role, Workspace
+from services.user_svc.models import PENDING, Invitation, Member, Role, Workspace
 from services.user_svc.permissions import require_complete
 from services.user_svc.rights import announce_rights, lock_rights
 
@@ -255,20 +255,26 @@ async def _require_room(session: AsyncSession) -> None:
 
 
 async def _require_unused(session: AsyncSession, role: Role) -> None:
-    """Keeps a role that somebody has; the lock on the rights has those wait who would give it."""
-    members = await session.scalar(
-        select(func.count())
-        .select_from(Member)
-        .where(Member.workspace_id == role.workspace_id, Member.role == role.name)
-    )
-    if members:
+    """Keeps a role that somebody has or is to get; the lock on the rights has those wait who would give it."""
+    given = {
+        "members": select(Member.role).where(Member.workspace_id == role.workspace_id),
+        "invitations": select(Invitation.role).where(
+            Invitation.workspace_id == role.workspace_id,
+            Invitation.state == PENDING,
+            Invitation.expire_time > func.now(),
+        ),
+        "newcomers": select(Workspace.default_role).where(Workspace.workspace_id == role.workspace_id),
+    }
+    counts = [
+        select(func.count()).select_from(names).where(names.c[0] == role.name).scalar_subquery()
+        for names in (each.subquery() for each in given.values())
+    ]
+    uses = dict(zip(given, (await session.execute(select(*counts))).one(), strict=True))
+    if any(uses.values()):
         raise errors.failed_precondition(
-            "ROLE_IN_USE", "Members have the role: give them another one first.", members=members
-        )
-    workspace = await session.get_one(Workspace, role.workspace_id)
-    if workspace.default_role == role.name:
-        raise errors.failed_precondition(
-            "ROLE_IN_USE", "The workspace gives the role to newcomers: change its default role first."
+            "ROLE_IN_USE",
+            "Members or invitations have the role, or newcomers get it: give them another one first.",
+            **uses,
         )
 
 

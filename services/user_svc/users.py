@@ -91,7 +91,7 @@ class UserServicer(UserServiceServicer):
         found = await self.members.find(workspace_id, request.query, place_of(page), page.limit)
         hits, next_page_token = page.close(found, lambda hit: (hit.score, hit.id))
         return SearchUsersResponse(
-            users=[user_to_pb(hit.row) for hit in hits], next_page_token=next_page_token
+            users=[user_to_pb(hit.row, workspace_id) for hit in hits], next_page_token=next_page_token
         )
 
     async def UpdateUser(self, request: UpdateUserRequest, context: Context) -> UpdateUserResponse:

@@ -26,6 +26,7 @@ from services.chassis.search import Document
 from services.chassis.times import now
 from services.dashboard_svc.dashboard_search import CORPUS
 from tests.dashboard_svc.conftest import Mesh
+from tests.dashboard_svc.test_folders import folder_grant, move_dashboard
 from tests.dashboard_svc.test_grants import grant
 from tests.harness import Member, new_id, refused
 from tests.parts import Parts
@@ -92,6 +93,25 @@ async def test_who_may_not_see_a_dashboard_does_not_find_it(mesh: Mesh, index: I
     assert await titles(mesh, mesh.identity.member("admin"), "plan") == [], "nor does another workspace"
 
 
+async def test_a_move_into_a_closed_folder_hides_a_dashboard(mesh: Mesh, index: Indexed) -> None:
+    admin = mesh.identity.member("admin")
+    guest = mesh.identity.member("viewer", admin.workspace_id)
+    closed = await mesh.folder(admin, "Closed")
+    await folder_grant(mesh, admin, closed, Subject(workspace=True), "viewer", Grant.DENY)
+    await folder_grant(mesh, admin, closed, Subject(user_id=admin.user_id), "admin")
+    dashboard = await mesh.dashboard(admin, "Wanderer")
+    await index.settled()
+    assert await titles(mesh, guest, "wanderer") == ["Wanderer"]
+    await move_dashboard(mesh, admin, dashboard, closed)
+    assert await titles(mesh, guest, "wanderer") == [], "at once"
+    await index.settled()
+    assert await titles(mesh, guest, "wanderer") == []
+    assert await titles(mesh, admin, "wanderer") == ["Wanderer"]
+    await move_dashboard(mesh, admin, dashboard, None)
+    await index.settled()
+    assert await titles(mesh, guest, "wanderer") == ["Wanderer"]
+
+
 async def test_a_grant_that_has_expired_shows_nothing(mesh: Mesh, index: Indexed) -> None:
     admin = mesh.identity.member("admin")
     guest = mesh.identity.member("viewer", admin.workspace_id)
@@ -125,8 +145,16 @@ async def test_the_pages_together_are_what_the_list_has(mesh: Mesh, index: Index
             mesh.identity.rights[key] = replace(rights, permissions=rights.permissions - {"dashboards.view"})
     subjects = [Subject(workspace=True), Subject(team_id=team_id)]
     subjects += [Subject(user_id=guest.user_id) for guest in guests]
+    outer = await mesh.folder(admin, "Outer")
+    folders = [None, outer, await mesh.folder(admin, "Inner", outer), await mesh.folder(admin, "Apart")]
+    for folder in folders:
+        for subject in chance.sample(subjects, chance.randint(0, 2)) if folder else ():
+            await folder_grant(
+                mesh, admin, folder, subject, "viewer", chance.choice([Grant.ALLOW, Grant.DENY])
+            )
     for number in range(24):
-        dashboard = await mesh.dashboard(admin, f"{chance.choice(['North', 'South'])} {number}")
+        title = f"{chance.choice(['North', 'South'])} {number}"
+        dashboard = await mesh.dashboard(admin, title, chance.choice(folders))
         for subject in chance.sample(subjects, chance.randint(0, 2)):
             effect = chance.choice([Grant.ALLOW, Grant.DENY])
             await grant(mesh, admin, dashboard, subject, "viewer", effect)

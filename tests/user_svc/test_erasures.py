@@ -136,7 +136,13 @@ async def test_nothing_is_left_and_the_receipt_says_so(people: People):
         done = await people.until_done(begun.erasure, begun.erasure_token)
     counts = {each.service: dict(each.erased) for each in done.services}
     assert counts["dashboard"] == counts["analytics"] == {"grants": 2}
-    assert counts["user"] == {"users": 1, "memberships": 0, "profiles": 1, "avatars": 1}
+    assert counts["user"] == {
+        "users": 1,
+        "memberships": 0,
+        "profiles": 1,
+        "avatars": 1,
+        "invitations": 1,
+    }
     assert counts["auth"]["accounts"] == 1
     assert counts["auth"]["sessions"] == 2
     assert counts["auth"]["email_changes"] == 1

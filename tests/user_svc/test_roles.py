@@ -10,6 +10,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from grpc import StatusCode
 from meshboard.user.v1.events_pb2 import RightsChanged, RoleCreated, RoleDeleted, RoleUpdated
+from meshboard.user.v1.invitation_service_pb2 import RevokeInvitationRequest
 from meshboard.user.v1.role_pb2 import Role
 from meshboard.user.v1.role_service_pb2 import (
     CreateRoleRequest,
@@ -18,6 +19,8 @@ from meshboard.user.v1.role_service_pb2 import (
     ListRolesRequest,
     UpdateRoleRequest,
 )
+from meshboard.user.v1.workspace_pb2 import Workspace
+from meshboard.user.v1.workspace_service_pb2 import UpdateWorkspaceRequest
 from sqlalchemy import select
 
 from services.chassis.db import OutboxRow
@@ -271,6 +274,30 @@ async def test_there_is_a_limit(svc: UserSvc, owner: Person):
     failures = [reason_of(failure) for failure in outcomes if isinstance(failure, grpc.aio.AioRpcError)]
     assert failures == ["ROLE_LIMIT"] * 3
     assert len(await names(svc, owner, page_size=1000)) == MAX_ROLES + len(ROLES)
+
+
+async def default(svc: UserSvc, owner: Person, role: str) -> None:
+    workspace = Workspace(workspace_id=owner.workspace_id, default_role=role)
+    await svc.workspaces.UpdateWorkspace(
+        UpdateWorkspaceRequest(workspace=workspace, update_mask=FieldMask(paths=["default_role"])),
+        metadata=owner.metadata,
+    )
+
+
+async def test_a_role_is_kept_while_somebody_is_to_get_it(svc: UserSvc, owner: Person):
+    await create(svc, owner, "analyst")
+    invitation = await svc.invite(owner, "new@example.org", role="analyst")
+    outcome = await refused(svc.roles.DeleteRole(deleting(owner, "analyst"), metadata=owner.metadata))
+    assert outcome == (StatusCode.FAILED_PRECONDITION, "ROLE_IN_USE")
+    await svc.invitations.RevokeInvitation(
+        RevokeInvitationRequest(workspace_id=owner.workspace_id, invitation_id=invitation.invitation_id),
+        metadata=owner.metadata,
+    )
+    await default(svc, owner, "analyst")
+    outcome = await refused(svc.roles.DeleteRole(deleting(owner, "analyst"), metadata=owner.metadata))
+    assert outcome == (StatusCode.FAILED_PRECONDITION, "ROLE_IN_USE")
+    await default(svc, owner, "viewer")
+    await svc.roles.DeleteRole(deleting(owner, "analyst"), metadata=owner.metadata)
 
 
 async def test_a_role_is_deleted_when_nobody_has_it(svc: UserSvc, owner: Person):

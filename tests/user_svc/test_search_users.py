@@ -178,7 +178,7 @@ async def test_every_write_reaches_the_index(found: UserSvc, index: Indexed, bos
             session, EmailChanged(user_id=ada.user_id, email=f"new.{ada.email}", time=time)
         )
     await follows()
-    assert await names(found, boss, f"new {ada.user_id}") == ["Ada"]
+    assert await names(found, boss, f"new {ada.email}") == ["Ada"]
     created = await found.workspaces.CreateWorkspace(
         CreateWorkspaceRequest(title="Second"), metadata=ada.metadata
     )
