@@ -21,7 +21,7 @@ async def test_many_replicas_migrate_at_once(parts: Parts) -> None:
     await asyncio.gather(*(chassis_db.migrate(url, "tests.chassis.example_svc") for _ in range(5)))
     db = chassis_db.connect(url)
     async with db() as session:
-        assert await session.scalar(text("SELECT version_num FROM alembic_version")) == "0003"
+        assert await session.scalar(text("SELECT version_num FROM alembic_version")) == "0004"
         assert await session.scalar(text("SELECT to_regclass('effects_subject_id') IS NOT NULL"))
     await chassis_db.engine(db).dispose()
 

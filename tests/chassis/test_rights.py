@@ -193,6 +193,30 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def test_announcements_may_come_in_any_order():
+    owner = SlowOwner(rights(version=5))
+    cache = RightsCache(owner.fetch, lambda: True)
+    first = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    owner.asked[0].set_result(owner.of_version(5))
+    await first
+    for version in (5, 3, 4):  # what is old says nothing about what is known
+        cache.changed(owner.answer.workspace_id, version)
+        assert (await cache.get(*owner.key)).version == 5
+    cache.changed(owner.answer.workspace_id, 7)
+    cache.changed(owner.answer.workspace_id, 6)
+    second = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    owner.asked[1].set_result(owner.of_version(6))  # read before the change that was announced first
+    assert (await second).version == 6
+    third = asyncio.create_task(cache.get(*owner.key))
+    await settle()
+    owner.asked[2].set_result(owner.of_version(7))
+    assert (await third).version == 7
+    assert (await cache.get(*owner.key)).version == 7
+    assert len(owner.asked) == 3
+
+
 async def test_who_asks_at_the_same_time_is_given_one_answer():
     owner = SlowOwner(rights(version=1))
     cache = RightsCache(owner.fetch, lambda: True)

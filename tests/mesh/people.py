@@ -86,9 +86,9 @@ class Person:
         answer = await self.post("/v1/sources", {"title": secrets.token_hex(4)})
         return answer["source"]["sourceId"], answer["writeKey"]
 
-    async def new_dashboard(self, *widgets: dict[str, Any]) -> str:
+    async def new_dashboard(self, *widgets: dict[str, Any], title: str = "") -> str:
         """The id of a dashboard with these widgets."""
-        dashboard = await self.post("/v1/dashboards", {"title": secrets.token_hex(4)})
+        dashboard = await self.post("/v1/dashboards", {"title": title or secrets.token_hex(4)})
         dashboard_id = str(dashboard["dashboard"]["dashboardId"])
         for widget in widgets:
             await self.post(f"/v1/dashboards/{dashboard_id}/widgets", widget)

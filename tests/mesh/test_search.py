@@ -11,6 +11,7 @@ import pytest
 
 from cli.envoy_config import REPOSITORY
 from tests.conditions import eventually
+from tests.mesh.memberships import admit
 from tests.mesh.people import Person
 from tests.parts import Mesh
 
@@ -54,8 +55,7 @@ async def test_what_is_written_is_found_by_who_may_see_it(mesh: Mesh, ann: Perso
         }
     ]
     assert await found(bob, "quokka") == []
-    path = f"/v1/workspaces/{ann.workspace_id}/members"
-    await ann.post(path, {"userId": bob.user_id, "role": "viewer"})
+    await admit(mesh, ann, bob)
     in_hers = {"x-workspace-id": ann.workspace_id}
 
     async def both_are_found() -> bool:

@@ -102,6 +102,10 @@ REFUSED = {
 HIDDEN = {(row.absent,) for row in MATRIX.values() if isinstance(row, On)}
 
 
+def _names_workspace(row: Row) -> bool:
+    return isinstance(row, In) and "{workspace}" in json.dumps(row.request)
+
+
 def test_every_rpc_has_its_place_in_the_matrix():
     assert {name.partition("#")[0] for name in MATRIX} == set(BY_NAME)
 
@@ -116,6 +120,9 @@ async def test_callers_get_what_the_matrix_says(name: str, everybody: World, way
     assert not problems, "\n".join(problems)
     assert await traces(mesh) == before, "a refused call left a trace"
     problems = await check_all(name, row, [cell for cell in every if cell.passes], everybody, ways)
+    # What was given to somebody is remembered now, and is still for nobody else.
+    again = [cell for cell in refused if cell.target in {"own", "sibling"}]
+    problems += await check_all(name, row, again, everybody, ways)
     assert not problems, "\n".join(problems)
 
 
@@ -211,6 +218,42 @@ async def _check_end(
         if (outcome := await call(fresh.headers)) not in cell.expected:
             problems.append(f"{cell.caller} by {way}: {outcome}")
     return problems
+
+
+@pytest.mark.parametrize("name", [name for name, row in MATRIX.items() if _names_workspace(row)])
+async def test_two_workspaces_in_one_call_are_refused(name: str, everybody: World, ways: Ways):
+    row = MATRIX[name]
+    assert isinstance(row, In)
+    body = filled(row.request, everybody.targets["own"], everybody.targets["absent"])
+    headers = {
+        **everybody.members["owner"].headers,
+        WORKSPACE_HEADER: everybody.targets["elsewhere"]["workspace"],
+    }
+    outcomes = await ways.call(name, body, headers)
+    assert set(outcomes.values()) == {"WORKSPACE_AMBIGUOUS"}, outcomes
+
+
+LISTS = {
+    "dashboard": ("/v1/dashboards?pageSize=1000", "/v1/dashboards:search?query=hidden&pageSize=1000"),
+    "folder": ("/v1/folders?pageSize=1000",),
+    "source": ("/v1/sources?pageSize=1000",),
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_lists_and_searches_have_nothing_of_others(role: str, everybody: World):
+    """Every id that a list or a search may not show, looked for in the whole answer."""
+    hidden = {
+        everybody.targets[target][kind] for target in ("sibling", "foreign", "deleted") for kind in LISTS
+    }
+    person = everybody.members[role]
+    for path in (*(path for paths in LISTS.values() for path in paths), "/v1/search?query=hidden"):
+        answer = await person.call("GET", path)
+        assert answer.status == 200 or (answer.status, answer.reason) == (403, "PERMISSION_MISSING")
+        assert not [each for each in hidden if each in json.dumps(answer.body)], path
+    if role != "guest":
+        answer = await person.get("/v1/dashboards?pageSize=1000")
+        assert everybody.targets["own"]["dashboard"] in json.dumps(answer), "what is theirs is there"
 
 
 @pytest.mark.parametrize("name", [name for name, row in MATRIX.items() if isinstance(row, Services)])

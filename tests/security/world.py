@@ -125,7 +125,7 @@ async def things(mesh: Mesh, keeper: Person) -> dict[str, str]:
     source_id, _ = await keeper.new_source()
     victim, _ = await keeper.new_source()
     folder = await keeper.post("/v1/folders", {"title": name})
-    dashboard_id = await keeper.new_dashboard()
+    dashboard_id = await keeper.new_dashboard(title="Hidden or not")
     query = {
         "sourceIds": [source_id],
         "timeRange": {"lastSeconds": 60},
