@@ -59,9 +59,8 @@ class ManagedUserServicer(ManagedUserServiceServicer):
             made = await self._made(session, request.request_id)
             if made is not None:
                 return made
-            await _require_allowed(
-                session, request
-            )  # before the address is kept, so that a refusal leaves no trace
+            # Before the address is kept, so that a refusal leaves no trace.
+            await _require_allowed(session, request)
         reserved = await self.accounts.ReserveAccount(
             ReserveAccountRequest(
                 user_id=self.new_id(),

@@ -203,7 +203,9 @@ class WorkspaceServicer(WorkspaceServiceServicer):
             if user.kind == SERVICE_ACCOUNT:
                 raise owner_role_reserved()
             former, former_user = await _find_member(session, caller.workspace_id, caller.user_id)
-            successor.role, former.role = OWNER, role
+            successor.role = OWNER
+            await _require_another_owner(session, former)  # the successor may be deactivated
+            former.role = role
             owners = [member_to_pb(successor, user), member_to_pb(former, former_user)]
             for member in owners:
                 event = events_pb2.MemberUpdated(member=member)

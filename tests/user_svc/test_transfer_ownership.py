@@ -2,6 +2,7 @@ from grpc import StatusCode
 from meshboard.user.v1.internal_user_service_pb2 import PutServiceUserRequest
 from meshboard.user.v1.workspace_service_pb2 import TransferOwnershipRequest
 
+from services.user_svc.models import ACTIVE, DEACTIVATED, Member, User
 from tests.harness import new_id, refused
 from tests.user_svc.conftest import Person, UserSvc
 
@@ -19,6 +20,25 @@ async def test_hands_the_workspace_over(svc: UserSvc, owner: Person):
         handing(owner, owner.user_id, "viewer"), metadata=viewer.metadata
     )
     assert (back.owner.user.user_id, back.former_owner.role) == (owner.user_id, "viewer")
+
+
+async def test_somebody_who_can_act_is_left(svc: UserSvc, owner: Person):
+    viewer, partner = await svc.join(owner, "viewer"), await svc.join(owner, "owner")
+    async with svc.sessions.begin() as session:
+        for person in (viewer, partner):
+            (await session.get_one(User, person.user_id)).state = DEACTIVATED
+    request = handing(owner, viewer.user_id)
+    outcome = await refused(svc.workspaces.TransferOwnership(request, metadata=owner.metadata))
+    assert outcome == (StatusCode.FAILED_PRECONDITION, "LAST_OWNER")
+    async with svc.sessions.begin() as session:
+        roles = [
+            (await session.get_one(Member, (owner.workspace_id, person.user_id))).role
+            for person in (owner, viewer)
+        ]
+        assert roles == ["owner", "viewer"]
+        (await session.get_one(User, partner.user_id)).state = ACTIVE
+    done = await svc.workspaces.TransferOwnership(request, metadata=owner.metadata)
+    assert done.owner.user.user_id == viewer.user_id
 
 
 async def test_refuses_what_makes_no_sense(svc: UserSvc, owner: Person):

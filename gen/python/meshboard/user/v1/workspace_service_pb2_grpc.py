@@ -152,7 +152,8 @@ class WorkspaceServiceServicer:
         """Makes another member an owner, and gives the caller another role; emits `MemberUpdated` for both and `RightsChanged`.
 
         Fails with NOT_FOUND, reason MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when the caller is no
-        owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN.
+        owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN; with FAILED_PRECONDITION, reason
+        LAST_OWNER, when no owner would be left who is not deactivated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,8 @@ class WorkspaceServiceStub:
     """Makes another member an owner, and gives the caller another role; emits `MemberUpdated` for both and `RightsChanged`.
 
     Fails with NOT_FOUND, reason MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when the caller is no
-    owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN.
+    owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN; with FAILED_PRECONDITION, reason
+    LAST_OWNER, when no owner would be left who is not deactivated.
     """
     AddMember: _aio.UnaryUnaryMultiCallable[_workspace_service_pb2.AddMemberRequest, _workspace_service_pb2.AddMemberResponse]
     """Makes a user a member whom the caller meets in another workspace already, and emits `MemberAdded` and `RightsChanged`.
@@ -142,7 +143,8 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes another member an owner, and gives the caller another role; emits `MemberUpdated` for both and `RightsChanged`.
 
         Fails with NOT_FOUND, reason MEMBER_NOT_FOUND; with PERMISSION_DENIED, reason OWNER_ROLE_RESERVED, when the caller is no
-        owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN.
+        owner or the member is a service account; with INVALID_ARGUMENT, reason ROLE_UNKNOWN; with FAILED_PRECONDITION, reason
+        LAST_OWNER, when no owner would be left who is not deactivated.
         """
 
     @_abc_1.abstractmethod
