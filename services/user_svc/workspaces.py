@@ -33,7 +33,7 @@ from meshboard.user.v1.workspace_service_pb2 import (
     UpdateWorkspaceResponse,
 )
 from meshboard.user.v1.workspace_service_pb2_grpc import WorkspaceServiceServicer
-from sqlalchemy import Text, cast, delete, exists, func, select, true, update
+from sqlalchemy import Integer, Text, cast, delete, exists, func, literal_column, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import aliased
@@ -229,22 +229,17 @@ class WorkspaceServicer(WorkspaceServiceServicer):
         workspace_id = auth.caller().workspace_id
         page = self.pages.open(request, workspace_id)
         async with self.db() as session:
-            of_page = (
-                select(Member)
+            rows = await session.execute(
+                select(Member, User)
+                .join(User, User.user_id == Member.user_id)
                 .where(
                     Member.workspace_id == workspace_id,
                     Member.role == request.role if request.role else true(),
                     page.after(Member.create_time, Member.user_id),
                 )
                 .order_by(Member.create_time, Member.user_id)
-                .limit(page.limit)
-            )
-            # The users of the page alone, whatever Postgres believes of the size of the workspace.
-            member = aliased(Member, of_page.subquery())
-            rows = await session.execute(
-                select(member, User)
-                .join(User, User.user_id == member.user_id)
-                .order_by(member.create_time, member.user_id)
+                # A parameter would leave Postgres to guess, and to join a workspace with thousands as a whole.
+                .limit(literal_column(str(page.limit), Integer))
             )
         members, next_page_token = page.close(rows.all(), lambda row: (row[0].create_time, row[0].user_id))
         return ListMembersResponse(
