@@ -22,8 +22,6 @@ from google.protobuf import message
 from services.chassis import auth, db, deadline, errors, outbox, telemetry
 from services.chassis.access import Access, Metadata, Rule
 
-log = structlog.get_logger("access")
-
 Context = grpc.aio.ServicerContext[Any, Any]
 # Server streams end by themselves; this bounds one that does not.
 STREAM_SECONDS = 24 * 3600.0
@@ -183,9 +181,7 @@ class _Stages:
         (self._ok if code == "OK" else telemetry.CALLS.labels(self._rule.method, code)).inc()
         telemetry.note(error=reason or ("" if code == "OK" else code), rpc_code=code)
         who = auth.caller()
-        log.info(
-            "call",
-            log="access",
+        telemetry.access(
             rpc=self._rule.method,
             code=code,
             reason=reason,

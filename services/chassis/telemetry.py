@@ -7,14 +7,17 @@ Traces are off unless an OTLP address is set; with it, spans of every hop share 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import structlog
 from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -31,6 +34,7 @@ SECONDS = Histogram("meshboard_rpc_seconds", "Seconds from receipt to answer.", 
 UNDER_WAY = Gauge("meshboard_rpc_under_way", "Calls under way.", multiprocess_mode="livesum")
 
 _tracing = False
+_write_access: Callable[[MutableMapping[str, Any]], None] = lambda _event: None  # noqa: E731 - until `start`
 _NO_SPAN = nullcontext()
 # Baggage is not passed on: whoever calls from outside could fill it.
 _propagator = TraceContextTextMapPropagator()
@@ -41,16 +45,18 @@ def start(service: str, *, level: str = "info", otlp_endpoint: str = "") -> None
     """Sets up logs and, with an address (`host:port` of an OTLP receiver by gRPC), traces."""
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            _stamp(service),
+            stamp := _stamp(service),
             structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
+            structlog.processors.JSONRenderer(_line),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        logger_factory=structlog.BytesLoggerFactory(file=sys.stdout.buffer),
         cache_logger_on_first_use=True,
     )
+    if logging.getLevelNamesMapping()[level.upper()] <= logging.INFO:
+        global _write_access  # noqa: PLW0603 - one log for the process
+        _write_access = partial(_write, structlog.BytesLogger(sys.stdout.buffer).msg, stamp)
     logging.basicConfig(handlers=[_Structured()], level=logging.WARNING, force=True)
     if otlp_endpoint:
         _start_tracing(service, otlp_endpoint)
@@ -66,6 +72,22 @@ def _stamp(service: str) -> Any:
         return event
 
     return stamp
+
+
+def access(**fields: Any) -> None:
+    """Adds a line about a call to the access log: as structlog would, in a third of the time, for each call has one."""
+    _write_access({"event": "call", "log": "access", "level": "info", **fields})
+
+
+def _write(write: Callable[[bytes], None], stamp: Any, event: MutableMapping[str, Any]) -> None:
+    write(_line(stamp(None, "info", event), repr))
+
+
+def _line(event: MutableMapping[str, Any], default: Callable[[Any], Any]) -> bytes:
+    try:
+        return orjson.dumps(event, default)
+    except TypeError:  # half a surrogate pair, or a number beyond 64 bits
+        return json.dumps(event, default=default).encode()
 
 
 class _Structured(logging.Handler):
