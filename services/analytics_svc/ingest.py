@@ -64,6 +64,7 @@ def complete(request: IngestRequest, receive_time: Timestamp) -> None:
     request.DiscardUnknownFields()
     prefix = uuid7().hex
     for index, event in enumerate(request.events):
+        event.ClearField("ip")
         if not event.insert_id:
             event.insert_id = f"{prefix}-{index}"
         if not event.HasField("time"):
@@ -86,6 +87,10 @@ def refusal_of(event: Event, now_seconds: int) -> tuple[str, str] | None:
         return "CONTEXT_INVALID", "referrer: must have at most 4,096 characters"
     if len(event.user_agent) > 2048:
         return "CONTEXT_INVALID", "user_agent: must have at most 2,048 characters"
+    if len(event.previous_id) > 200:
+        return "CONTEXT_INVALID", "previous_id: must have at most 200 characters"
+    if len(event.ip) > 45:
+        return "CONTEXT_INVALID", "ip: must have at most 45 characters"
     if event.HasField("properties"):
         return _refusal_of_properties(event.properties)
     return None

@@ -37,6 +37,9 @@ CREATE TABLE IF NOT EXISTS events (
     numbers Map(LowCardinality(String), Float64),
     sequence UInt64,
     position UInt32,
+    previous_id String,
+    region LowCardinality(String),
+    city LowCardinality(String),
     INDEX insert_ids insert_id TYPE bloom_filter(0.001)
 )
 ENGINE = MergeTree
@@ -44,6 +47,14 @@ PARTITION BY toYYYYMM(receive_time)
 ORDER BY (workspace_id, source_id, toDate(time), event, time)
 SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, non_replicated_deduplication_window = 10000
 """
+
+# Columns that came later, for tables that were made without them.
+_CHANGES = (
+    "ALTER TABLE events"
+    " ADD COLUMN IF NOT EXISTS previous_id String,"
+    " ADD COLUMN IF NOT EXISTS region LowCardinality(String),"
+    " ADD COLUMN IF NOT EXISTS city LowCardinality(String)",
+)
 
 # What is read of `LoggedBatch`, in the engine's words: `optional` makes what a property is not come as NULL.
 _SCHEMA = """
@@ -55,6 +66,7 @@ message LoggedEvent {
   string event = 1; string distinct_id = 2; string insert_id = 3; Timestamp time = 4; Struct properties = 5;
   string url = 6; string referrer = 7; string user_agent = 8;
   string browser = 9; string os = 10; string device = 11; bool is_robot = 12; string country = 13;
+  string previous_id = 14; string region = 16; string city = 17;
 }
 message LoggedBatch {
   repeated LoggedEvent events = 2; string workspace_id = 3; string source_id = 4; Timestamp receive_time = 5;
@@ -67,7 +79,8 @@ _INSERT_EVENTS = """
 INSERT INTO events (
     workspace_id, source_id, event, distinct_id, insert_id, time, receive_time,
     url, path, host, referrer, referrer_host, user_agent, browser, os, device, is_robot, country,
-    utm_source, utm_medium, utm_campaign, utm_term, utm_content, strings, numbers, sequence, position
+    utm_source, utm_medium, utm_campaign, utm_term, utm_content, strings, numbers, sequence, position,
+    previous_id, region, city
 )
 WITH
     tupleElement(e, 'url') AS address,
@@ -90,7 +103,8 @@ SELECT
     decodeURLFormComponent(extractURLParameter(address, 'utm_content')),
     mapApply((k, v) -> (k, ifNull(v.2, if(assumeNotNull(v.3), 'true', 'false'))), string_fields),
     mapApply((k, v) -> (k, assumeNotNull(v.1)), number_fields),
-    sequence, position
+    sequence, position,
+    tupleElement(e, 'previous_id'), tupleElement(e, 'region'), tupleElement(e, 'city')
 FROM (
     SELECT workspace_id, source_id, receive_time, sequence, e, position
     FROM input('
@@ -99,7 +113,8 @@ FROM (
             properties Tuple(fields Map(String, Tuple(
                 number_value Nullable(Float64), string_value Nullable(String), bool_value Nullable(Bool)))),
             url String, referrer String, user_agent String,
-            browser String, os String, device String, is_robot Bool, country String)),
+            browser String, os String, device String, is_robot Bool, country String,
+            previous_id String, region String, city String)),
         workspace_id String, source_id String, receive_time Tuple(seconds Int64, nanos Int32), sequence UInt64')
     ARRAY JOIN events AS e, arrayEnumerate(events) AS position
 )
@@ -126,7 +141,8 @@ async def create_tables(store: EventStore, *, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            await store.execute(_EVENTS)
+            for statement in (_EVENTS, *_CHANGES):
+                await store.execute(statement)
             return
         except UnavailableError:
             if time.monotonic() > deadline:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Filter, Measure, Order, Query, TimeRange
 
-from services.analytics_svc.compiler import compile_query, resolve_range
+from services.analytics_svc.compiler import compile_query
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.selection import resolve_range
 from services.analytics_svc.tables import insert_events
 from services.chassis.errors import Error
 from tests.analytics_svc import oracle

@@ -39,7 +39,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     PROPERTIES_INVALID: _ErrorReason.ValueType  # 7
     """In `refused`: `properties` has too many names, too long a name, or is too large."""
     CONTEXT_INVALID: _ErrorReason.ValueType  # 8
-    """In `refused`: `url`, `referrer` or `user_agent` is too long."""
+    """In `refused`: `url`, `referrer`, `user_agent`, `previous_id` or `ip` is too long."""
     PROPERTY_UNKNOWN: _ErrorReason.ValueType  # 9
     """INVALID_ARGUMENT: no such built-in property; `nearest` lists similar ones."""
     QUERY_INVALID: _ErrorReason.ValueType  # 10
@@ -69,7 +69,7 @@ TIME_INVALID: ErrorReason.ValueType  # 6
 PROPERTIES_INVALID: ErrorReason.ValueType  # 7
 """In `refused`: `properties` has too many names, too long a name, or is too large."""
 CONTEXT_INVALID: ErrorReason.ValueType  # 8
-"""In `refused`: `url`, `referrer` or `user_agent` is too long."""
+"""In `refused`: `url`, `referrer`, `user_agent`, `previous_id` or `ip` is too long."""
 PROPERTY_UNKNOWN: ErrorReason.ValueType  # 9
 """INVALID_ARGUMENT: no such built-in property; `nearest` lists similar ones."""
 QUERY_INVALID: ErrorReason.ValueType  # 10

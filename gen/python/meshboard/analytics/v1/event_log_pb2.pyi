@@ -83,6 +83,9 @@ class LoggedEvent(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     IS_ROBOT_FIELD_NUMBER: _builtins.int
     COUNTRY_FIELD_NUMBER: _builtins.int
+    PREVIOUS_ID_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    CITY_FIELD_NUMBER: _builtins.int
     event: _builtins.str
     """What happened."""
     distinct_id: _builtins.str
@@ -105,6 +108,12 @@ class LoggedEvent(_message.Message):
     """Whether a program sent the request on its own account."""
     country: _builtins.str
     """The country, as two letters of ISO 3166; empty when it is not known."""
+    previous_id: _builtins.str
+    """Another id of the same person; empty: none."""
+    region: _builtins.str
+    """The name of the region; empty when it is not known."""
+    city: _builtins.str
+    """The name of the city; empty when it is not known."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""
@@ -129,10 +138,13 @@ class LoggedEvent(_message.Message):
         device: _builtins.str = ...,
         is_robot: _builtins.bool = ...,
         country: _builtins.str = ...,
+        previous_id: _builtins.str = ...,
+        region: _builtins.str = ...,
+        city: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["properties", b"properties", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["browser", b"browser", "country", b"country", "device", b"device", "distinct_id", b"distinct_id", "event", b"event", "insert_id", b"insert_id", "is_robot", b"is_robot", "os", b"os", "properties", b"properties", "referrer", b"referrer", "time", b"time", "url", b"url", "user_agent", b"user_agent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["browser", b"browser", "city", b"city", "country", b"country", "device", b"device", "distinct_id", b"distinct_id", "event", b"event", "insert_id", b"insert_id", "is_robot", b"is_robot", "os", b"os", "previous_id", b"previous_id", "properties", b"properties", "referrer", b"referrer", "region", b"region", "time", b"time", "url", b"url", "user_agent", b"user_agent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,8 @@ class Event(_message.Message):
     URL_FIELD_NUMBER: _builtins.int
     REFERRER_FIELD_NUMBER: _builtins.int
     USER_AGENT_FIELD_NUMBER: _builtins.int
+    PREVIOUS_ID_FIELD_NUMBER: _builtins.int
+    IP_FIELD_NUMBER: _builtins.int
     event: _builtins.str
     """What happened, such as `request` or `signed up`: 1 to 200 characters."""
     distinct_id: _builtins.str
@@ -46,6 +48,14 @@ class Event(_message.Message):
     """Where the visitor came from, at most 4,096 characters. Fills `referrer_host`."""
     user_agent: _builtins.str
     """The visitor's user agent, at most 2,048 characters. Fills `browser`, `os`, `device` and `is_robot`."""
+    previous_id: _builtins.str
+    """Another id of the same person, such as the anonymous one before a sign-in, at most 200 characters: from now on, and for
+    the past, both are one `person_id`.
+    """
+    ip: _builtins.str
+    """The visitor's address, when another than the sender's, at most 45 characters. Fills `country`, `region` and `city`
+    where the installation has a geo database; it is kept nowhere.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened, from 1970 to a day ahead; absent: when it was received."""
@@ -67,10 +77,12 @@ class Event(_message.Message):
         url: _builtins.str = ...,
         referrer: _builtins.str = ...,
         user_agent: _builtins.str = ...,
+        previous_id: _builtins.str = ...,
+        ip: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["properties", b"properties", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_id", b"distinct_id", "event", b"event", "insert_id", b"insert_id", "properties", b"properties", "referrer", b"referrer", "time", b"time", "url", b"url", "user_agent", b"user_agent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_id", b"distinct_id", "event", b"event", "insert_id", b"insert_id", "ip", b"ip", "previous_id", b"previous_id", "properties", b"properties", "referrer", b"referrer", "time", b"time", "url", b"url", "user_agent", b"user_agent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

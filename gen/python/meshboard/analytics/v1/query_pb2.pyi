@@ -26,7 +26,7 @@ class Query(_message.Message):
     """A question about events: measures, by buckets of time and by values of properties.
 
     A `property` is a built-in (`event`, `distinct_id`, `visit_id`, `url`, `path`, `host`, `referrer_host`, `browser`, `os`,
-    `device`, `is_robot`, `country`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`, `utm_content`), or
+    `device`, `is_robot`, `country`, `region`, `city`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`, `utm_content`), or
     `properties.<name>` for one of the application's own. An unknown built-in fails with INVALID_ARGUMENT, reason
     PROPERTY_UNKNOWN, and the nearest known names.
     """

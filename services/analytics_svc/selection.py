@@ -1,0 +1,266 @@
+"""Which events a question is about: sources, a range of time, visits, and conditions on properties.
+
+Values are always bound parameters; identifiers come from the tables below. The SQL runs on chDB and on a ClickHouse
+server.
+"""
+# ruff: noqa: S608 - this is where SQL is put together, of expressions written here
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from typing import NoReturn
+from zoneinfo import available_timezones
+
+from google.protobuf import struct_pb2
+from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
+
+from services.analytics_svc.event_store import Value
+from services.chassis import errors
+
+VISIT_GAP_SECONDS = 30 * 60
+
+# Built-in properties and their expressions; `visit_id` is a column of the visits' subquery only.
+BUILT_INS = {
+    name: name
+    for name in (
+        "event",
+        "distinct_id",
+        "visit_id",
+        "url",
+        "path",
+        "host",
+        "referrer",
+        "referrer_host",
+        "user_agent",
+        "browser",
+        "os",
+        "device",
+        "country",
+        "region",
+        "city",
+        "utm_source",
+        "utm_medium",
+        "utm_campaign",
+        "utm_term",
+        "utm_content",
+    )
+} | {"is_robot": "if(is_robot, 'true', 'false')"}
+
+OWN = "properties."
+
+# The start of the bucket that `time` is in. An hour is cut by hand: toStartOfHour is half an hour off in zones whose
+# summer time moves the clock by half an hour (Australia/Lord_Howe).
+BUCKETS = {
+    Query.MINUTE: "toStartOfMinute(time, {zone:String})",
+    Query.HOUR: "toDateTime(toUnixTimestamp(time)"
+    " - modulo(toUnixTimestamp(time) + timezoneOffset(toTimeZone(time, {zone:String})), 3600), {zone:String})",
+    Query.DAY: "toStartOfDay(time, {zone:String})",
+    Query.WEEK: "toDateTime(toStartOfWeek(time, 1, {zone:String}), {zone:String})",
+    Query.MONTH: "toDateTime(toStartOfMonth(time, {zone:String}), {zone:String})",
+}
+_COMPARISONS = {
+    Filter.GREATER: ">",
+    Filter.GREATER_OR_EQUAL: ">=",
+    Filter.LESS: "<",
+    Filter.LESS_OR_EQUAL: "<=",
+}
+_NEGATIONS = {
+    Filter.NOT_EQUAL: Filter.EQUAL,
+    Filter.NOT_CONTAINS: Filter.CONTAINS,
+    Filter.NOT_EXISTS: Filter.EXISTS,
+    Filter.NOT_IN: Filter.IN,
+}
+
+
+def resolve_range(time_range: TimeRange, now: datetime) -> tuple[int | None, int | None]:
+    """The range in milliseconds since 1970, half-open; None is no bound.
+
+    "The last seconds" end at the next full second, so that what has just happened is inside; ranges of more than an
+    hour move in steps of a 3,600th of their length, at most a minute, so that answers can be shared.
+    """
+    if seconds := time_range.last_seconds:
+        step = min(60, max(1, seconds // 3600))
+        end = math.ceil(now.timestamp() / step) * step
+        return (end - seconds) * 1000, end * 1000
+    start = time_range.start_time.ToMilliseconds() if time_range.HasField("start_time") else None
+    end_ = time_range.end_time.ToMilliseconds() if time_range.HasField("end_time") else None
+    if start is not None and end_ is not None and start > end_:
+        invalid("query.time_range", "The range ends before it starts.")
+    return start, end_
+
+
+@dataclass(slots=True)
+class Selection:
+    """Events of some sources in a range, `start` to `end` in milliseconds since 1970, half-open; None is no bound.
+
+    What is said about properties decides what `rows` has to find out: ask for them first.
+    """
+
+    workspace_id: str
+    source_ids: Sequence[str]
+    start: int | None
+    end: int | None
+    params: dict[str, Value] = field(default_factory=dict)
+    uses_visits: bool = False
+
+    def rows(self) -> str:
+        """A subquery that gives the columns of the events, and those that were asked for."""
+        start, end = self.start, self.end
+        scope = [
+            f"workspace_id = {self.bind(self.workspace_id, 'UUID')}",
+            f"source_id IN {self.bind(sorted(self.source_ids), 'Array(UUID)')}",
+        ]
+        after = [f"time >= {self.instant(start)}"] if start is not None else []
+        before = [f"time < {self.instant(end)}"] if end is not None else []
+        in_range = f"(SELECT * FROM events WHERE {' AND '.join(scope + after + before)})"
+        if not self.uses_visits:
+            return in_range
+        # A visit is named by its beginning, which may lie before the range: all events up to its end are looked at, of
+        # those who have any in it.
+        seen = f"distinct_id IN (SELECT distinct_id FROM {in_range})" if after else "1"
+        window = "PARTITION BY source_id, distinct_id ORDER BY time, sequence, position"
+        return f"""(
+            SELECT *, lower(hex(sipHash128(source_id, distinct_id, begin))) AS visit_id
+            FROM (
+                SELECT *, max(if(begins, time, NULL)) OVER ({window} ROWS UNBOUNDED PRECEDING) AS begin
+                FROM (
+                    SELECT *, ifNull(dateDiff('millisecond', lagInFrame(toNullable(time)) OVER ({window}
+                        ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING), time)
+                        >= {VISIT_GAP_SECONDS * 1000}, true) AS begins
+                    FROM events WHERE {" AND ".join([*scope, *before, seen])}
+                )
+            )
+            {"WHERE " + after[0] if after else ""}
+        )"""
+
+    def instant(self, milliseconds: int) -> str:
+        """SQL of an instant; events are between 1970 and 2100."""
+        clamped = min(max(milliseconds, 0), 4_102_444_800_000)
+        return f"fromUnixTimestamp64Milli({self.bind(clamped, 'Int64')}, 'UTC')"
+
+    def bind_zone(self, time_zone: str) -> None:
+        """Binds `zone`, which the expressions of BUCKETS read. Raises INVALID_ARGUMENT (TIME_ZONE_UNKNOWN)."""
+        zone = time_zone or "UTC"
+        if zone not in _time_zones():
+            raise errors.invalid_argument(
+                "TIME_ZONE_UNKNOWN",
+                f"{zone} is no time zone.",
+                field="query.time_zone",
+                nearest=", ".join(difflib.get_close_matches(zone, _time_zones())),
+            )
+        self.params["zone"] = zone
+
+    def filters(self, filters: Iterable[Filter], path: str) -> list[str]:
+        """SQL conditions, each 0 or 1 and never NULL. Raises INVALID_ARGUMENT naming the field."""
+        return [self._filter(f, f"{path}[{index}]") for index, f in enumerate(filters)]
+
+    def _filter(self, condition: Filter, path: str) -> str:
+        operator = condition.operator or Filter.EQUAL
+        positive = _NEGATIONS.get(operator, operator)
+        sql = self._positive(positive, condition, path)
+        return sql if positive == operator else f"NOT {sql}"
+
+    def _positive(self, operator: "Filter.Operator.ValueType", condition: Filter, path: str) -> str:
+        """An expression that is 0 or 1, never NULL, so that it can be negated."""
+        of = self.property(condition.property, f"{path}.property")
+        values = condition.values
+        if operator == Filter.EXISTS:
+            if values:
+                invalid(f"{path}.values", "This operator takes no value.")
+            return f"({of.exists})"
+        if not values or (operator != Filter.IN and len(values) != 1):
+            invalid(
+                f"{path}.values",
+                "Exactly one value is needed." if operator != Filter.IN else "A value is needed.",
+            )
+        for index, value in enumerate(values):
+            kind = value.WhichOneof("kind")
+            if kind not in {"string_value", "number_value", "bool_value"} or not math.isfinite(
+                value.number_value
+            ):
+                invalid(f"{path}.values[{index}]", "A value is a text, a number or a boolean.")
+        numbers = [value.number_value for value in values if value.HasField("number_value")]
+        if operator in _COMPARISONS:
+            if not numbers:
+                invalid(f"{path}.values[0]", "This operator compares with a number.")
+            if of.is_number == "0":
+                invalid(
+                    f"{path}.property", f"{condition.property} is a text: it is not compared with a number."
+                )
+            bound = self.bind(numbers[0], "Float64")
+            return f"({of.is_number} AND {of.number} {_COMPARISONS[operator]} {bound})"
+        texts = [_value_text(value) for value in values]
+        if operator == Filter.CONTAINS:
+            return f"({of.exists} AND position({of.text}, {self.bind(texts[0], 'String')}) > 0)"
+        if operator == Filter.STARTS_WITH:
+            return f"({of.exists} AND startsWith({of.text}, {self.bind(texts[0], 'String')}))"
+        same = f"({of.exists} AND {of.text} IN {self.bind(texts, 'Array(String)')})"
+        if numbers and of.is_number != "0":
+            bound = self.bind(numbers, "Array(Float64)")
+            return f"({same} OR ({of.is_number} AND has({bound}, {of.number})))"
+        return same
+
+    def property(self, name: str, path: str) -> "Property":
+        """SQL about a property. Raises INVALID_ARGUMENT (PROPERTY_UNKNOWN) naming the field."""
+        if name.startswith(OWN) and len(name) > len(OWN):
+            key = self.bind(name.removeprefix(OWN), "String")
+            is_number = f"mapContains(numbers, {key})"
+            return Property(
+                text=f"if({is_number}, toString(numbers[{key}]), strings[{key}])",
+                exists=f"({is_number} OR mapContains(strings, {key}))",
+                number=f"numbers[{key}]",
+                is_number=is_number,
+            )
+        if name not in BUILT_INS:
+            nearest = difflib.get_close_matches(name, BUILT_INS)
+            raise errors.invalid_argument(
+                "PROPERTY_UNKNOWN",
+                f"There is no built-in property {name}."
+                + (f" Did you mean {' or '.join(nearest)}?" if nearest else "")
+                + f" One of your own is properties.{name}.",
+                field=path,
+                property=name,
+                nearest=", ".join(nearest),
+            )
+        self.uses_visits = self.uses_visits or name == "visit_id"
+        expression = BUILT_INS[name]
+        return Property(text=expression, exists=f"{expression} != ''", number="NULL", is_number="0")
+
+    def bind(self, value: Value, kind: str) -> str:
+        """Binds a value of ClickHouse's type `kind`, and gives the placeholder."""
+        name = f"p{len(self.params)}"
+        self.params[name] = value
+        return f"{{{name}:{kind}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """SQL about one property: its text, whether it is there, its number, and whether that is one."""
+
+    text: str
+    exists: str
+    number: str
+    is_number: str
+
+
+@cache
+def _time_zones() -> frozenset[str]:
+    return frozenset(available_timezones())
+
+
+def _value_text(value: struct_pb2.Value) -> str:
+    """A filter's value as the store writes it: 404 and not 404.0."""
+    if value.HasField("bool_value"):
+        return "true" if value.bool_value else "false"
+    if value.HasField("string_value"):
+        return value.string_value
+    number = value.number_value
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def invalid(path: str, text: str, **metadata: str) -> NoReturn:
+    """Raises INVALID_ARGUMENT (QUERY_INVALID) naming the field."""
+    raise errors.invalid_argument("QUERY_INVALID", text, field=path, **metadata)
