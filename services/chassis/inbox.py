@@ -36,7 +36,7 @@ class Repeatable:
     """A handler that is given all events of its type that are there, and some of them again after a crash.
 
     For what costs too much event by event, and is the same however often it is done: nothing is written in the inbox.
-    The handler has its own transaction.
+    The handler has its own transaction. After each batch it rests, so that what comes meanwhile is one batch more.
     """
 
     handle: Callable[[Sequence[Any]], Awaitable[None]]
@@ -46,6 +46,7 @@ class Repeatable:
 BACKOFF_SECONDS = (1.0, 5.0, 30.0, 120.0, 600.0)
 
 _BATCH = 16
+_REST_SECONDS = 0.5
 _HANDLER_SECONDS = 20  # less than the consumer's ack_wait
 _SWEEP_SECONDS = 3600
 
@@ -132,6 +133,8 @@ class _Consumer:
                 else:
                     for delivery in fetched:
                         await self._receive(delivery)
+                if isinstance(self.handler, Repeatable) and fetched:
+                    await asyncio.sleep(_REST_SECONDS)
         finally:
             await deliveries.close()
 

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -200,6 +201,24 @@ async def test_repeatable_handlers_get_many_at_once_and_bad_ones_by_themselves(
     async with db() as session:
         assert await session.scalar(text("SELECT count(*) FROM inbox")) == 0
     await letters.close()
+
+
+async def test_what_comes_while_a_repeatable_handler_rests_is_one_batch(db: Sessions, bus: Bus) -> None:
+    batches: list[list[str]] = []
+
+    async def take(events: Sequence[MemberRemoved]) -> None:
+        batches.append([event.user_id for event in events])
+
+    user_ids = [uuid4().hex for _ in range(12)]
+    handlers: dict[type[Message], inbox.Repeatable] = {MemberRemoved: inbox.Repeatable(take)}
+    async with consuming(bus, db, uuid4().hex, handlers):
+        await publish(bus, user_ids[0])
+        await eventually(lambda: user_ids[0] in chain(*batches))
+        for user_id in user_ids[1:]:
+            await publish(bus, user_id)
+        await eventually(lambda: user_ids[-1] in chain(*batches))
+    taken = [batch for batch in batches if not set(batch).isdisjoint(user_ids[1:])]
+    assert max(map(len, taken)) > 1, "one by one, at twelve times the cost"
 
 
 async def test_unknown_fields_and_types_do_not_block(db: Sessions, bus: Bus) -> None:
