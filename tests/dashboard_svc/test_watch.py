@@ -295,7 +295,7 @@ async def test_a_passing_failure_keeps_the_data_and_is_tried_again(mesh: Mesh) -
         await eventually(lambda: mesh.analytics.times_asked(source) == 2)
         mesh.analytics.count[source] = 4
         del mesh.analytics.failures[source]
-        await eventually(lambda: watcher.state[widget.widget_id] == 4, 5)
+        await eventually(lambda: watcher.state[widget.widget_id] == 4)
         assert all(data.HasField("result") for response in watcher.changes for data in response.changes)
         mesh.analytics.failures[source] = errors.unavailable("For long.")
         await mesh.tick(source)
