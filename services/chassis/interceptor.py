@@ -60,7 +60,12 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(stages.stream(handler.unary_stream), *serializers)
-        raise TypeError(f"{path}: streams of requests are not supported yet")
+        if handler.stream_stream:
+            nothing = handler.request_deserializer(b"")
+            return grpc.stream_stream_rpc_method_handler(
+                stages.exchange(handler.stream_stream, nothing), *serializers
+            )
+        raise TypeError(f"{path}: a stream of requests with one answer is not supported")
 
     @contextmanager
     def admitted(self) -> Any:
@@ -120,15 +125,41 @@ class _Stages:
     def stream(self, method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
         """Wraps a method that gives a stream of answers."""
 
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def enter(request: Any, metadata: Metadata) -> Any:
+            await self._enter(request, metadata)
+            return request
+
+        return self._streaming(method, enter)
+
+    def exchange(
+        self, method: Callable[..., AsyncIterator[Any]], nothing: message.Message
+    ) -> Callable[..., AsyncIterator[Any]]:
+        """Wraps a method that takes a stream of requests and gives a stream of answers.
+
+        The first request decides who may call, so it has the time of a unary call; the others are only validated.
+        """
+
+        async def enter(requests: AsyncIterator[Any], metadata: Metadata) -> Any:
+            async with asyncio.timeout(self._interceptor.call_seconds):
+                first = await anext(requests, None)
+            await self._enter(first or nothing, metadata)
+            return _validated(first, requests)
+
+        return self._streaming(method, enter)
+
+    def _streaming(
+        self, method: Callable[..., AsyncIterator[Any]], enter: Callable[[Any, Metadata], Awaitable[Any]]
+    ) -> Callable[..., AsyncIterator[Any]]:
+        """`enter` takes what the method is given through the stages, and gives what reaches the method."""
+
+        async def call(arriving: Any, context: Context) -> AsyncIterator[Any]:
             start = time.perf_counter()
             metadata = _metadata(context)
             with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
                 try:
                     with self._interceptor.admitted():
                         self._deadline(context, STREAM_SECONDS)
-                        await self._enter(request, metadata)
-                        async for response in method(request, context):
+                        async for response in method(await enter(arriving, metadata), context):
                             yield response
                 except GeneratorExit:
                     self._done("CANCELLED", start)
@@ -190,6 +221,15 @@ class _Stages:
             caller=who.service,
             workspace_id=who.workspace,
         )
+
+
+async def _validated(first: message.Message | None, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A stream's requests, of which the first has been validated."""
+    if first is not None:
+        yield first
+    async for request in rest:
+        validate(request)
+        yield request
 
 
 def _metadata(context: Context) -> dict[str, str]:
