@@ -5,7 +5,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
@@ -47,8 +47,8 @@ def presented(request: Message, metadata: Mapping[str, str]) -> str:
     """The key that a call carries: in the header, as the user of basic authentication, or in the body."""
     if key := metadata.get(HEADER) or _basic_user(metadata.get("authorization", "")):
         return key
-    # A message that came alone is a field of its request.
-    return str(getattr(request, "message", request).write_key)
+    body: Any = getattr(request, "message", request)  # a message that came alone is a field of its request
+    return str(body.write_key)
 
 
 def _basic_user(header: str) -> str:

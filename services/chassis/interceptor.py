@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 import grpc.aio
@@ -55,7 +55,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, path: str, rule: Rule, handler: Any) -> Any:
         stages = _Stages(path, rule, self)
-        serializers = (handler.request_deserializer, handler.response_serializer)
+        serializers = (_lenient(handler.request_deserializer), handler.response_serializer)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
         if handler.unary_stream:
@@ -142,7 +142,7 @@ class _Stages:
         async def enter(requests: AsyncIterator[Any], metadata: Metadata) -> Any:
             async with asyncio.timeout(self._interceptor.call_seconds):
                 first = await anext(requests, None)
-            await self._enter(first or nothing, metadata)
+            await self._enter(nothing if first is None else first, metadata)
             return _validated(first, requests)
 
         return self._streaming(method, enter)
@@ -181,6 +181,7 @@ class _Stages:
     async def _enter(self, request: message.Message, metadata: Metadata) -> None:
         access = self._interceptor.access
         caller = await access.authenticate(self._rule, metadata)
+        _require_readable(request)
         if (key := metadata.get("idempotency-key")) and "request_id" in request.DESCRIPTOR.fields_by_name:
             request.request_id = request.request_id or key  # type: ignore[attr-defined]
         validate(request)
@@ -228,6 +229,7 @@ async def _validated(first: message.Message | None, rest: AsyncIterator[Any]) ->
     if first is not None:
         yield first
     async for request in rest:
+        _require_readable(request)
         validate(request)
         yield request
 
@@ -242,6 +244,29 @@ def _metadata(context: Context) -> dict[str, str]:
         elif isinstance(value, str):
             pairs[key] = value
     return pairs
+
+
+class _Unreadable(NamedTuple):
+    """Stands for a request that cannot be parsed: what its caller is told is said behind authentication."""
+
+    why: str
+
+
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """gRPC itself would log a fault, and show the caller the exception."""
+
+    def parse_or_tell(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except message.DecodeError as error:
+            return _Unreadable(str(error))
+
+    return parse_or_tell
+
+
+def _require_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise errors.invalid_argument("REQUEST_MALFORMED", f"The request cannot be read: {request.why}")
 
 
 def error_of(failure: BaseException) -> errors.Error | None:

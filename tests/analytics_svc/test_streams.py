@@ -1,7 +1,7 @@
 """Streams of batches: acknowledged in order, gone on with after a break, and ended with their key."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any
 
 import grpc
@@ -39,6 +39,22 @@ async def acknowledgements(
 ) -> list[IngestStreamResponse]:
     call = analytics.ingest.IngestStream(iter(requests), metadata=((KEY, key),))
     return [answer async for answer in call]
+
+
+async def failing(answers: AsyncIterable[Any]) -> tuple[list[Any], Exception]:
+    """What a stream gives before it fails, and what it fails with."""
+    given = []
+    try:
+        async for answer in answers:
+            given.append(answer)  # noqa: PERF401 - what was given counts also when it fails
+    except (grpc.aio.AioRpcError, errors.Error) as failure:
+        return given, failure
+    raise AssertionError("it did not fail")
+
+
+def told(failure: Exception) -> tuple[grpc.StatusCode, str]:
+    assert isinstance(failure, grpc.aio.AioRpcError)
+    return failure.code(), reason_of(failure)
 
 
 async def test_each_batch_is_acknowledged_in_order(analytics: Analytics) -> None:
@@ -84,15 +100,9 @@ async def test_positions_rise(analytics: Analytics) -> None:
     member = analytics.identity.member("editor")
     source, key = await analytics.source(member)
     call = analytics.ingest.IngestStream(iter([batch(1), batch(5), batch(5)]), metadata=((KEY, key),))
-    positions = []
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for answer in call:
-            positions.append(answer.position)
-    assert (caught.value.code(), reason_of(caught.value)) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "POSITION_INVALID",
-    )
-    assert positions == [1, 5], "what came before is acknowledged"
+    given, failure = await failing(call)
+    assert told(failure) == (grpc.StatusCode.INVALID_ARGUMENT, "POSITION_INVALID")
+    assert [answer.position for answer in given] == [1, 5], "what came before is acknowledged"
     await analytics.until_count(member, source, 2)
 
 
@@ -106,6 +116,15 @@ async def test_each_request_is_validated(analytics: Analytics, later: bool) -> N
         grpc.StatusCode.INVALID_ARGUMENT,
         "VALIDATION_FAILED",
     )
+
+
+async def test_a_request_that_cannot_be_read_ends_the_stream(analytics: Analytics) -> None:
+    _, key = await analytics.source(analytics.identity.member("editor"))
+    method: Any = analytics.channel.stream_stream("/meshboard.analytics.v1.IngestService/IngestStream")
+    requests = [batch(1).SerializeToString(), b"\xff"]
+    given, failure = await failing(method(iter(requests), metadata=((KEY, key),)))
+    assert [IngestStreamResponse.FromString(answer).position for answer in given] == [1]
+    assert told(failure) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED")
 
 
 @pytest.mark.parametrize("requests", [[], [batch(1)]])
@@ -129,7 +148,9 @@ async def test_a_stream_ends_with_its_key(analytics: Analytics) -> None:
     source, key = await analytics.source(member)
     call = analytics.ingest.IngestStream(metadata=((KEY, key),))
     await call.write(batch(1))
-    assert (await call.read()).position == 1
+    first = await call.read()
+    assert isinstance(first, IngestStreamResponse)
+    assert first.position == 1
     await analytics.sources.RotateWriteKey(
         RotateWriteKeyRequest(source_id=source.source_id), metadata=member.metadata
     )
@@ -214,9 +235,7 @@ async def test_what_came_before_a_failure_is_acknowledged() -> None:
         for place in range(4):
             yield batch(place, stream_id="s")
 
-    positions = []
-    with pytest.raises(errors.Error) as caught:
-        async for answer in acknowledged(requests(), take, allowed):
-            positions.append(answer.position)
-    assert caught.value.reason == "DEPENDENCY_UNAVAILABLE"
-    assert positions == [0, 1]
+    given, failure = await failing(acknowledged(requests(), take, allowed))
+    assert isinstance(failure, errors.Error)
+    assert failure.reason == "DEPENDENCY_UNAVAILABLE"
+    assert [answer.position for answer in given] == [0, 1]
