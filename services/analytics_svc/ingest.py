@@ -2,27 +2,38 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 import grpc.aio
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
-from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest, IngestResponse, RefusedEvent
+from meshboard.analytics.v1.ingest_service_pb2 import (
+    Event,
+    IngestRequest,
+    IngestResponse,
+    IngestStreamRequest,
+    IngestStreamResponse,
+    RefusedEvent,
+)
 from meshboard.analytics.v1.ingest_service_pb2_grpc import IngestServiceServicer
 from prometheus_client import Counter
 from uuid_utils.compat import uuid7
 
 from services.analytics_svc import write_keys
 from services.analytics_svc.event_log import EventLog
-from services.chassis import errors
+from services.analytics_svc.streams import acknowledged
+from services.chassis import auth, errors
 from services.chassis.bus import BusError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 DAY_SECONDS = 86_400
 MAX_PROPERTIES_BYTES = 65_536
+# How long a batch may have been on its way before the sender's clock is taken to be wrong.
+TRAVEL_SECONDS = 5
 
 _events = Counter("meshboard_ingest_events_total", "Events by what became of them.", ["outcome"])
 _accepted, _refused = _events.labels("accepted"), _events.labels("refused")
@@ -38,6 +49,7 @@ class IngestServicer(IngestServiceServicer):
     async def Ingest(self, request: IngestRequest, context: Context) -> IngestResponse:
         receive_time = Timestamp()
         receive_time.FromDatetime(self.now())
+        correct_times(request, receive_time)
         refused = [
             RefusedEvent(index=index, reason=why[0], message=why[1])
             for index, event in enumerate(request.events)
@@ -56,10 +68,40 @@ class IngestServicer(IngestServiceServicer):
         _refused.inc(len(refused))
         return IngestResponse(accepted_count=accepted, refused=refused)
 
+    async def IngestStream(
+        self, requests: AsyncIterator[IngestStreamRequest], context: Context
+    ) -> AsyncIterator[IngestStreamResponse]:
+        async def take(request: IngestRequest) -> IngestResponse:
+            return await self.Ingest(request, context)
+
+        async for acknowledgement in acknowledged(requests, take, auth.recheck):
+            yield acknowledgement
+
+
+def correct_times(request: IngestRequest, receive_time: Timestamp) -> None:
+    """Moves the events' times by as much as the clock that they are from is wrong.
+
+    What lies between sending and receipt is taken for the error of the clock, as far as it is too much for the way.
+    """
+    if not request.HasField("send_time"):
+        return
+    try:
+        error = receive_time.ToNanoseconds() - request.send_time.ToNanoseconds()
+    except ValueError:  # no time at all
+        return
+    if abs(error) <= TRAVEL_SECONDS * 1_000_000_000:
+        return
+    for event in request.events:
+        if event.HasField("time"):
+            # What has no place in a Timestamp stays as it was sent, and is judged so.
+            with suppress(ValueError):
+                event.time.FromNanoseconds(event.time.ToNanoseconds() + error)
+
 
 def complete(request: IngestRequest, receive_time: Timestamp) -> None:
     """Gives events the time and the `insert_id` that they lack, and leaves nothing in the request but events."""
     request.ClearField("write_key")
+    request.ClearField("send_time")
     # What this contract does not know would be read as fields of LoggedBatch and LoggedEvent.
     request.DiscardUnknownFields()
     prefix = uuid7().hex

@@ -2,7 +2,9 @@
 
 from functools import partial
 
-from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
+from meshboard.analytics.v1.compat_service_pb2 import SendBatchRequest, SendTrackRequest
+from meshboard.analytics.v1.compat_service_pb2_grpc import add_CompatServiceServicer_to_server
+from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import add_InternalQueryServiceServicer_to_server
@@ -13,6 +15,7 @@ from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServ
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
@@ -76,6 +79,7 @@ async def serve(settings: AnalyticsSettings) -> None:
         [
             lambda server: add_SourceServiceServicer_to_server(sources, server),
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
+            lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
@@ -83,7 +87,14 @@ async def serve(settings: AnalyticsSettings) -> None:
         access,
         ready=[lambda: db.ready(sessions), store.ready],
     )
-    warm_up(IngestRequest(), RunQueryRequest(), RunWidgetQueryRequest())
+    warm_up(
+        IngestRequest(),
+        IngestStreamRequest(),
+        SendBatchRequest(),
+        SendTrackRequest(),
+        RunQueryRequest(),
+        RunWidgetQueryRequest(),
+    )
     try:
         await server.start()
         await until_stopped(

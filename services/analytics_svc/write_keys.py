@@ -1,13 +1,14 @@
 """Write keys: what they look like, and which source one belongs to."""
 
+import base64
 import hashlib
 import secrets
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
-from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
+from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
 from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -43,6 +44,29 @@ def hash_of(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
+def presented(request: Message, metadata: Mapping[str, str]) -> str:
+    """The key that a call carries: in the header, as the user of basic authentication, or in the body.
+
+    The gateway limits calls by what stands in a header. So a header counts even when it is no good, and of the two only
+    the one that is meant for the method: nobody gets around the limit with another one beside the true key.
+    """
+    if isinstance(request, IngestRequest | IngestStreamRequest):
+        return metadata.get(HEADER, "") or request.write_key
+    scheme, _, credentials = metadata.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        return _user_of(credentials)
+    body: Any = getattr(request, "message", request)  # a message that came alone is a field of its request
+    return str(body.write_key)
+
+
+def _user_of(credentials: str) -> str:
+    """The user of https://www.rfc-editor.org/rfc/rfc7617; empty when they cannot be read."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[0]
+    except ValueError:
+        return ""
+
+
 def source() -> SourceMessage:
     """The source whose write key the current call carries."""
     return _source.get()
@@ -57,8 +81,7 @@ class WriteKeys:
 
     async def check(self, request: Message, metadata: Mapping[str, str]) -> None:
         """The access stage for methods of the holder of a write key. Raises UNAUTHENTICATED."""
-        assert isinstance(request, IngestRequest)
-        key_hash = hash_of(metadata.get(HEADER, "") or request.write_key)
+        key_hash = hash_of(presented(request, metadata))
 
         async def load() -> SourceMessage | None:
             async with self.db() as session:

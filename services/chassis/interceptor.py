@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 import grpc.aio
@@ -55,12 +55,17 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, path: str, rule: Rule, handler: Any) -> Any:
         stages = _Stages(path, rule, self)
-        serializers = (handler.request_deserializer, handler.response_serializer)
+        serializers = (_lenient(handler.request_deserializer), handler.response_serializer)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(stages.stream(handler.unary_stream), *serializers)
-        raise TypeError(f"{path}: streams of requests are not supported yet")
+        if handler.stream_stream:
+            nothing = handler.request_deserializer(b"")
+            return grpc.stream_stream_rpc_method_handler(
+                stages.exchange(handler.stream_stream, nothing), *serializers
+            )
+        raise TypeError(f"{path}: a stream of requests with one answer is not supported")
 
     @contextmanager
     def admitted(self) -> Any:
@@ -120,15 +125,41 @@ class _Stages:
     def stream(self, method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
         """Wraps a method that gives a stream of answers."""
 
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def enter(request: Any, metadata: Metadata) -> Any:
+            await self._enter(request, metadata)
+            return request
+
+        return self._streaming(method, enter)
+
+    def exchange(
+        self, method: Callable[..., AsyncIterator[Any]], nothing: message.Message
+    ) -> Callable[..., AsyncIterator[Any]]:
+        """Wraps a method that takes a stream of requests and gives a stream of answers.
+
+        The first request decides who may call, so it has the time of a unary call; the others are only validated.
+        """
+
+        async def enter(requests: AsyncIterator[Any], metadata: Metadata) -> Any:
+            async with asyncio.timeout(self._interceptor.call_seconds):
+                first = await anext(requests, None)
+            await self._enter(nothing if first is None else first, metadata)
+            return _validated(first, requests)
+
+        return self._streaming(method, enter)
+
+    def _streaming(
+        self, method: Callable[..., AsyncIterator[Any]], enter: Callable[[Any, Metadata], Awaitable[Any]]
+    ) -> Callable[..., AsyncIterator[Any]]:
+        """`enter` takes what the method is given through the stages, and gives what reaches the method."""
+
+        async def call(arriving: Any, context: Context) -> AsyncIterator[Any]:
             start = time.perf_counter()
             metadata = _metadata(context)
             with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
                 try:
                     with self._interceptor.admitted():
                         self._deadline(context, STREAM_SECONDS)
-                        await self._enter(request, metadata)
-                        async for response in method(request, context):
+                        async for response in method(await enter(arriving, metadata), context):
                             yield response
                 except GeneratorExit:
                     self._done("CANCELLED", start)
@@ -150,6 +181,7 @@ class _Stages:
     async def _enter(self, request: message.Message, metadata: Metadata) -> None:
         access = self._interceptor.access
         caller = await access.authenticate(self._rule, metadata)
+        _require_readable(request)
         if (key := metadata.get("idempotency-key")) and "request_id" in request.DESCRIPTOR.fields_by_name:
             request.request_id = request.request_id or key  # type: ignore[attr-defined]
         validate(request)
@@ -192,6 +224,16 @@ class _Stages:
         )
 
 
+async def _validated(first: message.Message | None, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A stream's requests, of which the first has been validated."""
+    if first is not None:
+        yield first
+    async for request in rest:
+        _require_readable(request)
+        validate(request)
+        yield request
+
+
 def _metadata(context: Context) -> dict[str, str]:
     """The text metadata of a call; of a key that is there twice the first value, of a second authorization none."""
     pairs: dict[str, str] = {}
@@ -202,6 +244,29 @@ def _metadata(context: Context) -> dict[str, str]:
         elif isinstance(value, str):
             pairs[key] = value
     return pairs
+
+
+class _Unreadable(NamedTuple):
+    """Stands for a request that cannot be parsed: what its caller is told is said behind authentication."""
+
+    why: str
+
+
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """gRPC itself would log a fault, and show the caller the exception."""
+
+    def parse_or_tell(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except message.DecodeError as error:
+            return _Unreadable(str(error))
+
+    return parse_or_tell
+
+
+def _require_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise errors.invalid_argument("REQUEST_MALFORMED", f"The request cannot be read: {request.why}")
 
 
 def error_of(failure: BaseException) -> errors.Error | None:

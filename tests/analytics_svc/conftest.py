@@ -14,6 +14,10 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.compat_service_pb2_grpc import (
+    CompatServiceStub,
+    add_CompatServiceServicer_to_server,
+)
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
@@ -39,6 +43,7 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
@@ -162,6 +167,7 @@ class Analytics:
     channel: grpc.aio.Channel
     sources: SourceServiceStub
     ingest: IngestServiceStub
+    compat: CompatServiceStub
     queries: QueryServiceStub
     internal: InternalQueryServiceStub
 
@@ -257,6 +263,7 @@ async def analytics(
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
+        lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
     ]
@@ -279,6 +286,7 @@ async def analytics(
             channel=channel,
             sources=SourceServiceStub(channel),
             ingest=IngestServiceStub(channel),
+            compat=CompatServiceStub(channel),
             queries=QueryServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
         )

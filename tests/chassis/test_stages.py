@@ -415,6 +415,16 @@ async def test_an_error_keeps_its_code_reason_and_values(running: Running, ident
     assert errors.from_status(status_of(failure)).metadata == {"title": "conflict"}
 
 
+@pytest.mark.parametrize("data", [b"\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
+async def test_a_request_that_cannot_be_read(running: Running, identity: Identity, data: bytes):
+    call: Any = running.channel.unary_unary("/meshboard.analytics.v1.SourceService/CreateSource")
+    await fails(call(data), grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING")
+    metadata = identity.member("editor").metadata
+    with structlog.testing.capture_logs() as logs:
+        await fails(call(data, metadata=metadata), grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED")
+    assert not [line for line in logs if line["log_level"] == "error"]
+
+
 async def test_a_fault_says_nothing_of_itself(running: Running, identity: Identity):
     member = identity.member("editor")
     with structlog.testing.capture_logs() as logs:

@@ -45,6 +45,7 @@ class Rpc:
     rule: str
     bindings: tuple[tuple[str, str], ...]
     streams: bool
+    takes_stream: bool
     request: type[message.Message]
     response: type[message.Message]
 
@@ -75,6 +76,7 @@ def _rpcs() -> dict[str, Rpc]:
                         if (verb := binding.WhichOneof("pattern"))
                     ),
                     streams=method.server_streaming,
+                    takes_stream=method.client_streaming,
                     request=message_factory.GetMessageClass(shape.input_type),
                     response=message_factory.GetMessageClass(shape.output_type),
                 )
@@ -161,7 +163,16 @@ class StandIn(grpc.GenericRpcHandler):
             await self.go_on.wait()
             yield rpc.response(cursor="2")
 
+        async def exchange(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[message.Message]:
+            async for request in requests:
+                self.arrivals.append(Arrival(rpc.path, metadata, request, context.time_remaining()))
+                yield rpc.response(position=request.position)
+
         read, write = rpc.request.FromString, rpc.response.SerializeToString
+        if rpc.takes_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                exchange, request_deserializer=read, response_serializer=write
+            )
         if rpc.streams:
             return grpc.unary_stream_rpc_method_handler(
                 stream, request_deserializer=read, response_serializer=write

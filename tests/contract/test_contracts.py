@@ -80,6 +80,14 @@ OPEN_RPCS = {
     "meshboard.user.v1.InvitationService.AcceptInvitation": "authenticated",
     "meshboard.user.v1.InvitationService.DeclineInvitation": "public",
     "meshboard.analytics.v1.IngestService.Ingest": "write_key",
+    "meshboard.analytics.v1.IngestService.IngestStream": "write_key",
+    "meshboard.analytics.v1.CompatService.SendBatch": "write_key",
+    "meshboard.analytics.v1.CompatService.SendTrack": "write_key",
+    "meshboard.analytics.v1.CompatService.SendIdentify": "write_key",
+    "meshboard.analytics.v1.CompatService.SendPage": "write_key",
+    "meshboard.analytics.v1.CompatService.SendScreen": "write_key",
+    "meshboard.analytics.v1.CompatService.SendGroup": "write_key",
+    "meshboard.analytics.v1.CompatService.SendAlias": "write_key",
 }
 
 # What tells nothing that is not known in the workspace, and ends the impersonator's own session.

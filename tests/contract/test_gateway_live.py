@@ -354,6 +354,12 @@ async def test_each_write_key_has_a_limit_of_its_own(limited: Gateway) -> None:
     assert (await ingest(limited, batch(100))).headers["x-ratelimit-limit"] == "1000"
 
 
+async def test_messages_have_a_limit_per_write_key_and_per_address(limited: Gateway) -> None:
+    for headers in ({"Authorization": "Basic azo="}, {"Authorization": "Bearer x"}, {}):
+        reply = await limited.call("POST", "/v1/track", json={"event": "e"}, headers=headers)
+        assert (reply.status, reply.headers["x-ratelimit-limit"]) == (200, "1000")
+
+
 async def test_other_calls_without_a_token_have_a_limit_per_address(limited: Gateway) -> None:
     reply = await limited.call("GET", "/.well-known/jwks.json")
     assert reply.headers["x-ratelimit-limit"] == "100"
@@ -417,6 +423,64 @@ async def test_any_page_may_send_events(gateway: Gateway) -> None:
     assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://shop.example")
     assert "x-write-key" in reply.headers["access-control-allow-headers"]
     assert "access-control-allow-credentials" not in reply.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/events:ingest", "/v1/track", "/v1/t"])
+async def test_beacons_arrive_without_a_preflight(gateway: Gateway, path: str) -> None:
+    """As navigator.sendBeacon sends a text: as text/plain, with cookies, from any page."""
+    body = {"writeKey": "k", "event": "e", "events": [{"event": "e", "unknown": {"to": ["us"]}}]}
+    headers = {
+        "Content-Type": "text/plain;charset=UTF-8",
+        "Origin": "https://shop.example",
+        "Cookie": "mb_session=nonsense",
+    }
+    reply = await gateway.call("POST", path, data=json.dumps(body), headers=headers)
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://shop.example")
+    request = gateway.last.request
+    assert request == (
+        RPCS[gateway.last.path].request(write_key="k", events=[{"event": "e"}])
+        if path == "/v1/events:ingest"
+        else RPCS[gateway.last.path].request(message={"write_key": "k", "event": "e"})
+    )
+    packed = gzip.compress(json.dumps(body).encode())
+    reply = await gateway.call("POST", path, data=packed, headers={**headers, "Content-Encoding": "gzip"})
+    assert (reply.status, gateway.last.request) == (200, request)
+
+
+@pytest.mark.parametrize("path", ["/v1/batch", "/v1/track", "/v1/page"])
+async def test_any_page_may_send_messages_with_basic_authentication(gateway: Gateway, path: str) -> None:
+    asked = {
+        "Origin": "https://shop.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type",
+    }
+    reply = await gateway.call("OPTIONS", path, headers=asked)
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://shop.example")
+    assert "authorization" in reply.headers["access-control-allow-headers"]
+    headers = {"Authorization": "Basic azo="}
+    assert (await gateway.call("POST", path, json={"batch": []}, headers=headers)).status == 200
+    assert gateway.last.metadata["authorization"] == "Basic azo="
+
+
+async def test_a_stream_of_requests_is_an_array_in_json(gateway: Gateway) -> None:
+    body = [{"position": 5, "events": [{"event": "e"}]}, {"position": "6"}]
+    reply = await gateway.call("POST", "/v1/events:ingestStream", json=body)
+    assert (reply.status, reply.headers["content-type"]) == (200, "text/event-stream")
+    lines = [json.loads(line[6:]) for line in reply.body.splitlines() if line]
+    assert [line["position"] for line in lines] == ["5", "6"]
+    assert gateway.last.seconds_left is None
+
+
+async def test_a_stream_of_requests_passes_as_it_comes(gateway: Gateway) -> None:
+    path = "/meshboard.analytics.v1.IngestService/IngestStream"
+    rpc = RPCS[path]
+    async with gateway.channel() as channel, asyncio.timeout(20):
+        call: Any = channel.stream_stream(path, rpc.request.SerializeToString, rpc.response.FromString)()
+        for position in range(1, 4):  # each is answered before the next is sent
+            await call.write(rpc.request(position=position))
+            assert (await call.read()).position == position
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
 
 
 async def test_other_calls_are_for_pages_of_the_same_origin(gateway: Gateway) -> None:

@@ -46,7 +46,11 @@ async def natively(
     codec = (request_type.SerializeToString, response_type.FromString)
     options: dict[str, Any] = {"metadata": tuple(headers.items()), "timeout": SECONDS}
     try:
-        if method.server_streaming:
+        if method.client_streaming:
+            exchange = channel.stream_stream(path, *codec)(iter([request]), **options)
+            await exchange.read()
+            exchange.cancel()
+        elif method.server_streaming:
             stream = channel.unary_stream(path, *codec)(request, **options)
             await stream.read()
             stream.cancel()
@@ -78,7 +82,7 @@ def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str
 
     path = re.sub(r"{([\w.]+)}", take, getattr(rule, verb))
     if rule.body == "*":
-        return verb.upper(), path, {}, json.dumps(rest)
+        return verb.upper(), path, {}, json.dumps([rest] if method_of(name).client_streaming else rest)
     if rule.body and _is_file(name, rule.body):
         return verb.upper(), path, {}, base64.b64decode(rest[rule.body]["data"])
     data = json.dumps(rest.pop(rule.body)) if rule.body else ""

@@ -28,6 +28,7 @@ QUERY = {
 }
 TILE = {"title": "t", "kind": "NUMBER", "layout": {"width": 4, "height": 4}, **QUERY}
 EVENT = {"events": [{"event": "e", "distinct_id": "d"}]}
+MESSAGE = {"write_key": "none", "type": "track", "event": "e", "user_id": "d"}
 SUBJECT = {"subject": {"workspace": True}, "role": "viewer", "effect": "ALLOW"}
 
 
@@ -498,6 +499,16 @@ MATRIX: Mapping[str, Row] = {
     ),
     # analytics_svc
     "analytics.v1.IngestService.Ingest": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.IngestService.IngestStream": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.CompatService.SendBatch": Anyone(
+        {"write_key": "none", "batch": [MESSAGE]}, ("WRITE_KEY_INVALID",)
+    ),
+    "analytics.v1.CompatService.SendTrack": Anyone({"message": MESSAGE}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.CompatService.SendIdentify": Anyone({"message": MESSAGE}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.CompatService.SendPage": Anyone({"message": MESSAGE}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.CompatService.SendScreen": Anyone({"message": MESSAGE}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.CompatService.SendGroup": Anyone({"message": MESSAGE}, ("WRITE_KEY_INVALID",)),
+    "analytics.v1.CompatService.SendAlias": Anyone({"message": MESSAGE}, ("WRITE_KEY_INVALID",)),
     "analytics.v1.QueryService.RunQuery": On(QUERY, "0++++", "SOURCE_NOT_FOUND"),
     "analytics.v1.QueryService.ValidateQuery": On(QUERY, "0++++", "SOURCE_NOT_FOUND"),
     "analytics.v1.SourceService.CreateSource": In({"title": "t"}, "--+++"),

@@ -48,6 +48,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+    MESSAGE_TYPE_UNKNOWN: _ErrorReason.ValueType  # 27
+    """In `refused`: `type` of a message is none of track, identify, page, screen, group and alias."""
+    MESSAGE_INVALID: _ErrorReason.ValueType  # 28
+    """In `refused`, or INVALID_ARGUMENT for a message that came alone: a time, an id, `properties`, `traits` or `context` is
+    not of a kind that can be read.
+    """
+    POSITION_INVALID: _ErrorReason.ValueType  # 29
+    """INVALID_ARGUMENT: `position` is not greater than that of the batch before."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -78,4 +86,12 @@ TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+MESSAGE_TYPE_UNKNOWN: ErrorReason.ValueType  # 27
+"""In `refused`: `type` of a message is none of track, identify, page, screen, group and alias."""
+MESSAGE_INVALID: ErrorReason.ValueType  # 28
+"""In `refused`, or INVALID_ARGUMENT for a message that came alone: a time, an id, `properties`, `traits` or `context` is
+not of a kind that can be read.
+"""
+POSITION_INVALID: ErrorReason.ValueType  # 29
+"""INVALID_ARGUMENT: `position` is not greater than that of the batch before."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -29,7 +29,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+meshboard/analytics/v1/ingest_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\"\xd4\x02\n\x05\x45vent\x12\x14\n\x05\x65vent\x18\x01 \x01(\tR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x01(\tR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x01(\tR\x08insertId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructR\nproperties\x12\x10\n\x03url\x18\x06 \x01(\tR\x03url\x12\x1a\n\x08referrer\x18\x07 \x01(\tR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x01(\tR\tuserAgent\x12\x1f\n\x0bprevious_id\x18\x0e \x01(\tR\npreviousId\x12\x0e\n\x02ip\x18\x0f \x01(\tR\x02ipJ\x04\x08\t\x10\x0eJ\x04\x08\x10\x10\x11J\x04\x08\x11\x10\x12\"\x83\x01\n\rIngestRequest\x12)\n\twrite_key\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x01\x90\xb5\x18\x01R\x08writeKey\x12G\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1d.meshboard.analytics.v1.EventB\x10\xbaH\r\x92\x01\n\x08\x01\x10\x88\'\"\x03\xd8\x01\x03R\x06\x65vents\"w\n\x0eIngestResponse\x12%\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x05R\racceptedCount\x12>\n\x07refused\x18\x02 \x03(\x0b\x32$.meshboard.analytics.v1.RefusedEventR\x07refused\"V\n\x0cRefusedEvent\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message2\x8c\x01\n\rIngestService\x12{\n\x06Ingest\x12%.meshboard.analytics.v1.IngestRequest\x1a&.meshboard.analytics.v1.IngestResponse\"\"\x8a\xb5\x18\x02 \x01\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:ingest:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+meshboard/analytics/v1/ingest_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\"\xd4\x02\n\x05\x45vent\x12\x14\n\x05\x65vent\x18\x01 \x01(\tR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x01(\tR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x01(\tR\x08insertId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructR\nproperties\x12\x10\n\x03url\x18\x06 \x01(\tR\x03url\x12\x1a\n\x08referrer\x18\x07 \x01(\tR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x01(\tR\tuserAgent\x12\x1f\n\x0bprevious_id\x18\x0e \x01(\tR\npreviousId\x12\x0e\n\x02ip\x18\x0f \x01(\tR\x02ipJ\x04\x08\t\x10\x0eJ\x04\x08\x10\x10\x11J\x04\x08\x11\x10\x12\"\xbc\x01\n\rIngestRequest\x12)\n\twrite_key\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x01\x90\xb5\x18\x01R\x08writeKey\x12G\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1d.meshboard.analytics.v1.EventB\x10\xbaH\r\x92\x01\n\x08\x01\x10\x88\'\"\x03\xd8\x01\x03R\x06\x65vents\x12\x37\n\tsend_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08sendTime\"w\n\x0eIngestResponse\x12%\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x05R\racceptedCount\x12>\n\x07refused\x18\x02 \x03(\x0b\x32$.meshboard.analytics.v1.RefusedEventR\x07refused\"V\n\x0cRefusedEvent\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"\x8d\x02\n\x13IngestStreamRequest\x12)\n\twrite_key\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x01\x90\xb5\x18\x01R\x08writeKey\x12G\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1d.meshboard.analytics.v1.EventB\x10\xbaH\r\x92\x01\n\x08\x01\x10\x88\'\"\x03\xd8\x01\x03R\x06\x65vents\x12\x37\n\tsend_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08sendTime\x12#\n\x08position\x18\x04 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x08position\x12$\n\tstream_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x08streamId\"\xcb\x01\n\x14IngestStreamResponse\x12\x1a\n\x08position\x18\x01 \x01(\x03R\x08position\x12%\n\x0e\x61\x63\x63\x65pted_count\x18\x02 \x01(\x05R\racceptedCount\x12>\n\x07refused\x18\x03 \x03(\x0b\x32$.meshboard.analytics.v1.RefusedEventR\x07refused\x12\x30\n\x14total_accepted_count\x18\x04 \x01(\x03R\x12totalAcceptedCount2\xa6\x02\n\rIngestService\x12{\n\x06Ingest\x12%.meshboard.analytics.v1.IngestRequest\x1a&.meshboard.analytics.v1.IngestResponse\"\"\x8a\xb5\x18\x02 \x01\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:ingest:\x01*\x12\x97\x01\n\x0cIngestStream\x12+.meshboard.analytics.v1.IngestStreamRequest\x1a,.meshboard.analytics.v1.IngestStreamResponse\"(\x8a\xb5\x18\x02 \x01\x82\xd3\xe4\x93\x02\x1c\"\x17/v1/events:ingestStream:\x01*(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,16 +40,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INGESTREQUEST'].fields_by_name['write_key']._serialized_options = b'\272H\005r\003\030\200\001\220\265\030\001'
   _globals['_INGESTREQUEST'].fields_by_name['events']._loaded_options = None
   _globals['_INGESTREQUEST'].fields_by_name['events']._serialized_options = b'\272H\r\222\001\n\010\001\020\210\'\"\003\330\001\003'
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['write_key']._loaded_options = None
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['write_key']._serialized_options = b'\272H\005r\003\030\200\001\220\265\030\001'
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['events']._loaded_options = None
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['events']._serialized_options = b'\272H\r\222\001\n\010\001\020\210\'\"\003\330\001\003'
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['position']._loaded_options = None
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['position']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['stream_id']._loaded_options = None
+  _globals['_INGESTSTREAMREQUEST'].fields_by_name['stream_id']._serialized_options = b'\272H\004r\002\030d'
   _globals['_INGESTSERVICE'].methods_by_name['Ingest']._loaded_options = None
   _globals['_INGESTSERVICE'].methods_by_name['Ingest']._serialized_options = b'\212\265\030\002 \001\202\323\344\223\002\026\"\021/v1/events:ingest:\001*'
+  _globals['_INGESTSERVICE'].methods_by_name['IngestStream']._loaded_options = None
+  _globals['_INGESTSERVICE'].methods_by_name['IngestStream']._serialized_options = b'\212\265\030\002 \001\202\323\344\223\002\034\"\027/v1/events:ingestStream:\001*'
   _globals['_EVENT']._serialized_start=229
   _globals['_EVENT']._serialized_end=569
   _globals['_INGESTREQUEST']._serialized_start=572
-  _globals['_INGESTREQUEST']._serialized_end=703
-  _globals['_INGESTRESPONSE']._serialized_start=705
-  _globals['_INGESTRESPONSE']._serialized_end=824
-  _globals['_REFUSEDEVENT']._serialized_start=826
-  _globals['_REFUSEDEVENT']._serialized_end=912
-  _globals['_INGESTSERVICE']._serialized_start=915
-  _globals['_INGESTSERVICE']._serialized_end=1055
+  _globals['_INGESTREQUEST']._serialized_end=760
+  _globals['_INGESTRESPONSE']._serialized_start=762
+  _globals['_INGESTRESPONSE']._serialized_end=881
+  _globals['_REFUSEDEVENT']._serialized_start=883
+  _globals['_REFUSEDEVENT']._serialized_end=969
+  _globals['_INGESTSTREAMREQUEST']._serialized_start=972
+  _globals['_INGESTSTREAMREQUEST']._serialized_end=1241
+  _globals['_INGESTSTREAMRESPONSE']._serialized_start=1244
+  _globals['_INGESTSTREAMRESPONSE']._serialized_end=1447
+  _globals['_INGESTSERVICE']._serialized_start=1450
+  _globals['_INGESTSERVICE']._serialized_end=1744
 # @@protoc_insertion_point(module_scope)

@@ -96,21 +96,29 @@ class IngestRequest(_message.Message):
 
     WRITE_KEY_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    SEND_TIME_FIELD_NUMBER: _builtins.int
     write_key: _builtins.str
     """The write key of the source, when it is not in the `X-Write-Key` header."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """The events, 1 to 5,000."""
 
+    @_builtins.property
+    def send_time(self) -> _timestamp_pb2.Timestamp:
+        """The time of sending by the clock that the events' times are from. When it is more than 5 seconds away from the time of
+        receipt, that clock is wrong, and the times are moved by the difference before they are judged.
+        """
+
     def __init__(
         self,
         *,
         write_key: _builtins.str = ...,
         events: _abc.Iterable[Global___Event] | None = ...,
+        send_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["send_time", b"send_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "write_key", b"write_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "send_time", b"send_time", "write_key", b"write_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,3 +181,85 @@ class RefusedEvent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RefusedEvent: _TypeAlias = RefusedEvent  # noqa: Y015
+
+@_typing.final
+class IngestStreamRequest(_message.Message):
+    """A batch of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITE_KEY_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    SEND_TIME_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    write_key: _builtins.str
+    """The write key of the source, when it is not in the `X-Write-Key` header. Only that of the first batch counts."""
+    position: _builtins.int
+    """Where the caller stands in what it sends, such as the number of the batch, a line or a byte: greater than in the batch
+    before. It is given back in the acknowledgement.
+    """
+    stream_id: _builtins.str
+    """Names what is sent, such as a file and its digest, for events without an `insert_id`: at most 100 characters, the same
+    when the rest is sent after a break. Empty: such events are new whenever they are sent.
+    """
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """The events, 1 to 5,000."""
+
+    @_builtins.property
+    def send_time(self) -> _timestamp_pb2.Timestamp:
+        """The time of sending, as in `IngestRequest`."""
+
+    def __init__(
+        self,
+        *,
+        write_key: _builtins.str = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
+        send_time: _timestamp_pb2.Timestamp | None = ...,
+        position: _builtins.int = ...,
+        stream_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["send_time", b"send_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "position", b"position", "send_time", b"send_time", "stream_id", b"stream_id", "write_key", b"write_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestStreamRequest: _TypeAlias = IngestStreamRequest  # noqa: Y015
+
+@_typing.final
+class IngestStreamResponse(_message.Message):
+    """Says that a batch, and all before it, is on disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    TOTAL_ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The batch's `position`."""
+    accepted_count: _builtins.int
+    """How many of its events were accepted."""
+    total_accepted_count: _builtins.int
+    """How many events of this stream were accepted until now."""
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedEvent]:
+        """Those of its events that were refused."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        accepted_count: _builtins.int = ...,
+        refused: _abc.Iterable[Global___RefusedEvent] | None = ...,
+        total_accepted_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "position", b"position", "refused", b"refused", "total_accepted_count", b"total_accepted_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestStreamResponse: _TypeAlias = IngestStreamResponse  # noqa: Y015

@@ -40,6 +40,11 @@ class IngestServiceStub:
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestRequest.SerializeToString,
                 response_deserializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestResponse.FromString,
                 _registered_method=True)
+        self.IngestStream = channel.stream_stream(
+                '/meshboard.analytics.v1.IngestService/IngestStream',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestStreamRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestStreamResponse.FromString,
+                _registered_method=True)
 
 
 class IngestServiceServicer:
@@ -58,6 +63,23 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IngestStream(self, request_iterator, context):
+        """Takes batches one after the other, for programs that send much. Each is answered in order when its accepted events, and
+        those of all batches before it, are on disk; several may be under way, and who sends faster than the log takes is made
+        to wait.
+
+        After a break the caller goes on behind the last `position` that was acknowledged. Events that have no `insert_id` get
+        one from `stream_id`, `position` and their place in the batch: a batch that is sent again at its position counts once.
+
+        Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
+        withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
+        DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
+        batches are the elements of one array, of at most 4 MiB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -65,6 +87,11 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.Ingest,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestRequest.FromString,
                     response_serializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestResponse.SerializeToString,
+            ),
+            'IngestStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.IngestStream,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestStreamRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -95,6 +122,33 @@ class IngestService:
             '/meshboard.analytics.v1.IngestService/Ingest',
             meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestRequest.SerializeToString,
             meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IngestStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/meshboard.analytics.v1.IngestService/IngestStream',
+            meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestStreamRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_ingest__service__pb2.IngestStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,19 @@ class IngestServiceStub:
     UNAUTHENTICATED, reason WRITE_KEY_INVALID; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the
     event log cannot take more.
     """
+    IngestStream: _aio.StreamStreamMultiCallable[_ingest_service_pb2.IngestStreamRequest, _ingest_service_pb2.IngestStreamResponse]
+    """Takes batches one after the other, for programs that send much. Each is answered in order when its accepted events, and
+    those of all batches before it, are on disk; several may be under way, and who sends faster than the log takes is made
+    to wait.
+
+    After a break the caller goes on behind the last `position` that was acknowledged. Events that have no `insert_id` get
+    one from `stream_id`, `position` and their place in the batch: a batch that is sent again at its position counts once.
+
+    Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
+    withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
+    DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
+    batches are the elements of one array, of at most 4 MiB.
+    """
 
 class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes events of applications."""
@@ -40,6 +53,25 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
         Each event is judged by itself: those that break a rule are listed in `refused`, the others are kept. Fails with
         UNAUTHENTICATED, reason WRITE_KEY_INVALID; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the
         event log cannot take more.
+        """
+
+    @_abc_1.abstractmethod
+    def IngestStream(
+        self,
+        request_iterator: _abc.AsyncIterator[_ingest_service_pb2.IngestStreamRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_ingest_service_pb2.IngestStreamRequest], _abc.AsyncIterator[_ingest_service_pb2.IngestStreamResponse]],
+    ) -> _abc.AsyncIterator[_ingest_service_pb2.IngestStreamResponse]:
+        """Takes batches one after the other, for programs that send much. Each is answered in order when its accepted events, and
+        those of all batches before it, are on disk; several may be under way, and who sends faster than the log takes is made
+        to wait.
+
+        After a break the caller goes on behind the last `position` that was acknowledged. Events that have no `insert_id` get
+        one from `stream_id`, `position` and their place in the batch: a batch that is sent again at its position counts once.
+
+        Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
+        withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
+        DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
+        batches are the elements of one array, of at most 4 MiB.
         """
 
 def add_IngestServiceServicer_to_server(servicer: IngestServiceServicer, server: _aio.Server) -> None: ...

@@ -65,7 +65,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ROUTE_UNKNOWN: _ErrorReason.ValueType  # 20
     """NOT_FOUND, from the gateway: nothing answers to this method and path."""
     REQUEST_MALFORMED: _ErrorReason.ValueType  # 21
-    """INVALID_ARGUMENT, from the gateway: the request cannot be read; the message names the field where there is one."""
+    """INVALID_ARGUMENT, from the gateway or from a service that is called by gRPC: the request cannot be read; the message
+    names the field where there is one.
+    """
     BODY_TOO_LARGE: _ErrorReason.ValueType  # 22
     """INVALID_ARGUMENT, from the gateway with HTTP status 413: the body is larger than 4 MiB. Send smaller batches."""
     HEADERS_TOO_LARGE: _ErrorReason.ValueType  # 23
@@ -147,7 +149,9 @@ CALL_CANCELLED: ErrorReason.ValueType  # 19
 ROUTE_UNKNOWN: ErrorReason.ValueType  # 20
 """NOT_FOUND, from the gateway: nothing answers to this method and path."""
 REQUEST_MALFORMED: ErrorReason.ValueType  # 21
-"""INVALID_ARGUMENT, from the gateway: the request cannot be read; the message names the field where there is one."""
+"""INVALID_ARGUMENT, from the gateway or from a service that is called by gRPC: the request cannot be read; the message
+names the field where there is one.
+"""
 BODY_TOO_LARGE: ErrorReason.ValueType  # 22
 """INVALID_ARGUMENT, from the gateway with HTTP status 413: the body is larger than 4 MiB. Send smaller batches."""
 HEADERS_TOO_LARGE: ErrorReason.ValueType  # 23
