@@ -29,7 +29,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+meshboard/analytics/v1/ingest_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\"\xd4\x02\n\x05\x45vent\x12\x14\n\x05\x65vent\x18\x01 \x01(\tR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x01(\tR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x01(\tR\x08insertId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructR\nproperties\x12\x10\n\x03url\x18\x06 \x01(\tR\x03url\x12\x1a\n\x08referrer\x18\x07 \x01(\tR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x01(\tR\tuserAgent\x12\x1f\n\x0bprevious_id\x18\x0e \x01(\tR\npreviousId\x12\x0e\n\x02ip\x18\x0f \x01(\tR\x02ipJ\x04\x08\t\x10\x0eJ\x04\x08\x10\x10\x11J\x04\x08\x11\x10\x12\"\x83\x01\n\rIngestRequest\x12)\n\twrite_key\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x01\x90\xb5\x18\x01R\x08writeKey\x12G\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1d.meshboard.analytics.v1.EventB\x10\xbaH\r\x92\x01\n\x08\x01\x10\x88\'\"\x03\xd8\x01\x03R\x06\x65vents\"w\n\x0eIngestResponse\x12%\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x05R\racceptedCount\x12>\n\x07refused\x18\x02 \x03(\x0b\x32$.meshboard.analytics.v1.RefusedEventR\x07refused\"V\n\x0cRefusedEvent\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message2\x8c\x01\n\rIngestService\x12{\n\x06Ingest\x12%.meshboard.analytics.v1.IngestRequest\x1a&.meshboard.analytics.v1.IngestResponse\"\"\x8a\xb5\x18\x02 \x01\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:ingest:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+meshboard/analytics/v1/ingest_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!meshboard/options/v1/access.proto\"\xd4\x02\n\x05\x45vent\x12\x14\n\x05\x65vent\x18\x01 \x01(\tR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x01(\tR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x01(\tR\x08insertId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructR\nproperties\x12\x10\n\x03url\x18\x06 \x01(\tR\x03url\x12\x1a\n\x08referrer\x18\x07 \x01(\tR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x01(\tR\tuserAgent\x12\x1f\n\x0bprevious_id\x18\x0e \x01(\tR\npreviousId\x12\x0e\n\x02ip\x18\x0f \x01(\tR\x02ipJ\x04\x08\t\x10\x0eJ\x04\x08\x10\x10\x11J\x04\x08\x11\x10\x12\"\x83\x01\n\rIngestRequest\x12)\n\twrite_key\x18\x01 \x01(\tB\x0c\xbaH\x05r\x03\x18\x80\x01\x90\xb5\x18\x01R\x08writeKey\x12G\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1d.meshboard.analytics.v1.EventB\x10\xbaH\r\x92\x01\n\x08\x01\x10\x88\'\"\x03\xd8\x01\x03R\x06\x65vents\"\x9c\x01\n\x0eIngestResponse\x12%\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x05R\racceptedCount\x12>\n\x07refused\x18\x02 \x03(\x0b\x32$.meshboard.analytics.v1.RefusedEventR\x07refused\x12#\n\rdropped_count\x18\x03 \x01(\x05R\x0c\x64roppedCount\"V\n\x0cRefusedEvent\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message2\x8c\x01\n\rIngestService\x12{\n\x06Ingest\x12%.meshboard.analytics.v1.IngestRequest\x1a&.meshboard.analytics.v1.IngestResponse\"\"\x8a\xb5\x18\x02 \x01\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:ingest:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,10 +46,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENT']._serialized_end=569
   _globals['_INGESTREQUEST']._serialized_start=572
   _globals['_INGESTREQUEST']._serialized_end=703
-  _globals['_INGESTRESPONSE']._serialized_start=705
-  _globals['_INGESTRESPONSE']._serialized_end=824
-  _globals['_REFUSEDEVENT']._serialized_start=826
-  _globals['_REFUSEDEVENT']._serialized_end=912
-  _globals['_INGESTSERVICE']._serialized_start=915
-  _globals['_INGESTSERVICE']._serialized_end=1055
+  _globals['_INGESTRESPONSE']._serialized_start=706
+  _globals['_INGESTRESPONSE']._serialized_end=862
+  _globals['_REFUSEDEVENT']._serialized_start=864
+  _globals['_REFUSEDEVENT']._serialized_end=950
+  _globals['_INGESTSERVICE']._serialized_start=953
+  _globals['_INGESTSERVICE']._serialized_end=1093
 # @@protoc_insertion_point(module_scope)
