@@ -61,7 +61,13 @@ def upgrade() -> None:
     """)
     op.execute("""
         ALTER TABLE sources
-            ADD COLUMN rules bytea NOT NULL DEFAULT '',
+            ADD COLUMN allowed_origins text[] NOT NULL DEFAULT '{}',
+            ADD COLUMN allowed_events text[] NOT NULL DEFAULT '{}',
+            ADD COLUMN property_types bytea[] NOT NULL DEFAULT '{}',
+            ADD COLUMN redacted_properties text[] NOT NULL DEFAULT '{}',
+            ADD COLUMN redacted_patterns bytea[] NOT NULL DEFAULT '{}',
+            ADD COLUMN sample_rate double precision NOT NULL DEFAULT 0,
+            ADD COLUMN robots integer NOT NULL DEFAULT 0,
             ADD COLUMN retention_days integer NOT NULL DEFAULT 0,
             ADD COLUMN events_per_day bigint NOT NULL DEFAULT 0,
             ADD COLUMN events_per_month bigint NOT NULL DEFAULT 0
@@ -70,9 +76,9 @@ def upgrade() -> None:
         CREATE TABLE source_usage (
             workspace_id uuid NOT NULL,
             source_id uuid NOT NULL,
-            date date NOT NULL,
+            day date NOT NULL,
             event_count bigint NOT NULL,
-            PRIMARY KEY (workspace_id, source_id, date),
+            PRIMARY KEY (workspace_id, source_id, day),
             FOREIGN KEY (workspace_id, source_id) REFERENCES sources ON DELETE CASCADE
         )
     """)

@@ -121,8 +121,9 @@ class Source(_message.Message):
 
     @_builtins.property
     def redacted_properties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The names of properties that are left out, whatever their case, at most 200: also inside of lists and objects, and in
-        the queries of `url` and `referrer`, where their values become `redacted`.
+        """The names of properties that are left out, whatever their case, at most 200: also inside of lists and objects, as the last
+        part of a name with dots (`user.email` is `email` too), and in
+        the queries of `url` and `referrer`, where their values become `[redacted]`.
         """
 
     @_builtins.property
@@ -130,7 +131,8 @@ class Source(_message.Message):
         """What is hidden wherever it stands in an event, at most 20. In texts it becomes `[redacted]`, also in a URL where it is
         percent-encoded. A number that has it, and a property whose name has it, are left out. A `distinct_id`, `previous_id` or
         `insert_id` that has it becomes a pseudonym: the same one for the same id in this source, and not to be turned back
-        without the installation's master key.
+        without the installation's master key. (With another master key it is another one.) A text in which a regular expression
+        matches more than 20 times is hidden whole.
 
         This is done before anything is written to a disk, and holds for events that come from now on.
         """
@@ -242,13 +244,13 @@ class RedactedPattern(_message.Message):
         EMAIL: RedactedPattern._Known.ValueType  # 1
         """An email address."""
         PAYMENT_CARD: RedactedPattern._Known.ValueType  # 2
-        """12 to 19 digits, also in groups, whose check digit is that of a payment card."""
+        """13 to 19 digits that begin with 2 to 6, also in groups, with the check digit of a payment card."""
         IP_ADDRESS: RedactedPattern._Known.ValueType  # 3
-        """An IPv4 or IPv6 address."""
+        """An IPv4 or IPv6 address. Not looked for in `user_agent`, where versions look like it."""
         PHONE: RedactedPattern._Known.ValueType  # 4
         """A telephone number with a country code, such as `+49 30 1234567`."""
         IBAN: RedactedPattern._Known.ValueType  # 5
-        """An IBAN."""
+        """An IBAN, also in groups of four."""
 
     class Known(_Known, metaclass=_KnownEnumTypeWrapper):
         """Well-known patterns."""
@@ -258,13 +260,13 @@ class RedactedPattern(_message.Message):
     EMAIL: RedactedPattern.Known.ValueType  # 1
     """An email address."""
     PAYMENT_CARD: RedactedPattern.Known.ValueType  # 2
-    """12 to 19 digits, also in groups, whose check digit is that of a payment card."""
+    """13 to 19 digits that begin with 2 to 6, also in groups, with the check digit of a payment card."""
     IP_ADDRESS: RedactedPattern.Known.ValueType  # 3
-    """An IPv4 or IPv6 address."""
+    """An IPv4 or IPv6 address. Not looked for in `user_agent`, where versions look like it."""
     PHONE: RedactedPattern.Known.ValueType  # 4
     """A telephone number with a country code, such as `+49 30 1234567`."""
     IBAN: RedactedPattern.Known.ValueType  # 5
-    """An IBAN."""
+    """An IBAN, also in groups of four."""
 
     KNOWN_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int

@@ -32,7 +32,7 @@ class WriteKey(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     write_key_id: _builtins.str
-    """Identifies the key; a UUIDv7."""
+    """Identifies the key; a UUID."""
     source_id: _builtins.str
     """The source."""
     workspace_id: _builtins.str
