@@ -105,6 +105,7 @@ _IBAN_LENGTHS = {
     }.items()
     for country in countries.split()
 }
+_IPV4 = r"(?:\d{1,3}\.){3}\d{1,3}"
 _CARD = r"(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
 _KNOWN = {
     RedactedPattern.EMAIL: _Known(re.compile(r"(?<![\w.%+'-])[\w.%+'-]++@[\w-]++(?:\.[\w-]++)++")),
@@ -113,7 +114,7 @@ _KNOWN = {
     ),
     RedactedPattern.IP_ADDRESS: _Known(
         re.compile(
-            r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?:[0-9a-f]{0,4}:){2,7}(?:[0-9a-f]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?)(?![\w:])",
+            rf"(?<![\w.:])(?:{_IPV4}|(?:[0-9a-f]{{0,4}}:){{2,7}}(?:{_IPV4}|[0-9a-f]{{1,4}})?)(?![\w:]|\.\d)",
             re.ASCII | re.IGNORECASE,
         ),
         _end_of_address,
