@@ -29,6 +29,6 @@ async def on_workspace_deleted(write_keys: WriteKeys, session: AsyncSession, eve
 
     async def forget() -> None:
         for source in sources:
-            await write_keys.forget(source.write_key_hash)
+            await write_keys.forget_source(source.source_id)
 
     after_commit(session, forget)

@@ -1,8 +1,10 @@
 """Rows as messages of the contract, and back."""
 
-from meshboard.analytics.v1 import source_pb2
+from typing import Any, cast
 
-from services.analytics_svc.models import Source
+from meshboard.analytics.v1 import source_pb2, source_service_pb2, write_key_pb2
+
+from services.analytics_svc.models import Source, SourceUsage, WriteKey
 from services.chassis.times import timestamp_of
 
 
@@ -13,7 +15,48 @@ def source_to_pb(row: Source) -> source_pb2.Source:
         workspace_id=row.workspace_id,
         title=row.title,
         write_key_prefix=row.write_key_prefix,
+        allowed_origins=row.allowed_origins,
+        allowed_events=row.allowed_events,
+        property_types=map(source_pb2.PropertyType.FromString, row.property_types),
+        redacted_properties=row.redacted_properties,
+        redacted_patterns=map(source_pb2.RedactedPattern.FromString, row.redacted_patterns),
+        sample_rate=row.sample_rate,
+        robots=cast("source_pb2.Source.Robots.ValueType", row.robots),
+        retention_days=row.retention_days,
+        events_per_day=row.events_per_day,
+        events_per_month=row.events_per_month,
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
+    )
+
+
+def column_of(source: source_pb2.Source, field: str) -> Any:
+    """What a row of Source holds for a field."""
+    value = getattr(source, field)
+    match field:
+        case "property_types" | "redacted_patterns":
+            return [message.SerializeToString() for message in value]
+        case "allowed_origins" | "allowed_events" | "redacted_properties":
+            return list(value)
+        case _:
+            return value
+
+
+def usage_to_pb(row: SourceUsage) -> source_service_pb2.SourceUsage:
+    """How many events a source has taken on a day."""
+    return source_service_pb2.SourceUsage(date=row.day.isoformat(), event_count=row.event_count)
+
+
+def write_key_to_pb(row: WriteKey) -> write_key_pb2.WriteKey:
+    """What is known of a write key."""
+    return write_key_pb2.WriteKey(
+        write_key_id=row.write_key_id,
+        source_id=row.source_id,
+        workspace_id=row.workspace_id,
+        title=row.title,
+        prefix=row.prefix,
+        create_time=timestamp_of(row.create_time),
+        expire_time=timestamp_of(row.expire_time) if row.expire_time else None,
+        last_use_time=timestamp_of(row.last_use_time) if row.last_use_time else None,
     )

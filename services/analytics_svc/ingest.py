@@ -1,8 +1,9 @@
 """Takes events of applications: judges each, and answers when the good ones are in the event log."""
 
+import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -24,6 +25,9 @@ from uuid_utils.compat import uuid7
 
 from services.analytics_svc import write_keys
 from services.analytics_svc.event_log import EventLog
+from services.analytics_svc.geo import GeoDatabase
+from services.analytics_svc.quotas import Quotas
+from services.analytics_svc.rules import Rulebook, Rules
 from services.analytics_svc.streams import acknowledged
 from services.chassis import auth, errors
 from services.chassis.bus import BusError
@@ -36,37 +40,54 @@ MAX_PROPERTIES_BYTES = 65_536
 TRAVEL_SECONDS = 5
 
 _events = Counter("meshboard_ingest_events_total", "Events by what became of them.", ["outcome"])
-_accepted, _refused = _events.labels("accepted"), _events.labels("refused")
+_accepted, _refused, _dropped = (_events.labels(outcome) for outcome in ("accepted", "refused", "dropped"))
 
 
 class IngestServicer(IngestServiceServicer):
     """`now` is the time of receipt."""
 
-    def __init__(self, log: EventLog, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        now: Callable[[], datetime],
+        *,
+        rulebook: Rulebook,
+        quotas: Quotas,
+        geo: GeoDatabase | None = None,
+    ) -> None:
         self.log = log
         self.now = now
+        self.rulebook = rulebook
+        self.quotas = quotas
+        self.geo = geo
 
     async def Ingest(self, request: IngestRequest, context: Context) -> IngestResponse:
+        source = write_keys.source()
         receive_time = Timestamp()
         receive_time.FromDatetime(self.now())
         correct_times(request, receive_time)
-        refused = [
-            RefusedEvent(index=index, reason=why[0], message=why[1])
-            for index, event in enumerate(request.events)
-            if (why := refusal_of(event, receive_time.seconds))
-        ]
-        for refusal in reversed(refused):
-            del request.events[refusal.index]
+        rules = self.rulebook.rules_of(source)
+        if rules is not None and rules.are_slow:  # other calls go on meanwhile
+            refused, dropped = await asyncio.to_thread(judge, request, receive_time.seconds, rules)
+        else:
+            refused, dropped = judge(request, receive_time.seconds, rules)
         accepted = len(request.events)
         if accepted:
-            complete(request, receive_time)
+            if self.geo is not None:
+                places = [self.geo.place_of(event.ip or write_keys.address()) for event in request.events]
+            else:
+                places = []
+            complete(request, receive_time, places)
+            give_back = await self.quotas.take(source, accepted)
             try:
-                await self.log.append(write_keys.source(), request.SerializeToString())
+                await self.log.append(source, request.SerializeToString())
             except BusError as error:
+                give_back()
                 raise errors.unavailable("The event log takes no events now.") from error
         _accepted.inc(accepted)
         _refused.inc(len(refused))
-        return IngestResponse(accepted_count=accepted, refused=refused)
+        _dropped.inc(dropped)
+        return IngestResponse(accepted_count=accepted, refused=refused, dropped_count=dropped)
 
     async def IngestStream(
         self, requests: AsyncIterator[IngestStreamRequest], context: Context
@@ -98,8 +119,29 @@ def correct_times(request: IngestRequest, receive_time: Timestamp) -> None:
                 event.time.FromNanoseconds(event.time.ToNanoseconds() + error)
 
 
-def complete(request: IngestRequest, receive_time: Timestamp) -> None:
-    """Gives events the time and the `insert_id` that they lack, and leaves nothing in the request but events."""
+def judge(request: IngestRequest, now_seconds: int, rules: Rules | None) -> tuple[list[RefusedEvent], int]:
+    """Leaves the events in the request that are to be kept, as they are to be kept.
+
+    Gives those that are refused, and how many are left out without being refused.
+    """
+    refused, gone = [], []
+    for index, event in enumerate(request.events):
+        in_sample = rules is None or rules.keeps(event.distinct_id)
+        if why := refusal_of(event, now_seconds, rules):
+            refused.append(RefusedEvent(index=index, reason=why[0], message=why[1]))
+            gone.append(index)
+        elif not in_sample:
+            gone.append(index)
+    for index in reversed(gone):
+        del request.events[index]
+    return refused, len(gone) - len(refused)
+
+
+def complete(request: IngestRequest, receive_time: Timestamp, places: Sequence[bytes] = ()) -> None:
+    """Gives events the time and the `insert_id` that they lack, and leaves nothing in the request but events.
+
+    `places` says of each event where it was, as a serialized LoggedEvent; or of none.
+    """
     request.ClearField("write_key")
     request.ClearField("send_time")
     # What this contract does not know would be read as fields of LoggedBatch and LoggedEvent.
@@ -111,10 +153,16 @@ def complete(request: IngestRequest, receive_time: Timestamp) -> None:
             event.insert_id = f"{prefix}-{index}"
         if not event.HasField("time"):
             event.time.CopyFrom(receive_time)
+    for event, place in zip(request.events, places, strict=False):
+        if place:
+            event.MergeFromString(place)  # fields that an Event does not know, and a LoggedEvent does
 
 
-def refusal_of(event: Event, now_seconds: int) -> tuple[str, str] | None:
-    """The reason and the words why an event is refused; None for a good one, whose lists and objects become text."""
+def refusal_of(event: Event, now_seconds: int, rules: Rules | None = None) -> tuple[str, str] | None:
+    """The reason and the words why an event is refused.
+
+    None for a good one: it has lost what the rules hide, and its lists and objects have become text.
+    """
     if not 1 <= len(event.event) <= 200:
         return "EVENT_NAME_INVALID", "event: must have 1 to 200 characters"
     if not 1 <= len(event.distinct_id) <= 200:
@@ -133,6 +181,10 @@ def refusal_of(event: Event, now_seconds: int) -> tuple[str, str] | None:
         return "CONTEXT_INVALID", "previous_id: must have at most 200 characters"
     if len(event.ip) > 45:
         return "CONTEXT_INVALID", "ip: must have at most 45 characters"
+    if rules is not None:
+        if refusal := rules.refusal_of(event):
+            return refusal
+        rules.redact(event)
     if event.HasField("properties"):
         return _refusal_of_properties(event.properties)
     return None

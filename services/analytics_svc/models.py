@@ -1,6 +1,18 @@
 """The tables of analytics_svc in Postgres; events are in the event store, see tables.py."""
 
-from sqlalchemy import BigInteger, Index, LargeBinary, Text, UniqueConstraint, func, text
+from datetime import date
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis.db import Id, Time
@@ -11,24 +23,77 @@ class Table(DeclarativeBase):
 
 
 class Source(Table):
-    """Where events come from. Of the write key there is the SHA-256, and the prefix that people know it by."""
+    """Where events come from, and what is taken of them; what is no text or number is a serialized message."""
 
     __tablename__ = "sources"
     __table_args__ = (
-        UniqueConstraint("write_key_hash", name="sources_write_key_once"),
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="sources_request_once"),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     source_id: Mapped[Id] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(Text)
-    write_key_hash: Mapped[bytes] = mapped_column(LargeBinary)
     write_key_prefix: Mapped[str] = mapped_column(Text)
+    # Where code from before several write keys looks for the only one.
+    write_key_hash: Mapped[bytes | None] = mapped_column(LargeBinary)
+    allowed_origins: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    allowed_events: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    property_types: Mapped[list[bytes]] = mapped_column(ARRAY(LargeBinary), server_default="{}")
+    redacted_properties: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    redacted_patterns: Mapped[list[bytes]] = mapped_column(ARRAY(LargeBinary), server_default="{}")
+    sample_rate: Mapped[float] = mapped_column(server_default=text("0"))
+    robots: Mapped[int] = mapped_column(server_default=text("0"))
+    retention_days: Mapped[int] = mapped_column(server_default=text("0"))
+    events_per_day: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    events_per_month: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     version: Mapped[int] = mapped_column(server_default=text("1"))
     creator_id: Mapped[Id]
     request_id: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time]
     update_time: Mapped[Time]
+
+
+class WriteKey(Table):
+    """A write key of a source, as its SHA-256, and the prefix that people know it by."""
+
+    __tablename__ = "write_keys"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "source_id"], ["sources.workspace_id", "sources.source_id"], ondelete="CASCADE"
+        ),
+        UniqueConstraint("key_hash", name="write_keys_hash_once"),
+        UniqueConstraint(
+            "workspace_id", "source_id", "creator_id", "request_id", name="write_keys_request_once"
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    source_id: Mapped[Id] = mapped_column(primary_key=True)
+    write_key_id: Mapped[Id] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    prefix: Mapped[str] = mapped_column(Text)
+    key_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    expire_time: Mapped[Time | None]
+    last_use_time: Mapped[Time | None]
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+
+
+class SourceUsage(Table):
+    """How many events a source has taken on a day of UTC, with those that a process has set aside room for."""
+
+    __tablename__ = "source_usage"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "source_id"], ["sources.workspace_id", "sources.source_id"], ondelete="CASCADE"
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    source_id: Mapped[Id] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    event_count: Mapped[int] = mapped_column(BigInteger)
 
 
 class Watermark(Table):

@@ -20,6 +20,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.events_pb2 import Tick
+from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter, Gauge, Histogram
 from sqlalchemy import case, exc, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -47,7 +48,9 @@ _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 _events = Counter("meshboard_pipeline_events_total", "Events by what became of them.", ["outcome"])
-_inserted, _duplicate, _failed = (_events.labels(o) for o in ("inserted", "duplicate", "failed"))
+_inserted, _duplicate, _failed, _robot = (
+    _events.labels(outcome) for outcome in ("inserted", "duplicate", "failed", "robot")
+)
 _insert_seconds = Histogram("meshboard_pipeline_insert_seconds", "Seconds from reading a range to its tick.")
 _place = Gauge("meshboard_pipeline_position", "Sequence of the last message of the log that is in the store.")
 
@@ -311,10 +314,21 @@ class Pipeline:
 
 
 def enrich(batch: LoggedBatch) -> None:
-    """Fills in what the user agent tells. What a URL tells, the engine finds out by itself."""
+    """Fills in what the user agent tells, and drops robots where the source wants none.
+
+    What a URL tells, the engine finds out by itself.
+    """
     for event in batch.events:
         if event.user_agent:
             event.browser, event.os, event.device, event.is_robot = parse_user_agent(event.user_agent)
+    if batch.robots == Source.DROP:
+        robots = [index for index, event in enumerate(batch.events) if event.is_robot]
+        for index in reversed(robots):
+            del batch.events[index]
+        _robot.inc(len(robots))
+    elif batch.robots == Source.KEEP:
+        for event in batch.events:
+            event.is_robot = False
 
 
 def _halves(batches: Sequence[LoggedBatch]) -> tuple[list[LoggedBatch], list[LoggedBatch]] | None:

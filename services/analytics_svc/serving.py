@@ -10,8 +10,8 @@ from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequ
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import add_InternalQueryServiceServicer_to_server
 from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
-from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServicer_to_server
+from meshboard.analytics.v1.write_key_service_pb2_grpc import add_WriteKeyServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
@@ -19,16 +19,19 @@ from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.quotas import Quotas
+from services.analytics_svc.rules import Rulebook
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.tables import create_tables
-from services.analytics_svc.write_keys import WriteKeys
+from services.analytics_svc.write_keys import WriteKeys, WriteKeyServicer
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
-from services.chassis.cache import Cache, CachedMessages
+from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.erasures import erase_grants, erasing
@@ -55,7 +58,8 @@ async def serve(settings: AnalyticsSettings) -> None:
     auth_peer = Peer("auth", settings.auth_address, tokens)
     user_peer = Peer("user", settings.user_address, tokens)
 
-    write_keys = WriteKeys(sessions, CachedMessages(cache, "write_keys", SourceMessage))
+    write_keys = WriteKeys(sessions, cache, now)
+    quotas = Quotas(sessions, now)
     rights = await trust.follow_rights(bus, trust.rights_of(user_peer))
     revocations = await trust.follow_revocations(bus, *trust.sessions_of(auth_peer))
     access = Access(
@@ -71,13 +75,21 @@ async def serve(settings: AnalyticsSettings) -> None:
     pages = Pages(settings.derived_key("page tokens"))
     grants = grants_on_sources(sessions, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(sessions, write_keys, grants, pages, now=now, new_id=new_id)
-    ingest = IngestServicer(EventLog(bus, now), now)
+    keys = WriteKeyServicer(sessions, write_keys, pages, now=now, new_id=new_id)
+    ingest = IngestServicer(
+        EventLog(bus, now),
+        now,
+        rulebook=Rulebook(settings.derived_key("pseudonyms")),
+        quotas=quotas,
+        geo=GeoDatabase(settings.geo_database) if settings.geo_database else None,
+    )
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     queries = Queries(sessions, store, now)
     server = Server(
         settings,
         [
             lambda server: add_SourceServiceServicer_to_server(sources, server),
+            lambda server: add_WriteKeyServiceServicer_to_server(keys, server),
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
             lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
@@ -99,6 +111,8 @@ async def serve(settings: AnalyticsSettings) -> None:
         await server.start()
         await until_stopped(
             Relay(settings.postgres_url, bus, "analytics").run(),
+            write_keys.run(),
+            quotas.run(),
             consume(
                 bus,
                 sessions,

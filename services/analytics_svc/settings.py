@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import FilePath
+
 from services.chassis.settings import Settings
 
 
@@ -12,5 +14,7 @@ class AnalyticsSettings(Settings):
     store_dir: Path = Path(".data/store")
     # What the event log may take of the disk; what is in it can be read into a new store.
     event_log_bytes: int = 8 << 30
+    # A file in MaxMind's format that tells where addresses are. Without it no event has a country, region or city.
+    geo_database: FilePath | None = None
     # For the fault test's proof only: counts what is sent twice twice.
     unsafe_no_deduplication: bool = False

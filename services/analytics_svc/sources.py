@@ -1,11 +1,12 @@
-"""Sources, their write keys, and the grants on them."""
+"""Sources, what they say of their events, and the grants on them."""
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import grpc.aio
 from meshboard.analytics.v1 import events_pb2
+from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.analytics.v1.source_service_pb2 import (
     BatchUpdateSourceGrantsRequest,
     BatchUpdateSourceGrantsResponse,
@@ -23,6 +24,8 @@ from meshboard.analytics.v1.source_service_pb2 import (
     ListSourceGrantsResponse,
     ListSourcesRequest,
     ListSourcesResponse,
+    ListSourceUsageRequest,
+    ListSourceUsageResponse,
     RotateWriteKeyRequest,
     RotateWriteKeyResponse,
     UpdateSourceRequest,
@@ -33,9 +36,17 @@ from sqlalchemy import Text, cast, delete, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.analytics_svc.convert import source_to_pb
-from services.analytics_svc.models import Source
-from services.analytics_svc.write_keys import WriteKeys, new_write_key
+from services.analytics_svc.convert import column_of, source_to_pb, usage_to_pb, write_key_to_pb
+from services.analytics_svc.models import Source, SourceUsage, WriteKey
+from services.analytics_svc.redaction import BadPatternError, Patterns
+from services.analytics_svc.write_keys import (
+    NewKey,
+    WriteKeys,
+    check_room,
+    lock_source,
+    new_write_key,
+    show_newest,
+)
 from services.chassis import auth, errors, outbox
 from services.chassis.clients import Peer
 from services.chassis.grants import Grants, grant_to_pb
@@ -46,6 +57,21 @@ from services.chassis.resources import Resource, visible
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SOURCE = Resource("source", Source.workspace_id, Source.source_id)
+# The title of a key that comes with its source.
+FIRST_KEY = "First"
+_CHANGEABLE = {
+    "title",
+    "allowed_origins",
+    "allowed_events",
+    "property_types",
+    "redacted_properties",
+    "redacted_patterns",
+    "sample_rate",
+    "robots",
+    "retention_days",
+    "events_per_day",
+    "events_per_month",
+}
 
 
 class SourceServicer(SourceServiceServicer):
@@ -79,7 +105,6 @@ class SourceServicer(SourceServiceServicer):
                     workspace_id=caller.workspace_id,
                     source_id=self.new_id(),
                     title=request.title,
-                    write_key_hash=key.hash,
                     write_key_prefix=key.prefix,
                     creator_id=caller.user_id,
                     request_id=request.request_id or None,
@@ -91,6 +116,7 @@ class SourceServicer(SourceServiceServicer):
             )
             if source is None:
                 return CreateSourceResponse(source=source_to_pb(await _repeated(session, request.request_id)))
+            session.add(self._key_row(source, key, FIRST_KEY))
             self.grants.own(session, source.source_id)
             event = events_pb2.SourceCreated(source=source_to_pb(source))
             outbox.add(session, event, workspace_id=caller.workspace_id)
@@ -122,60 +148,85 @@ class SourceServicer(SourceServiceServicer):
         return ListSourcesResponse(sources=map(source_to_pb, sources), next_page_token=next_page_token)
 
     async def UpdateSource(self, request: UpdateSourceRequest, context: Context) -> UpdateSourceResponse:
-        fields = changed_fields(request.source, request.update_mask, {"title"})
-        changes = {field: getattr(request.source, field) for field in fields}
-        if changes.get("title") == "":
-            raise errors.invalid_fields([("source.title", "must have at least 1 character")])
+        fields = changed_fields(request.source, request.update_mask, _CHANGEABLE)
+        _check(request.source, fields)
+        changes = {field: column_of(request.source, field) for field in fields}
         etag = request.source.etag
         async with self.db.begin() as session:
-            source = await self._change(
-                session,
-                request.source.source_id,
-                changes,
-                cast(Source.version, Text) == etag if etag else true(),
+            source = await session.scalar(
+                update(Source)
+                .where(
+                    Source.workspace_id == auth.caller().workspace_id,
+                    Source.source_id == request.source.source_id,
+                    cast(Source.version, Text) == etag if etag else true(),
+                )
+                .values(**changes, version=Source.version + 1, update_time=self.now())
+                .returning(Source)
             )
             if source is None:
                 raise errors.etag_mismatch() if etag else _absent(request.source.source_id)
             event = events_pb2.SourceUpdated(source=source_to_pb(source))
             outbox.add(session, event, workspace_id=source.workspace_id)
-        await self.write_keys.forget(source.write_key_hash)
+        await self.write_keys.forget_source(source.source_id)
         return UpdateSourceResponse(source=source_to_pb(source))
 
     async def RotateWriteKey(
         self, request: RotateWriteKeyRequest, context: Context
     ) -> RotateWriteKeyResponse:
-        workspace_id = auth.caller().workspace_id
-        key = new_write_key()
+        now, key = self.now(), new_write_key()
         async with self.db.begin() as session:
-            old_hash = await session.scalar(
-                select(Source.write_key_hash)
-                .where(Source.workspace_id == workspace_id, Source.source_id == request.source_id)
-                .with_for_update()
+            source = await lock_source(session, request.source_id)
+            old = await _end_keys(session, source, now, now + timedelta(seconds=request.overlap_seconds))
+            row = self._key_row(source, key, old[0].title if old else FIRST_KEY)
+            session.add(row)
+            await session.flush()
+            await check_room(session, request.source_id)
+            await show_newest(session, source, now)
+            event = events_pb2.WriteKeyRotated(
+                workspace_id=source.workspace_id,
+                source_id=source.source_id,
+                overlap_seconds=request.overlap_seconds,
+                write_key=write_key_to_pb(row),
             )
-            source = await self._change(
-                session, request.source_id, {"write_key_hash": key.hash, "write_key_prefix": key.prefix}
-            )
-            if source is None or old_hash is None:
-                raise _absent(request.source_id)
-            event = events_pb2.WriteKeyRotated(workspace_id=workspace_id, source_id=source.source_id)
-            outbox.add(session, event, workspace_id=workspace_id)
-        await self.write_keys.forget(old_hash)
+            outbox.add(session, event, workspace_id=source.workspace_id)
+        await self.write_keys.forget(*(one.key_hash for one in old))
         return RotateWriteKeyResponse(source=source_to_pb(source), write_key=key.secret)
+
+    async def ListSourceUsage(
+        self, request: ListSourceUsageRequest, context: Context
+    ) -> ListSourceUsageResponse:
+        workspace_id = auth.caller().workspace_id
+        page = self.pages.open(request, f"{workspace_id} {request.source_id}")
+        day = cast(SourceUsage.day, Text)
+        async with self.db() as session:
+            rows = await session.scalars(
+                select(SourceUsage)
+                .where(
+                    SourceUsage.workspace_id == workspace_id,
+                    SourceUsage.source_id == request.source_id,
+                    SourceUsage.event_count > 0,
+                    page.after(day, descending=True),
+                )
+                .order_by(SourceUsage.day.desc())
+                .limit(page.limit)
+            )
+        days, next_page_token = page.close(rows.all(), lambda row: (row.day.isoformat(),))
+        return ListSourceUsageResponse(days=map(usage_to_pb, days), next_page_token=next_page_token)
 
     async def DeleteSource(self, request: DeleteSourceRequest, context: Context) -> DeleteSourceResponse:
         workspace_id = auth.caller().workspace_id
         async with self.db.begin() as session:
-            key_hash = await session.scalar(
+            deleted = await session.scalar(
                 delete(Source)
                 .where(Source.workspace_id == workspace_id, Source.source_id == request.source_id)
-                .returning(Source.write_key_hash)
+                .returning(Source.source_id)
             )
-            if key_hash is None:
+            if deleted is None:
                 raise _absent(request.source_id)
             await self.grants.forget(session, request.source_id)
             event = events_pb2.SourceDeleted(workspace_id=workspace_id, source_id=request.source_id)
             outbox.add(session, event, workspace_id=workspace_id)
-        await self.write_keys.forget(key_hash)
+        await self.write_keys.forget_source(request.source_id)
         return DeleteSourceResponse()
 
     async def CreateSourceGrant(
@@ -201,17 +252,52 @@ class SourceServicer(SourceServiceServicer):
         grants = await self.grants.batch_update(request.source_id, request)
         return BatchUpdateSourceGrantsResponse(grants=grants)
 
-    async def _change(
-        self, session: AsyncSession, source_id: str, changes: dict[str, Any], *conditions: Any
-    ) -> Source | None:
-        return await session.scalar(
-            update(Source)
-            .where(
-                Source.workspace_id == auth.caller().workspace_id, Source.source_id == source_id, *conditions
-            )
-            .values(**changes, version=Source.version + 1, update_time=self.now())
-            .returning(Source)
+    def _key_row(self, source: Source, key: NewKey, title: str) -> WriteKey:
+        return WriteKey(
+            workspace_id=source.workspace_id,
+            source_id=source.source_id,
+            write_key_id=self.new_id(),
+            title=title,
+            prefix=key.prefix,
+            key_hash=key.hash,
+            creator_id=auth.caller().user_id,
+            create_time=self.now(),
         )
+
+
+def _check(source: SourceMessage, fields: set[str]) -> None:
+    """What the rules of the contract cannot say. Raises INVALID_ARGUMENT naming the field."""
+    if "title" in fields and not source.title:
+        raise errors.invalid_fields([("source.title", "must have at least 1 character")])
+    names = [wanted.name for wanted in source.property_types]
+    if "property_types" in fields and len(set(names)) < len(names):
+        raise errors.invalid_fields([("source.property_types", "must have each name once")])
+    for index, pattern in enumerate(source.redacted_patterns if "redacted_patterns" in fields else ()):
+        try:
+            Patterns([pattern])
+        except BadPatternError as error:
+            raise errors.invalid_argument(
+                "REDACTED_PATTERN_INVALID",
+                f"The regular expression {error}.",
+                field=f"source.redacted_patterns[{index}].regex",
+            ) from error
+
+
+async def _end_keys(session: AsyncSession, source: Source, now: datetime, end: datetime) -> list[WriteKey]:
+    """Has the keys of a source expire at `end` at the latest; deletes those that have. Gives all, the newest first."""
+    keys = (
+        await session.scalars(
+            select(WriteKey)
+            .where(WriteKey.workspace_id == source.workspace_id, WriteKey.source_id == source.source_id)
+            .order_by(WriteKey.create_time.desc(), WriteKey.write_key_id.desc())
+        )
+    ).all()
+    for key in keys:
+        key.expire_time = min(key.expire_time or end, end)
+        if key.expire_time <= now:
+            await session.delete(key)
+    source.write_key_hash = None
+    return list(keys)
 
 
 async def _repeated(session: AsyncSession, request_id: str) -> Source:

@@ -10,7 +10,11 @@ from meshboard.analytics.v1.events_pb2 import (
     SourceDeleted,
     SourceGrantCreated,
     SourceGrantDeleted,
+    SourceUpdated,
+    WriteKeyCreated,
+    WriteKeyDeleted,
     WriteKeyRotated,
+    WriteKeyUpdated,
 )
 from meshboard.dashboard.v1.events_pb2 import (
     DashboardCreated,
@@ -74,6 +78,7 @@ _GRANT = {
     "team_id": "grant.subject.team_id",
     "everyone": "grant.subject.workspace",
 }
+_WRITE_KEY = {"source_id": "write_key.source_id", "write_key_id": "write_key.write_key_id"}
 
 AUDITED: Mapping[type[Message], Rule] = {
     WorkspaceCreated: Rule("workspace.created", "", {"title": "workspace.title"}),
@@ -166,7 +171,22 @@ AUDITED: Mapping[type[Message], Rule] = {
     FolderGrantDeleted: Rule("grant.deleted", "", {"folder_id": "folder_id", "grant_id": "grant_id"}),
     SourceCreated: Rule("source.created", "", {"source_id": "source.source_id"}),
     SourceDeleted: Rule("source.deleted", "", {"source_id": "source_id"}),
+    SourceUpdated: Rule(
+        "source.updated",
+        "",
+        {
+            "source_id": "source.source_id",
+            "allowed_origins": "source.allowed_origins",
+            "redacted_properties": "source.redacted_properties",
+            "retention_days": "source.retention_days",
+        },
+    ),
+    WriteKeyCreated: Rule("write_key.created", "", {**_WRITE_KEY, "title": "write_key.title"}),
+    WriteKeyUpdated: Rule("write_key.updated", "", {**_WRITE_KEY, "title": "write_key.title"}),
     WriteKeyRotated: Rule("write_key.rotated", "", {"source_id": "source_id"}),
+    WriteKeyDeleted: Rule(
+        "write_key.deleted", "", {"source_id": "source_id", "write_key_id": "write_key_id"}
+    ),
     SourceGrantCreated: Rule("grant.created", "grant.subject.user_id", {"source_id": "source_id", **_GRANT}),
     SourceGrantDeleted: Rule("grant.deleted", "", {"source_id": "source_id", "grant_id": "grant_id"}),
 }

@@ -36,6 +36,10 @@ from meshboard.analytics.v1.source_service_pb2_grpc import (
     SourceServiceStub,
     add_SourceServiceServicer_to_server,
 )
+from meshboard.analytics.v1.write_key_service_pb2_grpc import (
+    WriteKeyServiceStub,
+    add_WriteKeyServiceServicer_to_server,
+)
 from meshboard.user.v1.internal_user_service_pb2 import CheckSubjectsRequest, CheckSubjectsResponse
 from meshboard.user.v1.internal_user_service_pb2_grpc import (
     InternalUserServiceServicer,
@@ -49,14 +53,16 @@ from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.quotas import Quotas
+from services.analytics_svc.rules import Rulebook
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.tables import create_tables
-from services.analytics_svc.write_keys import HEADER, WriteKeys
+from services.analytics_svc.write_keys import HEADER, WriteKeys, WriteKeyServicer
 from services.chassis import auth
 from services.chassis import db as chassis_db
 from services.chassis.bus import Bus
-from services.chassis.cache import Cache, CachedMessages
+from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
 from tests.conditions import eventually
@@ -166,6 +172,10 @@ class Analytics:
     store: EventStore
     channel: grpc.aio.Channel
     sources: SourceServiceStub
+    keys: WriteKeyServiceStub
+    write_keys: WriteKeys
+    quotas: Quotas
+    ingester: IngestServicer
     ingest: IngestServiceStub
     compat: CompatServiceStub
     queries: QueryServiceStub
@@ -254,14 +264,19 @@ async def analytics(
     def now() -> datetime:
         return datetime.now(UTC)
 
-    write_keys = WriteKeys(db, CachedMessages(cache, "write_keys", SourceMessage))
+    write_keys = WriteKeys(db, cache, now)
+    quotas = Quotas(db, now)
     pages = Pages(settings.derived_key("page tokens"))
     grants = grants_on_sources(db, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
-    ingest = IngestServicer(EventLog(bus, now), now)
+    keys = WriteKeyServicer(db, write_keys, pages, now=now, new_id=new_id)
+    ingest = IngestServicer(
+        EventLog(bus, now), now, rulebook=Rulebook(settings.derived_key("pseudonyms")), quotas=quotas
+    )
     queries = Queries(db, store, now)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
+        lambda server: add_WriteKeyServiceServicer_to_server(keys, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
         lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
@@ -285,6 +300,10 @@ async def analytics(
             store=store,
             channel=channel,
             sources=SourceServiceStub(channel),
+            keys=WriteKeyServiceStub(channel),
+            write_keys=write_keys,
+            quotas=quotas,
+            ingester=ingest,
             ingest=IngestServiceStub(channel),
             compat=CompatServiceStub(channel),
             queries=QueryServiceStub(channel),

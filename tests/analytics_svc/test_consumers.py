@@ -1,14 +1,14 @@
 import grpc
 from meshboard.analytics.v1.events_pb2 import SourceDeleted
-from meshboard.analytics.v1.source_pb2 import Source as SourceMessage
 from meshboard.user.v1.events_pb2 import WorkspaceDeleted
 from sqlalchemy import func, select
 
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.models import Source
 from services.analytics_svc.write_keys import WriteKeys
-from services.chassis.cache import Cache, CachedMessages
+from services.chassis.cache import Cache
 from services.chassis.db import GrantRow, OutboxRow
+from services.chassis.times import now
 from tests.analytics_svc.conftest import Analytics
 from tests.conditions import eventually
 from tests.harness import refused
@@ -21,7 +21,7 @@ async def test_a_deleted_workspace_accepts_no_events(analytics: Analytics, parts
     for _, write_key in sources.values():  # so that it is remembered
         await analytics.send(write_key, [{}])
     cache = await Cache.connect(parts.redis_url, analytics.bus, "analytics")
-    write_keys = WriteKeys(analytics.db, CachedMessages(cache, "write_keys", SourceMessage))
+    write_keys = WriteKeys(analytics.db, cache, now)
     for _ in range(2):
         async with analytics.db.begin() as session:
             await on_workspace_deleted(write_keys, session, WorkspaceDeleted(workspace_id=gone.workspace_id))

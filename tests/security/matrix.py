@@ -521,6 +521,20 @@ MATRIX: Mapping[str, Row] = {
         ("ETAG_MISMATCH",),
     ),
     "analytics.v1.SourceService.RotateWriteKey": On(_SOURCE, "0-+++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.SourceService.ListSourceUsage": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.WriteKeyService.CreateWriteKey": On(
+        {**_SOURCE, "title": "t"}, "0-+++", "SOURCE_NOT_FOUND", (OK, "WRITE_KEY_LIMIT")
+    ),
+    "analytics.v1.WriteKeyService.ListWriteKeys": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.WriteKeyService.UpdateWriteKey": On(
+        {"write_key": {**_SOURCE, "write_key_id": "{absent}", "title": "t"}, "update_mask": "title"},
+        "0-+++",
+        "SOURCE_NOT_FOUND",
+        ("WRITE_KEY_NOT_FOUND",),
+    ),
+    "analytics.v1.WriteKeyService.DeleteWriteKey": On(
+        {**_SOURCE, "write_key_id": "{absent}"}, "0-+++", "SOURCE_NOT_FOUND", ("WRITE_KEY_NOT_FOUND",)
+    ),
     "analytics.v1.SourceService.DeleteSource": On(
         {"source_id": "{victim_source}"}, "0--++", "SOURCE_NOT_FOUND", (OK, "SOURCE_NOT_FOUND")
     ),

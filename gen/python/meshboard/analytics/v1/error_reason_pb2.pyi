@@ -27,7 +27,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     SOURCE_NOT_FOUND: _ErrorReason.ValueType  # 1
     """NOT_FOUND: the source does not exist, or the caller may not see it."""
     WRITE_KEY_INVALID: _ErrorReason.ValueType  # 2
-    """UNAUTHENTICATED: no source has this write key, or it was rotated."""
+    """UNAUTHENTICATED: no source has this write key, or it was deleted or replaced."""
     EVENT_NAME_INVALID: _ErrorReason.ValueType  # 3
     """In `refused`: `event` is empty or too long."""
     DISTINCT_ID_INVALID: _ErrorReason.ValueType  # 4
@@ -48,6 +48,24 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+    ORIGIN_NOT_ALLOWED: _ErrorReason.ValueType  # 17
+    """PERMISSION_DENIED: the source takes no events from pages of this origin. Add it to `allowed_origins`."""
+    WRITE_KEY_EXPIRED: _ErrorReason.ValueType  # 18
+    """UNAUTHENTICATED: the write key has expired."""
+    EVENT_NOT_ALLOWED: _ErrorReason.ValueType  # 19
+    """In `refused`: `event` is not among the `allowed_events` of the source."""
+    PROPERTY_TYPE_WRONG: _ErrorReason.ValueType  # 20
+    """In `refused`: a property has not the type that the source wants."""
+    QUOTA_EXHAUSTED: _ErrorReason.ValueType  # 21
+    """RESOURCE_EXHAUSTED: the source has taken as many events as it may today or this month; `limit` says how many, `period`
+    of which. `RetryInfo` says when the next day or month begins. Smaller batches may still fit in.
+    """
+    WRITE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 22
+    """NOT_FOUND: the source has no such write key."""
+    WRITE_KEY_LIMIT: _ErrorReason.ValueType  # 23
+    """FAILED_PRECONDITION: the source has 50 write keys. Delete one."""
+    REDACTED_PATTERN_INVALID: _ErrorReason.ValueType  # 24
+    """INVALID_ARGUMENT: a regular expression is none of RE2, needs too much memory, or matches the empty text."""
     MESSAGE_TYPE_UNKNOWN: _ErrorReason.ValueType  # 27
     """In `refused`: `type` of a message is none of track, identify, page, screen, group and alias."""
     MESSAGE_INVALID: _ErrorReason.ValueType  # 28
@@ -65,7 +83,7 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 SOURCE_NOT_FOUND: ErrorReason.ValueType  # 1
 """NOT_FOUND: the source does not exist, or the caller may not see it."""
 WRITE_KEY_INVALID: ErrorReason.ValueType  # 2
-"""UNAUTHENTICATED: no source has this write key, or it was rotated."""
+"""UNAUTHENTICATED: no source has this write key, or it was deleted or replaced."""
 EVENT_NAME_INVALID: ErrorReason.ValueType  # 3
 """In `refused`: `event` is empty or too long."""
 DISTINCT_ID_INVALID: ErrorReason.ValueType  # 4
@@ -86,6 +104,24 @@ TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+ORIGIN_NOT_ALLOWED: ErrorReason.ValueType  # 17
+"""PERMISSION_DENIED: the source takes no events from pages of this origin. Add it to `allowed_origins`."""
+WRITE_KEY_EXPIRED: ErrorReason.ValueType  # 18
+"""UNAUTHENTICATED: the write key has expired."""
+EVENT_NOT_ALLOWED: ErrorReason.ValueType  # 19
+"""In `refused`: `event` is not among the `allowed_events` of the source."""
+PROPERTY_TYPE_WRONG: ErrorReason.ValueType  # 20
+"""In `refused`: a property has not the type that the source wants."""
+QUOTA_EXHAUSTED: ErrorReason.ValueType  # 21
+"""RESOURCE_EXHAUSTED: the source has taken as many events as it may today or this month; `limit` says how many, `period`
+of which. `RetryInfo` says when the next day or month begins. Smaller batches may still fit in.
+"""
+WRITE_KEY_NOT_FOUND: ErrorReason.ValueType  # 22
+"""NOT_FOUND: the source has no such write key."""
+WRITE_KEY_LIMIT: ErrorReason.ValueType  # 23
+"""FAILED_PRECONDITION: the source has 50 write keys. Delete one."""
+REDACTED_PATTERN_INVALID: ErrorReason.ValueType  # 24
+"""INVALID_ARGUMENT: a regular expression is none of RE2, needs too much memory, or matches the empty text."""
 MESSAGE_TYPE_UNKNOWN: ErrorReason.ValueType  # 27
 """In `refused`: `type` of a message is none of track, identify, page, screen, group and alias."""
 MESSAGE_INVALID: ErrorReason.ValueType  # 28

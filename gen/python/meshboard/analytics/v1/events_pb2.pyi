@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from meshboard.analytics.v1 import source_pb2 as _source_pb2
+from meshboard.analytics.v1 import write_key_pb2 as _write_key_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
 import sys
@@ -68,29 +69,117 @@ Global___SourceUpdated: _TypeAlias = SourceUpdated  # noqa: Y015
 
 @_typing.final
 class WriteKeyRotated(_message.Message):
-    """A source has a new write key; the old ones end at once."""
+    """A source has a new write key; the old ones end at once, or after an overlap."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
     SOURCE_ID_FIELD_NUMBER: _builtins.int
+    OVERLAP_SECONDS_FIELD_NUMBER: _builtins.int
+    WRITE_KEY_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace."""
     source_id: _builtins.str
     """The source."""
+    overlap_seconds: _builtins.int
+    """For how many seconds the old ones still work."""
+    @_builtins.property
+    def write_key(self) -> _write_key_pb2.WriteKey:
+        """The new key."""
+
     def __init__(
         self,
         *,
         workspace_id: _builtins.str = ...,
         source_id: _builtins.str = ...,
+        overlap_seconds: _builtins.int = ...,
+        write_key: _write_key_pb2.WriteKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["write_key", b"write_key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["overlap_seconds", b"overlap_seconds", "source_id", b"source_id", "workspace_id", b"workspace_id", "write_key", b"write_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteKeyRotated: _TypeAlias = WriteKeyRotated  # noqa: Y015
+
+@_typing.final
+class WriteKeyCreated(_message.Message):
+    """A source has one more write key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITE_KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def write_key(self) -> _write_key_pb2.WriteKey:
+        """The key."""
+
+    def __init__(
+        self,
+        *,
+        write_key: _write_key_pb2.WriteKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["write_key", b"write_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["write_key", b"write_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteKeyCreated: _TypeAlias = WriteKeyCreated  # noqa: Y015
+
+@_typing.final
+class WriteKeyUpdated(_message.Message):
+    """The title of a write key was changed, or when it expires."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITE_KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def write_key(self) -> _write_key_pb2.WriteKey:
+        """The key after the change."""
+
+    def __init__(
+        self,
+        *,
+        write_key: _write_key_pb2.WriteKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["write_key", b"write_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["write_key", b"write_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteKeyUpdated: _TypeAlias = WriteKeyUpdated  # noqa: Y015
+
+@_typing.final
+class WriteKeyDeleted(_message.Message):
+    """A write key was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    WRITE_KEY_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    source_id: _builtins.str
+    """The source."""
+    write_key_id: _builtins.str
+    """The key."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        write_key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_id", b"source_id", "workspace_id", b"workspace_id", "write_key_id", b"write_key_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteKeyDeleted: _TypeAlias = WriteKeyDeleted  # noqa: Y015
 
 @_typing.final
 class SourceDeleted(_message.Message):

@@ -54,7 +54,7 @@ class Event(_message.Message):
     """
     ip: _builtins.str
     """The visitor's address, when another than the sender's, at most 45 characters. Fills `country`, `region` and `city`
-    where the installation has a geo database; it is kept nowhere.
+    where the installation has a geo database; it is kept nowhere. What is no address in the database fills none of them.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
@@ -132,8 +132,11 @@ class IngestResponse(_message.Message):
 
     ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
     accepted_count: _builtins.int
     """How many events were accepted."""
+    dropped_count: _builtins.int
+    """How many events are left out because their people are not in the sample of the source. Do not send them again."""
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedEvent]:
         """The events that were refused."""
@@ -143,10 +146,11 @@ class IngestResponse(_message.Message):
         *,
         accepted_count: _builtins.int = ...,
         refused: _abc.Iterable[Global___RefusedEvent] | None = ...,
+        dropped_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "dropped_count", b"dropped_count", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

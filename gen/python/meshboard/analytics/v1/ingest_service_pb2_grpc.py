@@ -56,8 +56,10 @@ class IngestServiceServicer:
         counted once, however often it is sent with the same `insert_id` within 7 days.
 
         Each event is judged by itself: those that break a rule are listed in `refused`, the others are kept. Fails with
-        UNAUTHENTICATED, reason WRITE_KEY_INVALID; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the
-        event log cannot take more.
+        UNAUTHENTICATED, reason WRITE_KEY_INVALID or WRITE_KEY_EXPIRED; with PERMISSION_DENIED, reason ORIGIN_NOT_ALLOWED;
+        with RESOURCE_EXHAUSTED, reason QUOTA_EXHAUSTED and `RetryInfo`, when the quota of the source has no room for all
+        that would be accepted; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot
+        take more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,8 +21,10 @@ class IngestServiceStub:
     counted once, however often it is sent with the same `insert_id` within 7 days.
 
     Each event is judged by itself: those that break a rule are listed in `refused`, the others are kept. Fails with
-    UNAUTHENTICATED, reason WRITE_KEY_INVALID; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the
-    event log cannot take more.
+    UNAUTHENTICATED, reason WRITE_KEY_INVALID or WRITE_KEY_EXPIRED; with PERMISSION_DENIED, reason ORIGIN_NOT_ALLOWED;
+    with RESOURCE_EXHAUSTED, reason QUOTA_EXHAUSTED and `RetryInfo`, when the quota of the source has no room for all
+    that would be accepted; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot
+    take more.
     """
     IngestStream: _aio.StreamStreamMultiCallable[_ingest_service_pb2.IngestStreamRequest, _ingest_service_pb2.IngestStreamResponse]
     """Takes batches one after the other, for programs that send much. Each is answered in order when its accepted events, and
@@ -51,8 +53,10 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
         counted once, however often it is sent with the same `insert_id` within 7 days.
 
         Each event is judged by itself: those that break a rule are listed in `refused`, the others are kept. Fails with
-        UNAUTHENTICATED, reason WRITE_KEY_INVALID; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the
-        event log cannot take more.
+        UNAUTHENTICATED, reason WRITE_KEY_INVALID or WRITE_KEY_EXPIRED; with PERMISSION_DENIED, reason ORIGIN_NOT_ALLOWED;
+        with RESOURCE_EXHAUSTED, reason QUOTA_EXHAUSTED and `RetryInfo`, when the quota of the source has no room for all
+        that would be accepted; with UNAVAILABLE, reason DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot
+        take more.
         """
 
     @_abc_1.abstractmethod

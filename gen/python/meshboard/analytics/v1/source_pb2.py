@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/source.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x02\n\x06Source\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x1d\n\x05title\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12(\n\x10write_key_prefix\x18\x04 \x01(\tR\x0ewriteKeyPrefix\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tagb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/source.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x08\n\x06Source\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x1d\n\x05title\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12(\n\x10write_key_prefix\x18\x04 \x01(\tR\x0ewriteKeyPrefix\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12z\n\x0f\x61llowed_origins\x18\x08 \x03(\tBQ\xbaHN\x92\x01K\x10\x64\x18\x01\"ErC\x18\x80\x02\x32>^https?://(\\*\\.)?([a-z0-9._-]+|\\[[0-9a-f:.]+\\])(:[0-9]{1,5})?$R\x0e\x61llowedOrigins\x12;\n\x0e\x61llowed_events\x18\t \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x10\xe8\x07\x18\x01\"\x07r\x05\x10\x01\x18\xc8\x01R\rallowedEvents\x12V\n\x0eproperty_types\x18\n \x03(\x0b\x32$.meshboard.analytics.v1.PropertyTypeB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\rpropertyTypes\x12\x45\n\x13redacted_properties\x18\x0b \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x10\xc8\x01\x18\x01\"\x07r\x05\x10\x01\x18\xc8\x01R\x12redactedProperties\x12^\n\x11redacted_patterns\x18\x0c \x03(\x0b\x32\'.meshboard.analytics.v1.RedactedPatternB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x10redactedPatterns\x12\x38\n\x0bsample_rate\x18\r \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00\xf0?)\x00\x00\x00\x00\x00\x00\x00\x00R\nsampleRate\x12G\n\x06robots\x18\x0e \x01(\x0e\x32%.meshboard.analytics.v1.Source.RobotsB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06robots\x12\x31\n\x0eretention_days\x18\x0f \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xc2\x1c(\x00R\rretentionDays\x12-\n\x0e\x65vents_per_day\x18\x10 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x0c\x65ventsPerDay\x12\x31\n\x10\x65vents_per_month\x18\x11 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x0e\x65ventsPerMonth\">\n\x06Robots\x12\x16\n\x12ROBOTS_UNSPECIFIED\x10\x00\x12\x08\n\x04KEEP\x10\x01\x12\x08\n\x04MARK\x10\x02\x12\x08\n\x04\x44ROP\x10\x03\"\xd2\x01\n\x0cPropertyType\x12\x1e\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\x04name\x12I\n\x04type\x18\x02 \x01(\x0e\x32).meshboard.analytics.v1.PropertyType.TypeB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04type\"W\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\n\n\x06STRING\x10\x01\x12\n\n\x06NUMBER\x10\x02\x12\x0b\n\x07\x42OOLEAN\x10\x03\x12\x08\n\x04LIST\x10\x04\x12\n\n\x06OBJECT\x10\x05\"\xfc\x01\n\x0fRedactedPattern\x12Q\n\x05known\x18\x01 \x01(\x0e\x32-.meshboard.analytics.v1.RedactedPattern.KnownB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00H\x00R\x05known\x12\"\n\x05regex\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xf4\x03H\x00R\x05regex\"`\n\x05Known\x12\x15\n\x11KNOWN_UNSPECIFIED\x10\x00\x12\t\n\x05\x45MAIL\x10\x01\x12\x10\n\x0cPAYMENT_CARD\x10\x02\x12\x0e\n\nIP_ADDRESS\x10\x03\x12\t\n\x05PHONE\x10\x04\x12\x08\n\x04IBAN\x10\x05\x42\x10\n\x07pattern\x12\x05\xbaH\x02\x08\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SOURCE'].fields_by_name['title']._serialized_options = b'\272H\004r\002\030d'
   _globals['_SOURCE'].fields_by_name['etag']._loaded_options = None
   _globals['_SOURCE'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_SOURCE'].fields_by_name['allowed_origins']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['allowed_origins']._serialized_options = b'\272HN\222\001K\020d\030\001\"ErC\030\200\0022>^https?://(\\*\\.)?([a-z0-9._-]+|\\[[0-9a-f:.]+\\])(:[0-9]{1,5})?$'
+  _globals['_SOURCE'].fields_by_name['allowed_events']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['allowed_events']._serialized_options = b'\272H\021\222\001\016\020\350\007\030\001\"\007r\005\020\001\030\310\001'
+  _globals['_SOURCE'].fields_by_name['property_types']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['property_types']._serialized_options = b'\272H\006\222\001\003\020\350\007'
+  _globals['_SOURCE'].fields_by_name['redacted_properties']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['redacted_properties']._serialized_options = b'\272H\021\222\001\016\020\310\001\030\001\"\007r\005\020\001\030\310\001'
+  _globals['_SOURCE'].fields_by_name['redacted_patterns']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['redacted_patterns']._serialized_options = b'\272H\005\222\001\002\020\024'
+  _globals['_SOURCE'].fields_by_name['sample_rate']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['sample_rate']._serialized_options = b'\272H\024\022\022\031\000\000\000\000\000\000\360?)\000\000\000\000\000\000\000\000'
+  _globals['_SOURCE'].fields_by_name['robots']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['robots']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_SOURCE'].fields_by_name['retention_days']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['retention_days']._serialized_options = b'\272H\007\032\005\030\302\034(\000'
+  _globals['_SOURCE'].fields_by_name['events_per_day']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['events_per_day']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_SOURCE'].fields_by_name['events_per_month']._loaded_options = None
+  _globals['_SOURCE'].fields_by_name['events_per_month']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_PROPERTYTYPE'].fields_by_name['name']._loaded_options = None
+  _globals['_PROPERTYTYPE'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_PROPERTYTYPE'].fields_by_name['type']._loaded_options = None
+  _globals['_PROPERTYTYPE'].fields_by_name['type']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_REDACTEDPATTERN'].oneofs_by_name['pattern']._loaded_options = None
+  _globals['_REDACTEDPATTERN'].oneofs_by_name['pattern']._serialized_options = b'\272H\002\010\001'
+  _globals['_REDACTEDPATTERN'].fields_by_name['known']._loaded_options = None
+  _globals['_REDACTEDPATTERN'].fields_by_name['known']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_REDACTEDPATTERN'].fields_by_name['regex']._loaded_options = None
+  _globals['_REDACTEDPATTERN'].fields_by_name['regex']._serialized_options = b'\272H\007r\005\020\001\030\364\003'
   _globals['_SOURCE']._serialized_start=126
-  _globals['_SOURCE']._serialized_end=432
+  _globals['_SOURCE']._serialized_end=1216
+  _globals['_SOURCE_ROBOTS']._serialized_start=1154
+  _globals['_SOURCE_ROBOTS']._serialized_end=1216
+  _globals['_PROPERTYTYPE']._serialized_start=1219
+  _globals['_PROPERTYTYPE']._serialized_end=1429
+  _globals['_PROPERTYTYPE_TYPE']._serialized_start=1342
+  _globals['_PROPERTYTYPE_TYPE']._serialized_end=1429
+  _globals['_REDACTEDPATTERN']._serialized_start=1432
+  _globals['_REDACTEDPATTERN']._serialized_end=1684
+  _globals['_REDACTEDPATTERN_KNOWN']._serialized_start=1570
+  _globals['_REDACTEDPATTERN_KNOWN']._serialized_end=1666
 # @@protoc_insertion_point(module_scope)

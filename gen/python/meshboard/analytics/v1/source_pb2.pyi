@@ -3,9 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -23,6 +26,33 @@ class Source(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Robots:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RobotsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Source._Robots.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ROBOTS_UNSPECIFIED: Source._Robots.ValueType  # 0
+        """The same as MARK."""
+        KEEP: Source._Robots.ValueType  # 1
+        """They are events like others: `is_robot` is false."""
+        MARK: Source._Robots.ValueType  # 2
+        """`is_robot` is true."""
+        DROP: Source._Robots.ValueType  # 3
+        """They are not stored. The sender is not told: they count as accepted."""
+
+    class Robots(_Robots, metaclass=_RobotsEnumTypeWrapper):
+        """What becomes of events whose user agent is that of a program that acts on its own account."""
+
+    ROBOTS_UNSPECIFIED: Source.Robots.ValueType  # 0
+    """The same as MARK."""
+    KEEP: Source.Robots.ValueType  # 1
+    """They are events like others: `is_robot` is false."""
+    MARK: Source.Robots.ValueType  # 2
+    """`is_robot` is true."""
+    DROP: Source.Robots.ValueType  # 3
+    """They are not stored. The sender is not told: they count as accepted."""
+
     SOURCE_ID_FIELD_NUMBER: _builtins.int
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
@@ -30,6 +60,16 @@ class Source(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    ALLOWED_ORIGINS_FIELD_NUMBER: _builtins.int
+    ALLOWED_EVENTS_FIELD_NUMBER: _builtins.int
+    PROPERTY_TYPES_FIELD_NUMBER: _builtins.int
+    REDACTED_PROPERTIES_FIELD_NUMBER: _builtins.int
+    REDACTED_PATTERNS_FIELD_NUMBER: _builtins.int
+    SAMPLE_RATE_FIELD_NUMBER: _builtins.int
+    ROBOTS_FIELD_NUMBER: _builtins.int
+    RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    EVENTS_PER_DAY_FIELD_NUMBER: _builtins.int
+    EVENTS_PER_MONTH_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     """Identifies the source; a UUIDv7."""
     workspace_id: _builtins.str
@@ -37,9 +77,23 @@ class Source(_message.Message):
     title: _builtins.str
     """Its name, 1 to 100 characters."""
     write_key_prefix: _builtins.str
-    """The first characters of the current write key, to tell keys apart."""
+    """The first characters of the newest write key, to tell keys apart."""
     etag: _builtins.str
     """Changes with every change of the source."""
+    sample_rate: _builtins.float
+    """The share of the people whose events are kept, chosen by `distinct_id`; 0 or 1: all. Who is in a sample is also in
+    every larger one. The others' events are counted in `dropped_count` of the answer.
+    """
+    robots: Global___Source.Robots.ValueType
+    """What becomes of events that robots send."""
+    retention_days: _builtins.int
+    """For how many days events are kept, from their receipt; 0: until the source is deleted. At most 3,650."""
+    events_per_day: _builtins.int
+    """How many events are taken in a day of UTC; 0: any number. What is more is refused with RESOURCE_EXHAUSTED, reason
+    QUOTA_EXHAUSTED; `ListSourceUsage` says how many there were.
+    """
+    events_per_month: _builtins.int
+    """How many events are taken in a month of UTC; 0: any number."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the source was created."""
@@ -47,6 +101,41 @@ class Source(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When the source was last changed."""
+
+    @_builtins.property
+    def allowed_origins(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The origins whose pages may send events, such as `https://shop.example`, at most 100; empty: all. `https://*.shop.example`
+        stands for all hosts below `shop.example`. A request without an `Origin` header is not of a page: servers may send
+        whatever stands here.
+        """
+
+    @_builtins.property
+    def allowed_events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of events that are taken, at most 1,000; empty: all. Others are refused, reason EVENT_NOT_ALLOWED."""
+
+    @_builtins.property
+    def property_types(self) -> _containers.RepeatedCompositeFieldContainer[Global___PropertyType]:
+        """The types that properties must have where they are there and not null, at most 1,000. An event with another is refused,
+        reason PROPERTY_TYPE_WRONG.
+        """
+
+    @_builtins.property
+    def redacted_properties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of properties that are left out, whatever their case, at most 200: also inside of lists and objects, as the last
+        part of a name with dots (`user.email` is `email` too), and in
+        the queries of `url` and `referrer`, where their values become `[redacted]`.
+        """
+
+    @_builtins.property
+    def redacted_patterns(self) -> _containers.RepeatedCompositeFieldContainer[Global___RedactedPattern]:
+        """What is hidden wherever it stands in an event, at most 20. In texts it becomes `[redacted]`, also in a URL where it is
+        percent-encoded. A number that has it, and a property whose name has it, are left out. A `distinct_id`, `previous_id` or
+        `insert_id` that has it becomes a pseudonym: the same one for the same id in this source, and not to be turned back
+        without the installation's master key. (With another master key it is another one.) A text in which a regular expression
+        matches more than 20 times is hidden whole.
+
+        This is done before anything is written to a disk, and holds for events that come from now on.
+        """
 
     def __init__(
         self,
@@ -58,11 +147,147 @@ class Source(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        allowed_origins: _abc.Iterable[_builtins.str] | None = ...,
+        allowed_events: _abc.Iterable[_builtins.str] | None = ...,
+        property_types: _abc.Iterable[Global___PropertyType] | None = ...,
+        redacted_properties: _abc.Iterable[_builtins.str] | None = ...,
+        redacted_patterns: _abc.Iterable[Global___RedactedPattern] | None = ...,
+        sample_rate: _builtins.float = ...,
+        robots: Global___Source.Robots.ValueType = ...,
+        retention_days: _builtins.int = ...,
+        events_per_day: _builtins.int = ...,
+        events_per_month: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "source_id", b"source_id", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id", "write_key_prefix", b"write_key_prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_events", b"allowed_events", "allowed_origins", b"allowed_origins", "create_time", b"create_time", "etag", b"etag", "events_per_day", b"events_per_day", "events_per_month", b"events_per_month", "property_types", b"property_types", "redacted_patterns", b"redacted_patterns", "redacted_properties", b"redacted_properties", "retention_days", b"retention_days", "robots", b"robots", "sample_rate", b"sample_rate", "source_id", b"source_id", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id", "write_key_prefix", b"write_key_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Source: _TypeAlias = Source  # noqa: Y015
+
+@_typing.final
+class PropertyType(_message.Message):
+    """The type that a property of an event must have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Type:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PropertyType._Type.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        TYPE_UNSPECIFIED: PropertyType._Type.ValueType  # 0
+        """No type."""
+        STRING: PropertyType._Type.ValueType  # 1
+        """A text."""
+        NUMBER: PropertyType._Type.ValueType  # 2
+        """A number."""
+        BOOLEAN: PropertyType._Type.ValueType  # 3
+        """True or false."""
+        LIST: PropertyType._Type.ValueType  # 4
+        """A list."""
+        OBJECT: PropertyType._Type.ValueType  # 5
+        """An object."""
+
+    class Type(_Type, metaclass=_TypeEnumTypeWrapper):
+        """The types of JSON."""
+
+    TYPE_UNSPECIFIED: PropertyType.Type.ValueType  # 0
+    """No type."""
+    STRING: PropertyType.Type.ValueType  # 1
+    """A text."""
+    NUMBER: PropertyType.Type.ValueType  # 2
+    """A number."""
+    BOOLEAN: PropertyType.Type.ValueType  # 3
+    """True or false."""
+    LIST: PropertyType.Type.ValueType  # 4
+    """A list."""
+    OBJECT: PropertyType.Type.ValueType  # 5
+    """An object."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name of the property, 1 to 200 characters."""
+    type: Global___PropertyType.Type.ValueType
+    """Its type."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type: Global___PropertyType.Type.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PropertyType: _TypeAlias = PropertyType  # noqa: Y015
+
+@_typing.final
+class RedactedPattern(_message.Message):
+    """A text that events are not to hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Known:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KnownEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RedactedPattern._Known.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KNOWN_UNSPECIFIED: RedactedPattern._Known.ValueType  # 0
+        """No pattern."""
+        EMAIL: RedactedPattern._Known.ValueType  # 1
+        """An email address."""
+        PAYMENT_CARD: RedactedPattern._Known.ValueType  # 2
+        """13 to 19 digits that begin with 2 to 6, also in groups, with the check digit of a payment card."""
+        IP_ADDRESS: RedactedPattern._Known.ValueType  # 3
+        """An IPv4 or IPv6 address. Not looked for in `user_agent`, where versions look like it."""
+        PHONE: RedactedPattern._Known.ValueType  # 4
+        """A telephone number with a country code, such as `+49 30 1234567`."""
+        IBAN: RedactedPattern._Known.ValueType  # 5
+        """An IBAN, also in groups of four."""
+
+    class Known(_Known, metaclass=_KnownEnumTypeWrapper):
+        """Well-known patterns."""
+
+    KNOWN_UNSPECIFIED: RedactedPattern.Known.ValueType  # 0
+    """No pattern."""
+    EMAIL: RedactedPattern.Known.ValueType  # 1
+    """An email address."""
+    PAYMENT_CARD: RedactedPattern.Known.ValueType  # 2
+    """13 to 19 digits that begin with 2 to 6, also in groups, with the check digit of a payment card."""
+    IP_ADDRESS: RedactedPattern.Known.ValueType  # 3
+    """An IPv4 or IPv6 address. Not looked for in `user_agent`, where versions look like it."""
+    PHONE: RedactedPattern.Known.ValueType  # 4
+    """A telephone number with a country code, such as `+49 30 1234567`."""
+    IBAN: RedactedPattern.Known.ValueType  # 5
+    """An IBAN, also in groups of four."""
+
+    KNOWN_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    known: Global___RedactedPattern.Known.ValueType
+    """Something well-known."""
+    regex: _builtins.str
+    """A regular expression of RE2 (https://github.com/google/re2/wiki/Syntax), at most 500 characters, that does not match
+    the empty text.
+    """
+    def __init__(
+        self,
+        *,
+        known: Global___RedactedPattern.Known.ValueType = ...,
+        regex: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "pattern", b"pattern", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "pattern", b"pattern", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_pattern: _TypeAlias = _typing.Literal["known", "regex"]  # noqa: Y015
+    _WhichOneofArgType_pattern: _TypeAlias = _typing.Literal["pattern", b"pattern"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_pattern) -> _WhichOneofReturnType_pattern | None: ...
+
+Global___RedactedPattern: _TypeAlias = RedactedPattern  # noqa: Y015

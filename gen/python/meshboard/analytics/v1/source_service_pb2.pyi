@@ -190,7 +190,10 @@ class UpdateSourceRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to change: `title`. Absent: every field that is set."""
+        """The fields to change: `title`, `allowed_origins`, `allowed_events`, `property_types`, `redacted_properties`,
+        `redacted_patterns`, `sample_rate`, `robots`, `retention_days`, `events_per_day`, `events_per_month`. A list is replaced
+        whole. Absent: every field that is set.
+        """
 
     def __init__(
         self,
@@ -237,16 +240,22 @@ class RotateWriteKeyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_ID_FIELD_NUMBER: _builtins.int
+    OVERLAP_SECONDS_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     """The source."""
+    overlap_seconds: _builtins.int
+    """For how many seconds the other keys still work, at most 90 days: the time to bring the new one to all senders. Keys
+    that expire before then stay as they are. 0: they end at once.
+    """
     def __init__(
         self,
         *,
         source_id: _builtins.str = ...,
+        overlap_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_id", b"source_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["overlap_seconds", b"overlap_seconds", "source_id", b"source_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,6 +288,92 @@ class RotateWriteKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RotateWriteKeyResponse: _TypeAlias = RotateWriteKeyResponse  # noqa: Y015
+
+@_typing.final
+class ListSourceUsageRequest(_message.Message):
+    """Asks for a page of days."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    source_id: _builtins.str
+    """The source."""
+    page_size: _builtins.int
+    """How many at most; 0 means 50, more than 1,000 means 1,000."""
+    page_token: _builtins.str
+    """Where the page starts: `next_page_token` of the last answer."""
+    def __init__(
+        self,
+        *,
+        source_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "source_id", b"source_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSourceUsageRequest: _TypeAlias = ListSourceUsageRequest  # noqa: Y015
+
+@_typing.final
+class ListSourceUsageResponse(_message.Message):
+    """A page of days."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAYS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page starts; empty on the last one."""
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceUsage]:
+        """The days."""
+
+    def __init__(
+        self,
+        *,
+        days: _abc.Iterable[Global___SourceUsage] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSourceUsageResponse: _TypeAlias = ListSourceUsageResponse  # noqa: Y015
+
+@_typing.final
+class SourceUsage(_message.Message):
+    """How many events a source has taken on a day."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATE_FIELD_NUMBER: _builtins.int
+    EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    date: _builtins.str
+    """The day of UTC, such as `2026-11-28`."""
+    event_count: _builtins.int
+    """The accepted events, also those that turn out to be duplicates. A second behind. After a crash it can be wrong by what
+    the process took in its last second or, under a quota, by what it had set aside: too high by 1 in 100 of the quota.
+    """
+    def __init__(
+        self,
+        *,
+        date: _builtins.str = ...,
+        event_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "event_count", b"event_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceUsage: _TypeAlias = SourceUsage  # noqa: Y015
 
 @_typing.final
 class DeleteSourceRequest(_message.Message):

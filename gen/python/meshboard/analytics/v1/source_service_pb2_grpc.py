@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SourceServiceStub:
-    """Manages sources, their write keys and the grants on them.
+    """Manages sources and the grants on them. For their write keys there is also `WriteKeyService`.
     """
 
     def __init__(self, channel):
@@ -60,6 +60,11 @@ class SourceServiceStub:
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.RotateWriteKeyRequest.SerializeToString,
                 response_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.RotateWriteKeyResponse.FromString,
                 _registered_method=True)
+        self.ListSourceUsage = channel.unary_unary(
+                '/meshboard.analytics.v1.SourceService/ListSourceUsage',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.ListSourceUsageRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.ListSourceUsageResponse.FromString,
+                _registered_method=True)
         self.DeleteSource = channel.unary_unary(
                 '/meshboard.analytics.v1.SourceService/DeleteSource',
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceRequest.SerializeToString,
@@ -88,7 +93,7 @@ class SourceServiceStub:
 
 
 class SourceServiceServicer:
-    """Manages sources, their write keys and the grants on them.
+    """Manages sources and the grants on them. For their write keys there is also `WriteKeyService`.
     """
 
     def CreateSource(self, request, context):
@@ -115,23 +120,32 @@ class SourceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSource(self, request, context):
-        """Changes a source and emits `SourceUpdated`.
+        """Changes a source and emits `SourceUpdated`. What the change says of events holds within two seconds for those that
+        come from then on, and for none that came before.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, or
+        REDACTED_PATTERN_INVALID for a regular expression that cannot be used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateWriteKey(self, request, context):
-        """Gives a source a new write key, ends the old one within two seconds, and emits `WriteKeyRotated`.
+        """Gives a source a new write key, ends all others within two seconds, or after an overlap, and emits `WriteKeyRotated`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSourceUsage(self, request, context):
+        """Lists how many events a source has taken, by days of UTC, the newest first, without days on which there were none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSource(self, request, context):
-        """Deletes a source, so that its write key and its events are out of reach, and emits `SourceDeleted`.
+        """Deletes a source, so that its write keys and its events are out of reach, and emits `SourceDeleted`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,6 +215,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.RotateWriteKeyRequest.FromString,
                     response_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.RotateWriteKeyResponse.SerializeToString,
             ),
+            'ListSourceUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSourceUsage,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.ListSourceUsageRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.ListSourceUsageResponse.SerializeToString,
+            ),
             'DeleteSource': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteSource,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_source__service__pb2.DeleteSourceRequest.FromString,
@@ -235,7 +254,7 @@ def add_SourceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SourceService:
-    """Manages sources, their write keys and the grants on them.
+    """Manages sources and the grants on them. For their write keys there is also `WriteKeyService`.
     """
 
     @staticmethod
@@ -363,6 +382,33 @@ class SourceService:
             '/meshboard.analytics.v1.SourceService/RotateWriteKey',
             meshboard_dot_analytics_dot_v1_dot_source__service__pb2.RotateWriteKeyRequest.SerializeToString,
             meshboard_dot_analytics_dot_v1_dot_source__service__pb2.RotateWriteKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSourceUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.analytics.v1.SourceService/ListSourceUsage',
+            meshboard_dot_analytics_dot_v1_dot_source__service__pb2.ListSourceUsageRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_source__service__pb2.ListSourceUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

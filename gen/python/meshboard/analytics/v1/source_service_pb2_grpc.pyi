@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SourceServiceStub:
-    """Manages sources, their write keys and the grants on them."""
+    """Manages sources and the grants on them. For their write keys there is also `WriteKeyService`."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSource: _aio.UnaryUnaryMultiCallable[_source_service_pb2.CreateSourceRequest, _source_service_pb2.CreateSourceResponse]
@@ -26,14 +26,18 @@ class SourceServiceStub:
     ListSources: _aio.UnaryUnaryMultiCallable[_source_service_pb2.ListSourcesRequest, _source_service_pb2.ListSourcesResponse]
     """Lists the sources that the caller may see, the newest first."""
     UpdateSource: _aio.UnaryUnaryMultiCallable[_source_service_pb2.UpdateSourceRequest, _source_service_pb2.UpdateSourceResponse]
-    """Changes a source and emits `SourceUpdated`.
+    """Changes a source and emits `SourceUpdated`. What the change says of events holds within two seconds for those that
+    come from then on, and for none that came before.
 
-    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, or
+    REDACTED_PATTERN_INVALID for a regular expression that cannot be used.
     """
     RotateWriteKey: _aio.UnaryUnaryMultiCallable[_source_service_pb2.RotateWriteKeyRequest, _source_service_pb2.RotateWriteKeyResponse]
-    """Gives a source a new write key, ends the old one within two seconds, and emits `WriteKeyRotated`."""
+    """Gives a source a new write key, ends all others within two seconds, or after an overlap, and emits `WriteKeyRotated`."""
+    ListSourceUsage: _aio.UnaryUnaryMultiCallable[_source_service_pb2.ListSourceUsageRequest, _source_service_pb2.ListSourceUsageResponse]
+    """Lists how many events a source has taken, by days of UTC, the newest first, without days on which there were none."""
     DeleteSource: _aio.UnaryUnaryMultiCallable[_source_service_pb2.DeleteSourceRequest, _source_service_pb2.DeleteSourceResponse]
-    """Deletes a source, so that its write key and its events are out of reach, and emits `SourceDeleted`."""
+    """Deletes a source, so that its write keys and its events are out of reach, and emits `SourceDeleted`."""
     CreateSourceGrant: _aio.UnaryUnaryMultiCallable[_source_service_pb2.CreateSourceGrantRequest, _source_service_pb2.CreateSourceGrantResponse]
     """Gives or withholds a role on a source, and emits `SourceGrantCreated`.
 
@@ -55,7 +59,7 @@ class SourceServiceStub:
     """
 
 class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages sources, their write keys and the grants on them."""
+    """Manages sources and the grants on them. For their write keys there is also `WriteKeyService`."""
 
     @_abc_1.abstractmethod
     def CreateSource(
@@ -90,9 +94,11 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _source_service_pb2.UpdateSourceRequest,
         context: _aio.ServicerContext[_source_service_pb2.UpdateSourceRequest, _abc.Awaitable[_source_service_pb2.UpdateSourceResponse]],
     ) -> _abc.Awaitable[_source_service_pb2.UpdateSourceResponse]:
-        """Changes a source and emits `SourceUpdated`.
+        """Changes a source and emits `SourceUpdated`. What the change says of events holds within two seconds for those that
+        come from then on, and for none that came before.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID, or
+        REDACTED_PATTERN_INVALID for a regular expression that cannot be used.
         """
 
     @_abc_1.abstractmethod
@@ -101,7 +107,15 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _source_service_pb2.RotateWriteKeyRequest,
         context: _aio.ServicerContext[_source_service_pb2.RotateWriteKeyRequest, _abc.Awaitable[_source_service_pb2.RotateWriteKeyResponse]],
     ) -> _abc.Awaitable[_source_service_pb2.RotateWriteKeyResponse]:
-        """Gives a source a new write key, ends the old one within two seconds, and emits `WriteKeyRotated`."""
+        """Gives a source a new write key, ends all others within two seconds, or after an overlap, and emits `WriteKeyRotated`."""
+
+    @_abc_1.abstractmethod
+    def ListSourceUsage(
+        self,
+        request: _source_service_pb2.ListSourceUsageRequest,
+        context: _aio.ServicerContext[_source_service_pb2.ListSourceUsageRequest, _abc.Awaitable[_source_service_pb2.ListSourceUsageResponse]],
+    ) -> _abc.Awaitable[_source_service_pb2.ListSourceUsageResponse]:
+        """Lists how many events a source has taken, by days of UTC, the newest first, without days on which there were none."""
 
     @_abc_1.abstractmethod
     def DeleteSource(
@@ -109,7 +123,7 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _source_service_pb2.DeleteSourceRequest,
         context: _aio.ServicerContext[_source_service_pb2.DeleteSourceRequest, _abc.Awaitable[_source_service_pb2.DeleteSourceResponse]],
     ) -> _abc.Awaitable[_source_service_pb2.DeleteSourceResponse]:
-        """Deletes a source, so that its write key and its events are out of reach, and emits `SourceDeleted`."""
+        """Deletes a source, so that its write keys and its events are out of reach, and emits `SourceDeleted`."""
 
     @_abc_1.abstractmethod
     def CreateSourceGrant(
