@@ -48,6 +48,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+    CATALOGUE_NAME_NOT_FOUND: _ErrorReason.ValueType  # 33
+    """NOT_FOUND: the source's events have no such name or property, and nobody has described it."""
+    CATALOGUE_FULL: _ErrorReason.ValueType  # 34
+    """RESOURCE_EXHAUSTED: something is said about 10,000 names of the source. A name whose description and tags are emptied,
+    and which is not hidden, makes room.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -78,4 +84,10 @@ TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+CATALOGUE_NAME_NOT_FOUND: ErrorReason.ValueType  # 33
+"""NOT_FOUND: the source's events have no such name or property, and nobody has described it."""
+CATALOGUE_FULL: ErrorReason.ValueType  # 34
+"""RESOURCE_EXHAUSTED: something is said about 10,000 names of the source. A name whose description and tags are emptied,
+and which is not hidden, makes room.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
