@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from meshboard.analytics.v1.catalogue_service_pb2_grpc import add_CatalogueServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
@@ -13,6 +14,7 @@ from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServ
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc.catalogue import CatalogueServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
@@ -20,6 +22,7 @@ from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
+from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.write_keys import WriteKeys
 from services.chassis import auth, db, trust
@@ -71,6 +74,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     ingest = IngestServicer(EventLog(bus, now), now)
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     queries = Queries(sessions, store, now)
+    catalogue = CatalogueServicer(sessions, Summaries(sessions, store, now), pages, now)
     server = Server(
         settings,
         [
@@ -78,6 +82,7 @@ async def serve(settings: AnalyticsSettings) -> None:
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+            lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
         ],
         access,

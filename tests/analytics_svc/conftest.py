@@ -14,6 +14,10 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.catalogue_service_pb2_grpc import (
+    CatalogueServiceStub,
+    add_CatalogueServiceServicer_to_server,
+)
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
@@ -39,6 +43,7 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from services.analytics_svc.catalogue import CatalogueServicer
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
@@ -46,6 +51,7 @@ from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
+from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.write_keys import HEADER, WriteKeys
 from services.chassis import auth
@@ -164,6 +170,7 @@ class Analytics:
     ingest: IngestServiceStub
     queries: QueryServiceStub
     internal: InternalQueryServiceStub
+    catalogue: CatalogueServiceStub
 
     async def source(self, member: Member) -> tuple[SourceMessage, str]:
         """A new source of the member, and its write key."""
@@ -254,11 +261,13 @@ async def analytics(
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
     ingest = IngestServicer(EventLog(bus, now), now)
     queries = Queries(db, store, now)
+    catalogue = CatalogueServicer(db, Summaries(db, store, now), pages, now)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+        lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
     ]
     access = identity.access(
         "analytics",
@@ -281,6 +290,7 @@ async def analytics(
             ingest=IngestServiceStub(channel),
             queries=QueryServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
+            catalogue=CatalogueServiceStub(channel),
         )
     await user_peer.close()
     await user_server.stop(None)

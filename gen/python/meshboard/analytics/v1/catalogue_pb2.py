@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&meshboard/analytics/v1/catalogue.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdc\x03\n\x0e\x43\x61talogueEvent\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12\x1e\n\x04name\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\x04name\x12*\n\x0b\x64\x65scription\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12&\n\x04tags\x18\x04 \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x10\x14\x18\x01\"\x06r\x04\x10\x01\x18\x32R\x04tags\x12\x16\n\x06hidden\x18\x05 \x01(\x08R\x06hidden\x12\x1b\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x14\n\x05\x63ount\x18\x08 \x01(\x03R\x05\x63ount\x12!\n\x0crecent_count\x18\t \x01(\x03R\x0brecentCount\x12\x42\n\x0f\x66irst_seen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\rfirstSeenTime\x12@\n\x0elast_seen_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0clastSeenTime\"\xd9\x05\n\x11\x43\x61talogueProperty\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12\x1e\n\x04name\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xd3\x01R\x04name\x12*\n\x0b\x64\x65scription\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12&\n\x04tags\x18\x04 \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x10\x14\x18\x01\"\x06r\x04\x10\x01\x18\x32R\x04tags\x12\x16\n\x06hidden\x18\x05 \x01(\x08R\x06hidden\x12\x1b\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x14\n\x05\x63ount\x18\x08 \x01(\x03R\x05\x63ount\x12!\n\x0crecent_count\x18\t \x01(\x03R\x0brecentCount\x12\x42\n\x0f\x66irst_seen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\rfirstSeenTime\x12@\n\x0elast_seen_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0clastSeenTime\x12\x42\n\x04type\x18\x0c \x01(\x0e\x32..meshboard.analytics.v1.CatalogueProperty.TypeR\x04type\x12#\n\rsample_values\x18\r \x03(\tR\x0csampleValues\x12!\n\x0cnumber_count\x18\x0e \x01(\x03R\x0bnumberCount\"l\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\n\n\x06STRING\x10\x01\x12\n\n\x06NUMBER\x10\x02\x12\x0b\n\x07\x42OOLEAN\x10\x03\x12\x08\n\x04TIME\x10\x04\x12\x08\n\x04LIST\x10\x05\x12\n\n\x06OBJECT\x10\x06\x12\t\n\x05MIXED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&meshboard/analytics/v1/catalogue.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x03\n\x0e\x43\x61talogueEvent\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12\"\n\x04name\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xc8\x01\xba\x01\x01\x00R\x04name\x12.\n\x0b\x64\x65scription\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\xba\x01\x01\x00R\x0b\x64\x65scription\x12*\n\x04tags\x18\x04 \x03(\tB\x16\xbaH\x13\x92\x01\x10\x10\x14\x18\x01\"\nr\x08\x10\x01\x18\x32\xba\x01\x01\x00R\x04tags\x12\x16\n\x06hidden\x18\x05 \x01(\x08R\x06hidden\x12\x1b\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x14\n\x05\x63ount\x18\x08 \x01(\x03R\x05\x63ount\x12!\n\x0crecent_count\x18\t \x01(\x03R\x0brecentCount\x12\x42\n\x0f\x66irst_seen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\rfirstSeenTime\x12@\n\x0elast_seen_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0clastSeenTime\"\xe5\x05\n\x11\x43\x61talogueProperty\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12\"\n\x04name\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\xd3\x01\xba\x01\x01\x00R\x04name\x12.\n\x0b\x64\x65scription\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\xba\x01\x01\x00R\x0b\x64\x65scription\x12*\n\x04tags\x18\x04 \x03(\tB\x16\xbaH\x13\x92\x01\x10\x10\x14\x18\x01\"\nr\x08\x10\x01\x18\x32\xba\x01\x01\x00R\x04tags\x12\x16\n\x06hidden\x18\x05 \x01(\x08R\x06hidden\x12\x1b\n\x04\x65tag\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x14\n\x05\x63ount\x18\x08 \x01(\x03R\x05\x63ount\x12!\n\x0crecent_count\x18\t \x01(\x03R\x0brecentCount\x12\x42\n\x0f\x66irst_seen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\rfirstSeenTime\x12@\n\x0elast_seen_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0clastSeenTime\x12\x42\n\x04type\x18\x0c \x01(\x0e\x32..meshboard.analytics.v1.CatalogueProperty.TypeR\x04type\x12#\n\rsample_values\x18\r \x03(\tR\x0csampleValues\x12!\n\x0cnumber_count\x18\x0e \x01(\x03R\x0bnumberCount\"l\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\n\n\x06STRING\x10\x01\x12\n\n\x06NUMBER\x10\x02\x12\x0b\n\x07\x42OOLEAN\x10\x03\x12\x08\n\x04TIME\x10\x04\x12\x08\n\x04LIST\x10\x05\x12\n\n\x06OBJECT\x10\x06\x12\t\n\x05MIXED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,27 +36,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CATALOGUEEVENT'].fields_by_name['source_id']._loaded_options = None
   _globals['_CATALOGUEEVENT'].fields_by_name['source_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_CATALOGUEEVENT'].fields_by_name['name']._loaded_options = None
-  _globals['_CATALOGUEEVENT'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_CATALOGUEEVENT'].fields_by_name['name']._serialized_options = b'\272H\013r\t\020\001\030\310\001\272\001\001\000'
   _globals['_CATALOGUEEVENT'].fields_by_name['description']._loaded_options = None
-  _globals['_CATALOGUEEVENT'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\320\017'
+  _globals['_CATALOGUEEVENT'].fields_by_name['description']._serialized_options = b'\272H\tr\007\030\320\017\272\001\001\000'
   _globals['_CATALOGUEEVENT'].fields_by_name['tags']._loaded_options = None
-  _globals['_CATALOGUEEVENT'].fields_by_name['tags']._serialized_options = b'\272H\017\222\001\014\020\024\030\001\"\006r\004\020\001\0302'
+  _globals['_CATALOGUEEVENT'].fields_by_name['tags']._serialized_options = b'\272H\023\222\001\020\020\024\030\001\"\nr\010\020\001\0302\272\001\001\000'
   _globals['_CATALOGUEEVENT'].fields_by_name['etag']._loaded_options = None
   _globals['_CATALOGUEEVENT'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
   _globals['_CATALOGUEPROPERTY'].fields_by_name['source_id']._loaded_options = None
   _globals['_CATALOGUEPROPERTY'].fields_by_name['source_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_CATALOGUEPROPERTY'].fields_by_name['name']._loaded_options = None
-  _globals['_CATALOGUEPROPERTY'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\323\001'
+  _globals['_CATALOGUEPROPERTY'].fields_by_name['name']._serialized_options = b'\272H\013r\t\020\001\030\323\001\272\001\001\000'
   _globals['_CATALOGUEPROPERTY'].fields_by_name['description']._loaded_options = None
-  _globals['_CATALOGUEPROPERTY'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\320\017'
+  _globals['_CATALOGUEPROPERTY'].fields_by_name['description']._serialized_options = b'\272H\tr\007\030\320\017\272\001\001\000'
   _globals['_CATALOGUEPROPERTY'].fields_by_name['tags']._loaded_options = None
-  _globals['_CATALOGUEPROPERTY'].fields_by_name['tags']._serialized_options = b'\272H\017\222\001\014\020\024\030\001\"\006r\004\020\001\0302'
+  _globals['_CATALOGUEPROPERTY'].fields_by_name['tags']._serialized_options = b'\272H\023\222\001\020\020\024\030\001\"\nr\010\020\001\0302\272\001\001\000'
   _globals['_CATALOGUEPROPERTY'].fields_by_name['etag']._loaded_options = None
   _globals['_CATALOGUEPROPERTY'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
   _globals['_CATALOGUEEVENT']._serialized_start=129
-  _globals['_CATALOGUEEVENT']._serialized_end=605
-  _globals['_CATALOGUEPROPERTY']._serialized_start=608
-  _globals['_CATALOGUEPROPERTY']._serialized_end=1337
-  _globals['_CATALOGUEPROPERTY_TYPE']._serialized_start=1229
-  _globals['_CATALOGUEPROPERTY_TYPE']._serialized_end=1337
+  _globals['_CATALOGUEEVENT']._serialized_end=617
+  _globals['_CATALOGUEPROPERTY']._serialized_start=620
+  _globals['_CATALOGUEPROPERTY']._serialized_end=1361
+  _globals['_CATALOGUEPROPERTY_TYPE']._serialized_start=1253
+  _globals['_CATALOGUEPROPERTY_TYPE']._serialized_end=1361
 # @@protoc_insertion_point(module_scope)
