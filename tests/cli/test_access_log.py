@@ -14,6 +14,7 @@ def test_reads_every_piece():
     assert event_of(GOOD, "id") == {
         "event": "request",
         "distinctId": "1.2.3.4",
+        "ip": "1.2.3.4",
         "insertId": "id",
         "time": "2015-05-17T08:05:03+00:00",
         "url": "/a?b=c",
