@@ -82,8 +82,9 @@ def time_of(value: Any) -> str:
             # More than microseconds is more than Python reads, and than the store keeps.
             return time_of(datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", value.strip())))
         number = float(value)
-        while abs(number) >= 100_000_000_000:  # in seconds this is the year 5138
-            number /= 1000
+        for _ in range(3):
+            if abs(number) >= 100_000_000_000:  # in seconds this is the year 5138
+                number /= 1000
         return datetime.fromtimestamp(number, UTC).isoformat()
     except (ValueError, TypeError, OverflowError, OSError) as error:
         raise LineRefused(f"{str(value)[:50]!r} is no time") from error
@@ -165,7 +166,7 @@ def _first(line: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _number(value: Any, what: str) -> float:
     try:
         number = float(value)
-        return int(number) if number.is_integer() else number
+        return int(number) if int(number) == number else number
     except (ValueError, TypeError, OverflowError) as error:
         raise LineRefused(f"the {what} {str(value)[:50]!r} is no number") from error
 

@@ -26,7 +26,7 @@ import orjson
 
 from cli.access_log import LineRefused
 from cli.parts import write_private
-from cli.records import Record, Records
+from cli.records import FileRefused, Record, Records
 
 BATCH_EVENTS = 1000
 BATCH_BYTES = 1 << 20
@@ -222,9 +222,8 @@ async def send_file(
             batch, task = pending[0]
             refused = await task
             pending.popleft()
-            for index, why in refused.items():
-                outcome.refuse(batch.lines[index], why)
-            for line, why in batch.refusals:
+            by_line = [(batch.lines[index], why) for index, why in refused.items()]
+            for line, why in sorted(batch.refusals + by_line):
                 outcome.refuse(line, why)
             outcome.accepted += len(batch.events) - len(refused)
             if not outcome.accepted and not outcome.earlier:
@@ -233,72 +232,81 @@ async def send_file(
             state.move(batch.marks)
             progress(batch.position)
 
-        file = records()
         try:
-            for batch in _batches(file, name, outcome.earlier):
-                pending.append((batch, asyncio.create_task(gateway.send(batch.events))))
-                if len(pending) >= WINDOW:
-                    await settle()
+            with records() as file:
+                for batch in _batches(file, name, outcome.earlier):
+                    pending.append((batch, asyncio.create_task(gateway.send(batch.events))))
+                    if len(pending) >= WINDOW:
+                        await settle()
             while pending:
                 await settle()
+        except FileRefused:
+            while pending:
+                await settle()
+            raise
         finally:
-            file.close()
             for _, task in pending:
                 task.cancel()
             await asyncio.gather(*(task for _, task in pending), return_exceptions=True)
 
 
 def _first(records: Callable[[], Records], name: str) -> Mark | None:
-    file = records()
-    try:
+    with records() as file:
         return next((mark for _, mark in chain(iter(file), name)), None)
-    finally:
-        file.close()
 
 
 def _acknowledged(records: Callable[[], Records], name: str, marks: set[Mark]) -> int:
     """How many records of the file were acknowledged earlier: up to the last of its marks."""
     last = max((mark.place for mark in marks), default=0)
+    if not last:
+        return 0
     count = 0
-    file = records()
-    try:
-        for _, mark in chain(iter(file), name) if last else ():
+    with records() as file:
+        for _, mark in chain(iter(file), name):
             if mark in marks:
                 count = mark.place
             if mark.place >= last:
                 break
-    finally:
-        file.close()
     return count
 
 
 def _batches(file: Records, name: str, earlier: int) -> Iterator[_Batch]:
+    """What is new in a file; where it is damaged, what comes before that, then FileRefused."""
     batch, whole = _Batch(), None
-    for record, mark in chain(iter(file), name):
-        if record.whole:
-            whole = mark
-        if mark.place <= earlier:
-            continue
-        try:
-            event = file.event(record, mark.digest.hex())
-            encoded = orjson.dumps(event) if event is not None else b""
-        except LineRefused as error:
-            batch.refusals.append((record.line, str(error)))
-        except orjson.JSONEncodeError as error:
-            batch.refusals.append((record.line, f"it cannot be sent as JSON: {error}"))
-        else:
-            if encoded:
-                batch.events.append(encoded)
-                batch.lines.append(record.line)
-                batch.size += len(encoded)
-        # A line without an end may grow: then it is another one, and the file goes on before it.
-        batch.marks = [mark] if record.whole or whole is None else [whole, mark]
-        batch.position = file.position()
-        if len(batch.events) + len(batch.refusals) >= BATCH_EVENTS or batch.size >= BATCH_BYTES:
+    try:
+        for record, mark in chain(iter(file), name):
+            if record.whole:
+                whole = mark
+            if mark.place <= earlier:
+                continue
+            _add(batch, file, record, mark)
+            # A line without an end may grow: then it is another one, and the file goes on before it.
+            batch.marks = [mark] if record.whole or whole is None else [whole, mark]
+            batch.position = file.position()
+            if len(batch.events) + len(batch.refusals) >= BATCH_EVENTS or batch.size >= BATCH_BYTES:
+                yield batch
+                batch = _Batch()
+    except FileRefused:
+        if batch.marks:
             yield batch
-            batch = _Batch()
+        raise
     if batch.marks:
         yield batch
+
+
+def _add(batch: _Batch, file: Records, record: Record, mark: Mark) -> None:
+    try:
+        event = file.event(record, mark.digest.hex())
+        encoded = orjson.dumps(event) if event is not None else b""
+    except LineRefused as error:
+        batch.refusals.append((record.line, str(error)))
+    except orjson.JSONEncodeError as error:
+        batch.refusals.append((record.line, f"it cannot be sent as JSON: {error}"))
+    else:
+        if encoded:
+            batch.events.append(encoded)
+            batch.lines.append(record.line)
+            batch.size += len(encoded)
 
 
 def _stop_when_nothing_fits(outcome: Outcome) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -93,21 +94,23 @@ class Columns:
             event[name] = time_of(value) if name == "time" else _text(value, name)
         for name in ("event", "distinct_id"):
             if not event.get(_FIELDS[name]):
-                raise LineRefused(f"it has no {name}: say where it is with --map {name}=COLUMN")
+                raise LineRefused(
+                    f"it has no {name}: say where it is with --map {name}=COLUMN, or what with --set"
+                )
         if properties:
             event["properties"] = properties
         return event
 
 
 class Records:
-    """The records of one file, from the first; `close` it. Raises FileRefused."""
+    """The records of one file, from the first, inside `with`. Raises FileRefused."""
 
     def __init__(self, path: Path, form: str, columns: Columns, *, delimiter: str = "") -> None:
         try:
             self._file = path.open("rb")
             self.size = path.stat().st_size
         except OSError as error:
-            raise FileRefused(f"{path}: {error.strerror}") from error
+            raise FileRefused(f"{path} cannot be opened: {error.strerror}") from error
         try:
             start = self._file.read(4)
             self._file.seek(0)
@@ -167,8 +170,10 @@ class Records:
         """How many bytes of the file have been read."""
         return self._position()
 
-    def close(self) -> None:
-        """Closes the file."""
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -239,10 +244,11 @@ def _parquet(file: io.BufferedReader, size: int) -> tuple[Iterator[Record], Call
     def rows() -> Iterator[Record]:
         nonlocal read
         for batch in table.iter_batches(batch_size=_ROWS):
-            columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
+            # Only what is not passed over is turned into values.
+            values = cache(batch.to_pylist)
             for index in range(batch.num_rows):
                 read += 1
-                yield Record(read, b"%b %d" % (digest, read), (columns, index))
+                yield Record(read, b"%b %d" % (digest, read), (values, index))
 
     return rows(), lambda: size * read // count
 
@@ -290,12 +296,12 @@ def _guess(cell: str) -> Any:
     return int(cell) if int(whole) < _EXACT else cell
 
 
-def _values(row: tuple[Mapping[str, Any], int], texts: frozenset[str]) -> dict[str, Any]:
-    columns, index = row
+def _values(row: tuple[Callable[[], list[dict[str, Any]]], int], texts: frozenset[str]) -> dict[str, Any]:
+    rows, index = row
     return {
-        name: str(value) if name in texts and value is not None else value
-        for name, column in columns.items()
-        if (value := _plain(column[index].as_py())) is not None
+        name: str(value) if name in texts else _plain(value)
+        for name, value in rows()[index].items()
+        if value is not None
     }
 
 
@@ -366,4 +372,4 @@ def _form_of_content(path: Path, lines: Iterator[Record]) -> tuple[str, Iterator
             break
     if not looked_at:
         return "ndjson", again()
-    raise FileRefused(f"{path}: neither its name nor its first lines tell the format. Name it with --format")
+    raise FileRefused(f"neither the name nor the first lines of {path} tell the format: say it with --format")

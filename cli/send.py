@@ -211,7 +211,9 @@ def _tell(path: Path, outcome: Any, stopped: str, seconds: float) -> None:
     if outcome.refused > _SHOWN_REFUSALS:
         _say(f"  and {outcome.refused - _SHOWN_REFUSALS:,} more; -o json has the first 1,000")
     if stopped:
-        _say(f"Stopped: {stopped}. What is sent is remembered: the same command goes on there.")
+        _say(f"Stopped: {stopped.rstrip('.')}.")
+        if outcome.accepted or outcome.earlier:
+            _say("What is sent is remembered: the same command goes on there.")
 
 
 def _write_key(file: Path | None) -> str:
