@@ -13,7 +13,6 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from functools import cache
@@ -61,7 +60,6 @@ class Record(NamedTuple):
     whole: bool = True
 
 
-@dataclass(frozen=True, slots=True)
 class Columns:
     """Which columns, or names in JSON, are which fields of an event.
 
@@ -69,27 +67,32 @@ class Columns:
     where they look like numbers. A column with the name of a field is that field; all others are properties.
     """
 
-    named: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, str] = field(default_factory=dict)
-    texts: frozenset[str] = frozenset()
+    def __init__(
+        self,
+        named: Mapping[str, str] | None = None,
+        fixed: Mapping[str, str] | None = None,
+        texts: frozenset[str] = frozenset(),
+    ) -> None:
+        self._fixed = {_FIELDS[name]: value for name, value in (fixed or {}).items()}
+        fields = {column: _FIELDS[name] for name, column in (named or {}).items()}
+        taken = {*fields.values(), *self._fixed}
+        self._fields = {name: json for name, json in _FIELD_OF_NAME.items() if json not in taken} | fields
+        self.texts = texts
 
     def event_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The event that a row tells of. Raises LineRefused."""
-        fields = {column: _FIELDS[name] for name, column in self.named.items()}
-        taken = {*fields.values(), *(_FIELDS[name] for name in self.fixed)}
         event: dict[str, Any] = {}
         properties: dict[str, Any] = {}
         for column, value in row.items():
             if value is None or value == "":
                 continue
-            name = fields.get(column) or _FIELD_OF_NAME.get(column)
-            if name and (column in fields or name not in taken):
+            if name := self._fields.get(column):
                 event[name] = value
             elif column == "properties" and isinstance(value, dict):
                 properties |= value
             else:
                 properties[column.removeprefix(_OWN)] = value
-        event |= {_FIELDS[name]: value for name, value in self.fixed.items()}
+        event |= self._fixed
         for name, value in event.items():
             event[name] = time_of(value) if name == "time" else _text(value, name)
         for name in ("event", "distinct_id"):
