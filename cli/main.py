@@ -21,6 +21,7 @@ import click
 
 from cli import mails as landed
 from cli import operate, parts
+from cli import send as sending
 from cli.envoy_config import DEFAULT_PORT, REPOSITORY
 from cli.operate import data_option
 from cli.parts import Part, PartMissing
@@ -218,6 +219,7 @@ main.add_command(operate.audit)
 main.add_command(operate.accounts)
 main.add_command(operate.keys)
 main.add_command(operate.reindex)
+main.add_command(sending.send)
 
 
 # --- looking at it ----------------------------------------------------------------------------------------

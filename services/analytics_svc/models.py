@@ -135,3 +135,23 @@ class FailedEvent(Table):
     batch: Mapped[bytes] = mapped_column(LargeBinary)
     error: Mapped[str] = mapped_column(Text)
     create_time: Mapped[Time] = mapped_column(server_default=func.now())
+
+
+class CatalogueEntry(Table):
+    """What people say about an event name or a property of a source; nothing is said where there is no row."""
+
+    __tablename__ = "catalogue_entries"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "source_id"], ["sources.workspace_id", "sources.source_id"], ondelete="CASCADE"
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    source_id: Mapped[Id] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(Text, primary_key=True)
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    description: Mapped[str] = mapped_column(Text)
+    tags: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    hidden: Mapped[bool]
+    update_time: Mapped[Time]

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from meshboard.analytics.v1.catalogue_service_pb2_grpc import add_CatalogueServiceServicer_to_server
 from meshboard.analytics.v1.compat_service_pb2 import SendBatchRequest, SendTrackRequest
 from meshboard.analytics.v1.compat_service_pb2_grpc import add_CompatServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
@@ -15,6 +16,7 @@ from meshboard.analytics.v1.write_key_service_pb2_grpc import add_WriteKeyServic
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc.catalogue import CatalogueServicer
 from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
@@ -26,6 +28,7 @@ from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.rules import Rulebook
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
+from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.write_keys import WriteKeys, WriteKeyServicer
 from services.chassis import auth, db, trust
@@ -85,6 +88,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     )
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     queries = Queries(sessions, store, now)
+    catalogue = CatalogueServicer(sessions, Summaries(sessions, store, now), pages, now)
     server = Server(
         settings,
         [
@@ -94,6 +98,7 @@ async def serve(settings: AnalyticsSettings) -> None:
             lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+            lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
         ],
         access,

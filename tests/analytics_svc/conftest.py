@@ -14,6 +14,10 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.catalogue_service_pb2_grpc import (
+    CatalogueServiceStub,
+    add_CatalogueServiceServicer_to_server,
+)
 from meshboard.analytics.v1.compat_service_pb2_grpc import (
     CompatServiceStub,
     add_CompatServiceServicer_to_server,
@@ -47,6 +51,7 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from services.analytics_svc.catalogue import CatalogueServicer
 from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
@@ -57,6 +62,7 @@ from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.rules import Rulebook
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
+from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.write_keys import HEADER, WriteKeys, WriteKeyServicer
 from services.chassis import auth
@@ -180,6 +186,7 @@ class Analytics:
     compat: CompatServiceStub
     queries: QueryServiceStub
     internal: InternalQueryServiceStub
+    catalogue: CatalogueServiceStub
 
     async def source(self, member: Member) -> tuple[SourceMessage, str]:
         """A new source of the member, and its write key."""
@@ -274,6 +281,7 @@ async def analytics(
         EventLog(bus, now), now, rulebook=Rulebook(settings.derived_key("pseudonyms")), quotas=quotas
     )
     queries = Queries(db, store, now)
+    catalogue = CatalogueServicer(db, Summaries(db, store, now), pages, now)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_WriteKeyServiceServicer_to_server(keys, server),
@@ -281,6 +289,7 @@ async def analytics(
         lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+        lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
     ]
     access = identity.access(
         "analytics",
@@ -308,6 +317,7 @@ async def analytics(
             compat=CompatServiceStub(channel),
             queries=QueryServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
+            catalogue=CatalogueServiceStub(channel),
         )
     await user_peer.close()
     await user_server.stop(None)

@@ -12,6 +12,7 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from cli.main import main
+from cli.send import KEY_VARIABLE
 from cli.stack import REPLACEABLE
 from tests.contract.gateway import RPCS
 
@@ -23,7 +24,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 # `./dev` runs this one itself.
 COMMANDS = {"test"} | set(main.commands)
 # Read by `./dev`, and not by a service.
-FOR_UP = {"MESHBOARD_DATA", *REPLACEABLE}
+FOR_UP = {"MESHBOARD_DATA", KEY_VARIABLE, *REPLACEABLE}
 SETTINGS = (
     "services.chassis.settings.Settings",
     "services.auth_svc.settings.AuthSettings",

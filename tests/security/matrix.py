@@ -551,6 +551,26 @@ MATRIX: Mapping[str, Row] = {
     "analytics.v1.SourceService.BatchUpdateSourceGrants": On(
         {**_SOURCE, "delete_grant_ids": ["{absent}"]}, "0--++", "SOURCE_NOT_FOUND", ("GRANT_NOT_FOUND",)
     ),
+    "analytics.v1.CatalogueService.ListCatalogueEvents": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.CatalogueService.GetCatalogueEvent": On(
+        {**_SOURCE, "name": "never"}, "0++++", "SOURCE_NOT_FOUND", ("CATALOGUE_NAME_NOT_FOUND",)
+    ),
+    "analytics.v1.CatalogueService.UpdateCatalogueEvent": On(
+        {"event": {**_SOURCE, "name": "never", "etag": "no"}, "update_mask": "hidden"},
+        "0-+++",
+        "SOURCE_NOT_FOUND",
+        ("ETAG_MISMATCH",),
+    ),
+    "analytics.v1.CatalogueService.ListCatalogueProperties": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.CatalogueService.GetCatalogueProperty": On(
+        {**_SOURCE, "name": "properties.never"}, "0++++", "SOURCE_NOT_FOUND", ("CATALOGUE_NAME_NOT_FOUND",)
+    ),
+    "analytics.v1.CatalogueService.UpdateCatalogueProperty": On(
+        {"property": {**_SOURCE, "name": "properties.never", "etag": "no"}, "update_mask": "hidden"},
+        "0-+++",
+        "SOURCE_NOT_FOUND",
+        ("ETAG_MISMATCH",),
+    ),
     "analytics.v1.InternalQueryService.RunWidgetQuery": Services(
         {**_W, **QUERY}, frozenset({"dashboard"}), (OK,)
     ),

@@ -20,6 +20,10 @@ def test_says_what_a_permission_opens_and_who_has_it():
         name="sources.query",
         resource_types=["source"],
         methods=[
+            "meshboard.analytics.v1.CatalogueService.GetCatalogueEvent",
+            "meshboard.analytics.v1.CatalogueService.GetCatalogueProperty",
+            "meshboard.analytics.v1.CatalogueService.ListCatalogueEvents",
+            "meshboard.analytics.v1.CatalogueService.ListCatalogueProperties",
             "meshboard.analytics.v1.QueryService.RunQuery",
             "meshboard.analytics.v1.QueryService.ValidateQuery",
         ],

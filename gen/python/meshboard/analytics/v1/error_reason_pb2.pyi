@@ -74,6 +74,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     POSITION_INVALID: _ErrorReason.ValueType  # 29
     """INVALID_ARGUMENT: `position` is not greater than that of the batch before."""
+    CATALOGUE_NAME_NOT_FOUND: _ErrorReason.ValueType  # 33
+    """NOT_FOUND: the source's events have no such name or property, and nobody has described it."""
+    CATALOGUE_FULL: _ErrorReason.ValueType  # 34
+    """RESOURCE_EXHAUSTED: something is said about 10,000 names of the source. A name whose description and tags are emptied,
+    and which is not hidden, makes room.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -130,4 +136,10 @@ not of a kind that can be read.
 """
 POSITION_INVALID: ErrorReason.ValueType  # 29
 """INVALID_ARGUMENT: `position` is not greater than that of the batch before."""
+CATALOGUE_NAME_NOT_FOUND: ErrorReason.ValueType  # 33
+"""NOT_FOUND: the source's events have no such name or property, and nobody has described it."""
+CATALOGUE_FULL: ErrorReason.ValueType  # 34
+"""RESOURCE_EXHAUSTED: something is said about 10,000 names of the source. A name whose description and tags are emptied,
+and which is not hidden, makes room.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

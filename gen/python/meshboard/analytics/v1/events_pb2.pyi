@@ -5,6 +5,7 @@ isort:skip_file
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from meshboard.analytics.v1 import catalogue_pb2 as _catalogue_pb2
 from meshboard.analytics.v1 import source_pb2 as _source_pb2
 from meshboard.analytics.v1 import write_key_pb2 as _write_key_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
@@ -268,6 +269,62 @@ class SourceGrantDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SourceGrantDeleted: _TypeAlias = SourceGrantDeleted  # noqa: Y015
+
+@_typing.final
+class CatalogueEventUpdated(_message.Message):
+    """What people say about an event name was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    @_builtins.property
+    def event(self) -> _catalogue_pb2.CatalogueEvent:
+        """The event name after the change, without counts and times."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        event: _catalogue_pb2.CatalogueEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatalogueEventUpdated: _TypeAlias = CatalogueEventUpdated  # noqa: Y015
+
+@_typing.final
+class CataloguePropertyUpdated(_message.Message):
+    """What people say about a property was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    PROPERTY_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    @_builtins.property
+    def property(self) -> _catalogue_pb2.CatalogueProperty:
+        """The property after the change, without counts, times, types and values."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        property: _catalogue_pb2.CatalogueProperty | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["property", b"property"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["property", b"property", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CataloguePropertyUpdated: _TypeAlias = CataloguePropertyUpdated  # noqa: Y015
 
 @_typing.final
 class Tick(_message.Message):
