@@ -14,6 +14,10 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.event_service_pb2_grpc import (
+    EventServiceStub,
+    add_EventServiceServicer_to_server,
+)
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
@@ -44,9 +48,11 @@ from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.raw_events import EventServicer
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.tables import create_tables
+from services.analytics_svc.tails import Tails
 from services.analytics_svc.write_keys import HEADER, WriteKeys
 from services.chassis import auth
 from services.chassis import db as chassis_db
@@ -54,6 +60,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
+from services.chassis.rechecks import Span
 from tests.conditions import eventually
 from tests.harness import Identity, Member, make_settings, new_id, serving
 from tests.parts import Parts, free_port
@@ -163,6 +170,7 @@ class Analytics:
     sources: SourceServiceStub
     ingest: IngestServiceStub
     queries: QueryServiceStub
+    events: EventServiceStub
     internal: InternalQueryServiceStub
 
     async def source(self, member: Member) -> tuple[SourceMessage, str]:
@@ -254,10 +262,14 @@ async def analytics(
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
     ingest = IngestServicer(EventLog(bus, now), now)
     queries = Queries(db, store, now)
+    tails = Tails(queries, per_workspace=5, at_most=50)
+    await tails.listen(bus)
+    events = EventServicer(queries, pages, tails, Span(0.2, 30.0), lambda: False)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+        lambda server: add_EventServiceServicer_to_server(events, server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
     ]
     access = identity.access(
@@ -280,6 +292,7 @@ async def analytics(
             sources=SourceServiceStub(channel),
             ingest=IngestServiceStub(channel),
             queries=QueryServiceStub(channel),
+            events=EventServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
         )
     await user_peer.close()
