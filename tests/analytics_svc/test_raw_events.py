@@ -19,9 +19,11 @@ from meshboard.analytics.v1.event_service_pb2 import (
 from meshboard.analytics.v1.source_pb2 import Source
 from meshboard.analytics.v1.source_service_pb2 import DeleteSourceRequest
 
+from services.analytics_svc.queries import Queries
 from services.analytics_svc.raw_events import windows
 from services.analytics_svc.selection import Selection
 from services.analytics_svc.tables import insert_events
+from services.analytics_svc.tails import Tails
 from tests.analytics_svc.conftest import Analytics
 from tests.analytics_svc.oracle import Row
 from tests.analytics_svc.test_compiler import batch_of, random_rows
@@ -385,3 +387,30 @@ async def test_a_visit_cannot_be_tailed(analytics: Analytics) -> None:
     filters = [{"property": "visit_id", "operator": "EXISTS"}]
     async with tailing(analytics, member, [source], filters=filters) as tail:
         assert await refusal(tail.next()) == (grpc.StatusCode.INVALID_ARGUMENT, "QUERY_INVALID")
+
+
+async def test_a_tail_finds_what_it_was_not_told_of(analytics: Analytics) -> None:
+    """Ticks are not stored: after a lost connection the tail looks for itself; after a replaced log it begins anew."""
+    member = analytics.identity.member("editor")
+    source, key = await analytics.source(member)
+    queries = Queries(analytics.db, analytics.store, lambda: datetime.now(UTC))
+    deaf = Tails(queries, per_workspace=1, at_most=1)
+    with deaf.open(member.workspace_id, TailEventsRequest(source_ids=[source.source_id])) as tail:
+        await tail.start()
+        await analytics.send(key, [{"insertId": "missed"}])
+        await analytics.until_count(member, source, 1)
+        assert not tail.behind
+        tail.miss()
+        assert tail.behind
+        news = await tail.read()
+        assert news is not None
+        assert [event.insert_id for event in news.events] == ["missed"]
+        assert not tail.behind
+        assert await tail.read() is None
+        sequence = tail.since
+        tail.since = tail.until = 10 * sequence
+        tail.tick(sequence)
+        news = await tail.read()
+        assert news is not None
+        assert [event.insert_id for event in news.events] == ["missed"]
+        assert tail.since == sequence

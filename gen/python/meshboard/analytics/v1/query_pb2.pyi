@@ -91,8 +91,8 @@ class Query(_message.Message):
     limit: _builtins.int
     """How many rows at most; 0 means 1,000. At most 50,000."""
     top: _builtins.int
-    """Keeps this many groups of the breakdowns only, those that have most of the first measure over the whole range; 0: all.
-    At most 1,000.
+    """Keeps this many groups of the breakdowns only, those that have most of the first measure without a formula over the
+    whole range; 0: all. At most 1,000.
     """
     others: _builtins.bool
     """With `top`: whether all other groups are in the result too, put together in one whose breakdowns are null."""
@@ -351,9 +351,10 @@ class Measure(_message.Message):
     formula: _builtins.str
     """Computes the number of other measures, by their names, instead: `errors / count * 100`. There are numbers, `+`, `-`,
     `*`, `/`, parentheses, and the functions `abs(x)`, `round(x)`, `round(x, digits)`, `least(x, y)`, `greatest(x, y)` and
-    `ifnull(x, y)`. A name with other characters than letters, digits, `_` and `.` stands in double quotes, in which a
+    `ifnull(x, y)`. A name with other characters than `a` to `z`, digits, `_` and `.` stands in double quotes, in which a
     quote and a backslash have a backslash before them. What is divided by zero or computed of null is null. Only measures
-    that stand before this one can be used. Stands alone: without aggregation, property and filters; the alias is needed.
+    that stand before this one can be used, in a comparison also those of the earlier period; a formula that does so has no
+    number of the earlier period itself. Stands alone: without aggregation, property and filters; the alias is needed.
 
     Fails with INVALID_ARGUMENT, reason FORMULA_INVALID, whose `position` counts characters from 1.
     """

@@ -174,7 +174,9 @@ class ExplainQueryResponse(_message.Message):
     sql: _builtins.str
     """The SQL that the event store ran. Values are not in it: `{p0:String}` is where the parameter `p0` goes."""
     rows_read: _builtins.int
-    """How many events the event store has read; an event that is needed twice is read twice."""
+    """How many events the event store has read, those that are needed twice twice. It remembers for a while where no event
+    meets a condition, so that the same query may read less the next time.
+    """
     bytes_read: _builtins.int
     """How many bytes it has read, before compression."""
     milliseconds: _builtins.float
