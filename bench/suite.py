@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 
-from bench import access, ingest, load, mesh, reads, sign_ins, startup, visible
+from bench import access, ingest, load, mesh, queries, reads, sign_ins, startup, visible
 from bench.figures import Figure, document
 from cli.envoy_config import REPOSITORY
 from cli.main import free_port
 
-NAMES = ("reads", "auth", "access", "ingest", "visible", "startup")
+NAMES = ("reads", "auth", "access", "ingest", "visible", "queries", "startup")
 BUSY = 0.25  # load of other work, for each core, from which on rates mean little
 RESULTS = REPOSITORY / "bench" / "results"
 _PACKAGES = (
@@ -107,6 +107,15 @@ def _under_load(own: mesh.Mesh, names: Sequence[str], *, quick: bool, say: Say) 
             probes=10 if quick else 200,
             load_seconds=5 if quick else 40,
             say=_tagged(say, "visible"),
+        )
+    if "queries" in names:
+        figures += queries.measure(
+            own,
+            account,
+            events=300_000 if quick else 10_000_000,
+            rounds=3 if quick else 15,
+            cached=50 if quick else 1_000,
+            say=_tagged(say, "queries"),
         )
     return figures
 

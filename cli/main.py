@@ -409,7 +409,9 @@ def doctor(port: int, data: Path) -> None:
 
 @main.command(epilog="Example: ./dev bench --quick reads ingest")
 @click.argument(
-    "names", nargs=-1, type=click.Choice(["reads", "auth", "access", "ingest", "visible", "startup"])
+    "names",
+    nargs=-1,
+    type=click.Choice(["reads", "auth", "access", "ingest", "visible", "queries", "startup"]),
 )
 @click.option(
     "--quick", is_flag=True, help="One short round of each: to see that it works, not how fast it is."

@@ -4,17 +4,21 @@
 """
 # ruff: noqa: S608 - this is where SQL is put together, of expressions written here
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from calendar import monthrange
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
-from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Measure, Query
+from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Comparison, Measure, Query
 
 from services.analytics_svc.event_store import Value
+from services.analytics_svc.formulas import compile_formula
 from services.analytics_svc.selection import BUCKETS, OWN, Selection, invalid, resolve_range
 
 DEFAULT_LIMIT = 1000
 MAX_FILLED_BUCKETS = 50_000
+# Before the names of columns of the earlier period.
+PREVIOUS = "previous_"
 
 # Steps that hit every bucket; shorter than any of its kind, also where a clock moves.
 _STEP_SECONDS = {Query.MINUTE: 60, Query.HOUR: 1800, Query.DAY: 3600, Query.WEEK: 3600, Query.MONTH: 3600}
@@ -61,91 +65,228 @@ class Compiled:
 def compile_query(query: Query, workspace_id: str, now: datetime) -> Compiled:
     """Compiles a query that meets the rules of its contract, over sources of the workspace.
 
-    Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID or TIME_ZONE_UNKNOWN and the path of the field.
+    Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID, FORMULA_INVALID, PATTERN_INVALID or TIME_ZONE_UNKNOWN
+    and the path of the field.
     """
     start, end = resolve_range(query.time_range, now)
-    return _Compilation(query, Selection(workspace_id, query.source_ids, start, end)).compile()
+    events = Selection(workspace_id, query.source_ids, start, end)
+    events.bind_zone(query.time_zone)
+    return _Compilation(query, events, list(query.measures) or [Measure()]).compile()
 
 
 @dataclass(slots=True)
 class _Compilation:
+    """Rows are made in layers, each a subquery over the one before: groups, the earlier period, gaps, formulas.
+
+    In all of them `k0`, `k1`, … are the keys of the groups (a bucket of time as seconds since 1970), `m0`, `m1`, … the
+    measures by their places in the query, and `e0`, `e1`, … those of the earlier period.
+    """
+
     query: Query
     events: Selection
+    measures: list[Measure]
+    names: list[str] = field(default_factory=list)
+    # The places of the measures that have a number of the earlier period.
+    compared: list[int] = field(default_factory=list)
 
     def compile(self) -> Compiled:
         query, events = self.query, self.events
-        events.bind_zone(query.time_zone)
         bucket = BUCKETS.get(query.granularity)
-        groups = [bucket] if bucket else []
         columns = [Column(name="time", type=Column.TIME)] if bucket else []
-        for index, breakdown in enumerate(query.breakdowns):
-            groups.append(self._breakdown(breakdown, f"query.breakdowns[{index}].property"))
-            columns.append(Column(name=breakdown.property, type=Column.STRING))
-        aggregates: list[str] = []
-        for index, measure in enumerate(query.measures or [Measure()]):
-            aggregates.append(self._measure(measure, f"query.measures[{index}]"))
-            columns.append(Column(name=measure.alias or _default_alias(measure), type=Column.NUMBER))
-        self._check_names(columns, len(groups))
-        order = self._order(columns, len(groups))
+        cells = ["formatDateTime(toDateTime(k0, 'UTC'), '%Y-%m-%dT%H:%i:%SZ', 'UTC')"] if bucket else []
+        keys = [f"toUnixTimestamp({bucket})"] if bucket else []
+        breakdowns = [
+            self._breakdown(breakdown, f"query.breakdowns[{index}].property")
+            for index, breakdown in enumerate(query.breakdowns)
+        ]
+        columns += [Column(name=breakdown.property, type=Column.STRING) for breakdown in query.breakdowns]
+        cells += [f"k{len(keys) + i}" for i in range(len(breakdowns))]
+        aggregates = {
+            index: self._measure(measure, f"query.measures[{index}]")
+            for index, measure in enumerate(self.measures)
+            if not measure.formula
+        }
+        self.names = [measure.alias or _default_alias(measure) for measure in self.measures]
+        formulas = self._formulas()
+        for letter, places in (("m", range(len(self.measures))), ("e", self.compared)):
+            for index in places:
+                if not self.measures[index].hidden:
+                    name = self.names[index] if letter == "m" else f"{PREVIOUS}{self.names[index]}"
+                    columns.append(Column(name=name, type=Column.NUMBER))
+                    cells.append(f"{letter}{index}")
+        self._check_names(columns, len(keys) + len(breakdowns))
+        order = self._order(columns, cells, len(keys) + len(breakdowns))
 
         conditions = events.filters(query.filters, "query.filters")
-        rows = self._aggregation(groups, aggregates, conditions)
+        for index, alternatives in enumerate(query.any_of):
+            one_of = events.filters(alternatives.filters, f"query.any_of[{index}].filters")
+            conditions.append(f"({' OR '.join(one_of)})")
+        breakdowns = self._top(breakdowns, aggregates, conditions)
+        groups = _Groups([*keys, *breakdowns], aggregates, conditions)
+        rows = self._compared(groups) if query.HasField("comparison") else groups.rows(events)
         if query.fill_gaps:
-            rows = self._filled(rows, groups, query.measures or [Measure()])
-        cells = [f"c{i}" for i in range(len(columns))]
-        if bucket:
-            cells[0] = "formatDateTime(c0, '%Y-%m-%dT%H:%i:%SZ', 'UTC')"
+            rows = self._filled(rows, len(groups.keys), list(aggregates))
+        for letter, index, formula in formulas:
+            rows = f"SELECT *, {formula} AS {letter}{index} FROM ({rows})"
         limit = query.limit or DEFAULT_LIMIT
-        sql = f"SELECT {', '.join(cells)} FROM ({rows})"
+        shown = ", ".join(f"{cell} AS c{i}" for i, cell in enumerate(cells))
+        sql = f"SELECT {shown} FROM ({rows})"
         if order:
             sql += f" ORDER BY {order}"
+        events.check_size()
         return Compiled(f"{sql} LIMIT {limit + 1}", events.params, columns, limit)
 
     # Rows
 
-    def _aggregation(self, groups: list[str], aggregates: list[str], conditions: list[str]) -> str:
-        expressions = [f"{expression} AS c{i}" for i, expression in enumerate([*groups, *aggregates])]
-        sql = f"SELECT {', '.join(expressions)} FROM {self.events.rows()}"
-        if conditions:
-            sql += f" WHERE {' AND '.join(conditions)}"
-        if groups:
-            sql += f" GROUP BY {', '.join(f'c{i}' for i in range(len(groups)))}"
-        return sql
+    def _top(self, breakdowns: list[str], aggregates: dict[int, str], conditions: list[str]) -> list[str]:
+        """The breakdowns, of the groups only that have most of the first measure; all others are null, or left out."""
+        if not self.query.top:
+            if self.query.others:
+                invalid("query.others", "There are others in a query with a top.")
+            return breakdowns
+        if not breakdowns:
+            invalid("query.top", "There is a top of the breakdowns: name one.")
+        names = [f"b{i}" for i in range(len(breakdowns))]
+        first = next(iter(aggregates.values()), "count()")
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        expressions = [f"{sql} AS {name}" for sql, name in zip(breakdowns, names, strict=True)]
+        best = f"""(
+            SELECT {", ".join(names)} FROM (
+                SELECT {", ".join([*expressions, f"{first} AS first"])}
+                FROM {self.events.rows()} {where} GROUP BY {", ".join(names)}
+            )
+            ORDER BY first DESC NULLS LAST, {", ".join(names)} LIMIT {self.query.top}
+        )"""
+        kept = f"tuple({', '.join(breakdowns)}) IN (SELECT tuple({', '.join(names)}) FROM {best})"
+        if self.query.others:
+            return [f"if({kept}, toNullable({breakdown}), NULL)" for breakdown in breakdowns]
+        conditions.append(kept)
+        return breakdowns
 
-    def _filled(self, rows: str, groups: list[str], measures: Sequence[Measure]) -> str:
-        """The rows, and one for each bucket that a group lacks. Without breakdowns there is one group."""
-        granularity, start, end = self.query.granularity, self.events.start, self.events.end
-        if granularity not in BUCKETS:
-            invalid("query.fill_gaps", "Gaps can be filled in a query with a granularity.")
+    def _compared(self, groups: "_Groups") -> str:
+        """The rows, each with the numbers of the earlier period beside its own."""
+        events = self.events
+        if events.start is None or events.end is None:
+            invalid("query.comparison", "A range with a start and an end can be compared.")
+        start, end = earlier_range(self.query, events.start, events.end)
+        earlier = replace(events, start=start, end=end)
+        keys = [f"k{i}" for i in range(len(groups.keys))]
+        numbers = [f"m{index}" for index in groups.aggregates]
+        shifted, kept, missing = list(keys), "", ""
+        if self.query.granularity:
+            now, then = self._buckets(events, "query.comparison"), self._buckets(earlier, "query.comparison")
+            pairs = f"""(
+                SELECT (arrayResize(late, n), arrayResize(early, n))
+                FROM (SELECT {now} AS late, {then} AS early, least(length(late), length(early)) AS n)
+            )"""
+            shifted[0] = f"transform(k0, {pairs}.2, {pairs}.1, toUInt32(0)) AS k0"
+            kept = "WHERE k0 != 0"
+            missing = f"k0 > {pairs}.1[-1]"
+        inner = ", ".join([*keys, *numbers])
+        both = f"""
+            SELECT 0 AS earlier, {inner} FROM ({groups.rows(events)})
+            UNION ALL
+            SELECT 1 AS earlier, * FROM (
+                SELECT {", ".join([*shifted, *numbers])} FROM ({groups.rows(earlier)})
+            ) {kept}
+        """
+        columns = list(keys)
+        for index in groups.aggregates:
+            of_earlier = f"anyIf(m{index}, earlier)"
+            columns.append(f"anyIf(m{index}, NOT earlier) AS m{index}_")
+            columns.append(f"{f'if({missing}, NULL, {of_earlier})' if missing else of_earlier} AS e{index}")
+        renamed = [f"m{index}_ AS m{index}, e{index}" for index in groups.aggregates]
+        group_by = f"GROUP BY {', '.join(keys)}" if keys else ""
+        return f"SELECT {', '.join([*keys, *renamed])} FROM (SELECT {', '.join(columns)} FROM ({both}) {group_by})"
+
+    def _buckets(self, events: Selection, path: str) -> str:
+        """A sorted array of the beginnings of all buckets in a range, in seconds since 1970."""
+        granularity, start, end = self.query.granularity, events.start, events.end
         if start is None or end is None:
-            invalid("query.fill_gaps", "Gaps can be filled in a range with a start and an end.")
+            invalid(path, "This needs a range with a start and an end.")
         if (end - start) / 1000 / _SHORTEST_SECONDS[granularity] > MAX_FILLED_BUCKETS:
-            invalid("query.fill_gaps", f"The range has more than {MAX_FILLED_BUCKETS} buckets.")
+            invalid(path, f"The range has more than {MAX_FILLED_BUCKETS} buckets.")
         step = _STEP_SECONDS[granularity] * 1000
         # Every bucket is hit by a step or by the last instant.
-        buckets = f"""(
-            SELECT groupUniqArray({BUCKETS[granularity]}) FROM (
-                SELECT {self.events.instant(start)}
+        return f"""(
+            SELECT arraySort(groupUniqArray(toUnixTimestamp({BUCKETS[granularity]}))) FROM (
+                SELECT {events.instant(start)}
                     + toIntervalMillisecond(least(number * {step}, {end - start - 1})) AS time
                 FROM numbers({(end - start + step - 1) // step + 1 if end > start else 0})
             )
         )"""
-        keys = [f"c{i}" for i in range(1, len(groups))]
-        numbers = [f"c{len(groups) + i}" for i in range(len(measures))]
-        empty = ["toUInt64(0)" if _counts(measure) else "NULL" for measure in measures]
+
+    def _filled(self, rows: str, key_count: int, aggregates: list[int]) -> str:
+        """The rows, and one for each bucket that a group lacks. Without breakdowns there is one group."""
+        if self.query.granularity not in BUCKETS:
+            invalid("query.fill_gaps", "Gaps can be filled in a query with a granularity.")
+        buckets = self._buckets(self.events, "query.fill_gaps")
+        keys = [f"k{i}" for i in range(1, key_count)]
+        numbers, empty = [], []
+        for letter, places in (
+            ("m", aggregates),
+            ("e", aggregates if self.query.HasField("comparison") else []),
+        ):
+            numbers += [f"{letter}{index}" for index in places]
+            empty += ["toUInt64(0)" if _counts(self.measures[index]) else "NULL" for index in places]
         kept = [f"cell.{i + 2} AS {name}" for i, name in enumerate(numbers)]
         group_by = f"GROUP BY {', '.join(keys)}" if keys else ""
         return f"""
-            SELECT {", ".join(["cell.1 AS c0", *keys, *kept])}
+            SELECT {", ".join(["cell.1 AS k0", *keys, *kept])}
             FROM (
-                SELECT {", ".join([*keys, f"groupArray(tuple({', '.join(['c0', *numbers])})) AS cells"])}
+                SELECT {", ".join([*keys, f"groupArray(tuple({', '.join(['k0', *numbers])})) AS cells"])}
                 FROM ({rows}) {group_by}
             )
             ARRAY JOIN arrayConcat(cells, arrayMap(bucket -> tuple({", ".join(["bucket", *empty])}),
                 arrayExcept({buckets}, arrayMap(cell -> cell.1, cells)))) AS cell
         """
 
-    def _order(self, columns: list[Column], group_count: int) -> str:
+    def _formulas(self) -> list[tuple[str, int, str]]:
+        """Columns to compute, each of those before it: the letter and the place of each, and its SQL."""
+        compared = self.query.HasField("comparison")
+        known: dict[str, str] = {}
+        formulas = []
+        for index, (measure, name) in enumerate(zip(self.measures, self.names, strict=True)):
+            if not measure.formula:
+                known[name] = f"m{index}"
+                if compared:
+                    known[f"{PREVIOUS}{name}"] = f"e{index}"
+                    self.compared.append(index)
+                continue
+            path = f"query.measures[{index}]"
+            if measure.aggregation or measure.property or measure.filters:
+                invalid(
+                    f"{path}.formula", "A formula stands alone: without aggregation, property and filters."
+                )
+            if not measure.alias:
+                invalid(f"{path}.alias", "A formula needs an alias.")
+            used: set[str] = set()
+            formulas.append(("m", index, self._formula(measure.formula, known, used, f"{path}.formula")))
+            # What compares the periods itself has no number of the earlier one.
+            if compared and not any(column.startswith("e") for column in used):
+                of_earlier = {n: known[f"{PREVIOUS}{n}"] for n in known if f"{PREVIOUS}{n}" in known}
+                if all(self._is_compared(column) for column in used):
+                    sql = self._formula(measure.formula, of_earlier, set(), f"{path}.formula")
+                    formulas.append(("e", index, sql))
+                    known[f"{PREVIOUS}{name}"] = f"e{index}"
+                    self.compared.append(index)
+            known[name] = f"m{index}"
+        return formulas
+
+    def _is_compared(self, column: str) -> bool:
+        return int(column[1:]) in self.compared
+
+    def _formula(self, formula: str, known: dict[str, str], used: set[str], path: str) -> str:
+        def resolve(name: str) -> str | None:
+            column = known.get(name)
+            if column is None:
+                return None
+            used.add(column)
+            return f"toFloat64({column})"
+
+        return compile_formula(formula, resolve, list(known), path)
+
+    def _order(self, columns: list[Column], cells: list[str], group_count: int) -> str:
         indexes = {column.name: i for i, column in enumerate(columns)}
         keys: dict[int, bool] = {}
         for position, order in enumerate(self.query.order_by):
@@ -169,13 +310,16 @@ class _Compilation:
         )
 
     def _check_names(self, columns: list[Column], group_count: int) -> None:
-        seen: set[str] = set()
-        for index, column in enumerate(columns):
-            if column.name in seen:
-                measure = index - group_count
-                where = f"query.measures[{measure}].alias" if measure >= 0 else "query.breakdowns"
-                invalid(where, f"Two columns are named {column.name}.")
-            seen.add(column.name)
+        if len(columns) == group_count:
+            invalid("query.measures", "All measures are hidden.")
+        seen = {column.name for column in columns[:group_count]}
+        if len(seen) < group_count:
+            invalid("query.breakdowns", "Two breakdowns are of the same property.")
+        for index, name in enumerate(self.names):
+            for column in (name, f"{PREVIOUS}{name}") if index in self.compared else (name,):
+                if column in seen:
+                    invalid(f"query.measures[{index}].alias", f"Two columns are named {column}.")
+                seen.add(column)
 
     # Columns
 
@@ -202,6 +346,60 @@ class _Compilation:
         if name:
             conditions.append(self.events.property(name, f"{path}.property").exists)
         return f"countIf({' AND '.join(conditions) or '1'})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Expressions to group by, aggregates by the places of their measures, and conditions on events."""
+
+    keys: list[str]
+    aggregates: dict[int, str]
+    conditions: list[str]
+
+    def rows(self, events: Selection) -> str:
+        expressions = [f"{sql} AS k{i}" for i, sql in enumerate(self.keys)]
+        expressions += [f"{sql} AS m{index}" for index, sql in self.aggregates.items()]
+        sql = f"SELECT {', '.join(expressions)} FROM {events.rows()}"
+        if self.conditions:
+            sql += f" WHERE {' AND '.join(self.conditions)}"
+        if self.keys:
+            sql += f" GROUP BY {', '.join(f'k{i}' for i in range(len(self.keys)))}"
+        return sql
+
+
+def earlier_range(query: Query, start: int, end: int) -> tuple[int, int]:
+    """The range to compare `start` to `end` with, in milliseconds since 1970.
+
+    "The last seconds" are compared with as many seconds; all else goes by the clock and the calendar of the time zone.
+    """
+    period = query.comparison.period or Comparison.PREVIOUS
+    if period == Comparison.PREVIOUS and query.time_range.last_seconds:
+        return 2 * start - end, start
+    zone = ZoneInfo(query.time_zone or "UTC")
+    first, last = _clock(start, zone), _clock(end, zone)
+    if period == Comparison.PREVIOUS:
+        return _instant(first - (last - first), zone), start
+    return _instant(_back(first, period), zone), _instant(_back(last, period), zone)
+
+
+def _clock(milliseconds: int, zone: ZoneInfo) -> datetime:
+    """What clocks show in the zone."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return datetime.fromtimestamp(seconds, zone).replace(tzinfo=None) + timedelta(milliseconds=rest)
+
+
+def _instant(clock: datetime, zone: ZoneInfo) -> int:
+    return round((clock.replace(tzinfo=zone) - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(milliseconds=1))
+
+
+def _back(clock: datetime, period: "Comparison.Period.ValueType") -> datetime:
+    if period == Comparison.DAY:
+        return clock - timedelta(days=1)
+    if period == Comparison.WEEK:
+        return clock - timedelta(weeks=1)
+    months = clock.year * 12 + clock.month - 1 - (12 if period == Comparison.YEAR else 1)
+    year, month = divmod(months, 12)
+    return clock.replace(year=year, month=month + 1, day=min(clock.day, monthrange(year, month + 1)[1]))
 
 
 def _counts(measure: Measure) -> bool:

@@ -43,10 +43,13 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a query gave: names of columns, and a list of cells for each row."""
+    """What a query gave, names of columns and a list of cells for each row, and what it took."""
 
     names: list[str]
     rows: list[list[Any]]
+    rows_read: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
 
 
 class EventStore:
@@ -93,7 +96,14 @@ class EventStore:
             timeout,
         )
         answer = json.loads(body)
-        return Rows([column["name"] for column in answer["meta"]], answer["data"])
+        took = answer["statistics"]
+        return Rows(
+            [column["name"] for column in answer["meta"]],
+            answer["data"],
+            took["rows_read"],
+            took["bytes_read"],
+            took["elapsed"],
+        )
 
     async def scan(
         self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = 300

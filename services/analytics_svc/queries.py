@@ -2,61 +2,116 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from contextvars import Context as ContextVars
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest, RunWidgetQueryResponse
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
 from meshboard.analytics.v1.query_pb2 import Query, Result
 from meshboard.analytics.v1.query_service_pb2 import (
+    ExplainQueryRequest,
+    ExplainQueryResponse,
     RunQueryRequest,
     RunQueryResponse,
     ValidateQueryRequest,
     ValidateQueryResponse,
 )
 from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceServicer
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.compiler import Compiled, compile_query
-from services.analytics_svc.event_store import EventStore, TooExpensiveError, UnavailableError
+from services.analytics_svc.event_store import EventStore, Rows, TooExpensiveError, UnavailableError, Value
 from services.analytics_svc.models import Source, Watermark
 from services.chassis import auth, errors
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-QUERY_SECONDS = 10.0
-# Cells that are remembered in one process: about 100 bytes each.
-CACHED_CELLS = 200_000
-_LIMITS = {"max_memory_usage": 1_000_000_000, "max_threads": 2, "readonly": 2}
+# What the answers that are remembered in one process may take, as they are sent.
+CACHED_BYTES = 64 << 20
+# How many queries of a workspace may wait in one process, for each that may be under way.
+WAITING_FOR_EACH = 50
+# What the engine bounds by default is too little for the longest queries that the contract allows.
+_SQL_BYTES = 16 << 20
+_EXCEEDED = {158: "rows", 159: "time", 160: "time", 307: "rows", 396: "rows", 241: "memory", 394: "time"}
+_WORDS = {
+    "time": "The query needs more time than a query may have",
+    "memory": "The query needs more memory than a query may have",
+    "rows": "The query reads more events than a query may",
+}
 
 _answers = Counter("meshboard_query_answers_total", "Answers by where they came from.", ["from"])
+_seconds = Histogram(
+    "meshboard_query_seconds", "Seconds that queries took in the event store, waiting included."
+)
+_rows_read = Counter("meshboard_query_rows_read_total", "Events that queries have read in the event store.")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one query may take, and how many of a workspace may be under way in one process. `rows` 0 is no limit."""
+
+    seconds: float = 10.0
+    memory_bytes: int = 1_000_000_000
+    rows: int = 2_000_000_000
+    per_workspace: int = 4
+
+    @property
+    def settings(self) -> dict[str, Value]:
+        """As the event store's settings."""
+        return {
+            "max_memory_usage": self.memory_bytes,
+            "max_rows_to_read": self.rows,
+            "max_threads": 2,
+            "max_query_size": _SQL_BYTES,
+            "max_ast_elements": 500_000,
+            "max_expanded_ast_elements": 5_000_000,
+            "readonly": 2,
+        }
 
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A query under way, and how many wait for it."""
+    """Something under way, and how many wait for it."""
 
-    task: asyncio.Task[Result]
+    task: asyncio.Task[Any]
     waiting: int = 0
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The queries of one workspace: a few at a time, so that those of others get their turn."""
+
+    free: asyncio.Semaphore
+    inside: int = 0
 
 
 class Queries:
     """Computes answers, each once for all who ask for the same at the same watermark."""
 
     def __init__(
-        self, db: async_sessionmaker[AsyncSession], store: EventStore, now: Callable[[], datetime]
+        self,
+        db: async_sessionmaker[AsyncSession],
+        store: EventStore,
+        now: Callable[[], datetime],
+        limits: Limits = Limits(),
     ) -> None:
         self.db = db
         self.store = store
         self.now = now
+        self.limits = limits
         self._cached: OrderedDict[tuple[object, ...], Result] = OrderedDict()
-        self._cells = 0
+        self._bytes = 0
         self._flights: dict[tuple[object, ...], _Flight] = {}
+        self._lanes: dict[str, _Lane] = {}
 
     async def answer(self, query: Query, workspace_id: str) -> Result:
         """The answer to a query over sources that are known to be of the workspace.
@@ -64,80 +119,136 @@ class Queries:
         Raises INVALID_ARGUMENT, RESOURCE_EXHAUSTED or UNAVAILABLE.
         """
         compiled = compile_query(query, workspace_id, self.now())
+        return await self.remembered(compiled, workspace_id, query.source_ids)
+
+    async def remembered(self, compiled: Compiled, workspace_id: str, source_ids: Sequence[str]) -> Result:
+        """The answer to a compiled question about these sources: remembered, or computed now. Raises as `answer`."""
         # Read before the query runs: the answer has all events up to it, and maybe more, never less.
-        watermark = await self._watermark(workspace_id, query.source_ids)
-        params = tuple((name, _hashable(value)) for name, value in compiled.params.items())
-        key = (compiled.sql, params, tuple(column.name for column in compiled.columns), watermark)
+        watermarks = await self.watermarks(workspace_id, source_ids)
+        names = tuple(column.name for column in compiled.columns)
+        key = (compiled.sql, hashable(compiled.params), names, watermarks)
         if (found := self._cached.get(key)) is not None:
             self._cached.move_to_end(key)
             _answers.labels("cache").inc()
             return found
+
+        async def compute() -> Result:
+            rows = await self.rows(compiled.sql, compiled.params, workspace_id)
+            result = result_of(compiled, rows, max(watermarks, default=0))
+            self._keep(key, result)
+            return result
+
+        return await self.shared(key, compute)
+
+    async def shared(self, key: tuple[object, ...], compute: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What `compute` gives, computed once for all who ask for the same key meanwhile.
+
+        It is cancelled when the last of them has gone away.
+        """
         flight = self._flights.get(key)
         if flight is None:
             _answers.labels("store").inc()
-            task = asyncio.create_task(self._compute(compiled, watermark))
-            flight = self._flights[key] = _Flight(task)
-            task.add_done_callback(lambda task: self._keep(key, task))
+            # In an empty context: it runs for several calls, and has none's deadline.
+            flight = self._flights[key] = _Flight(asyncio.create_task(compute(), context=ContextVars()))
+            flight.task.add_done_callback(lambda _: self._land(key, flight))
         else:
             _answers.labels("shared").inc()
         flight.waiting += 1
         try:
-            return await asyncio.shield(flight.task)
+            result: T = await asyncio.shield(flight.task)
+            return result
         finally:
             flight.waiting -= 1
             if not flight.waiting:  # the last one to wait has gone away: the store need not go on
                 flight.task.cancel()
-                if self._flights.get(key) is flight:
-                    del self._flights[key]
+                self._land(key, flight)
 
-    async def _watermark(self, workspace_id: str, source_ids: Sequence[str]) -> int:
+    async def watermarks(self, workspace_id: str, source_ids: Sequence[str]) -> tuple[int, ...]:
+        """How far each of the sources that have events has been read into the store, in the order of their ids."""
         async with self.db() as session:
-            found = await session.scalar(
-                select(func.max(Watermark.watermark)).where(
-                    Watermark.workspace_id == workspace_id, Watermark.source_id.in_(source_ids)
-                )
+            found = await session.scalars(
+                select(Watermark.watermark)
+                .where(Watermark.workspace_id == workspace_id, Watermark.source_id.in_(source_ids))
+                .order_by(Watermark.source_id)
             )
-        return found or 0
+            return tuple(found)
 
-    async def _compute(self, compiled: Compiled, watermark: int) -> Result:
-        try:
-            found = await self.store.query(
-                compiled.sql, compiled.params, settings=_LIMITS, timeout=QUERY_SECONDS
-            )
-        except TooExpensiveError as error:
+    async def rows(self, sql: str, params: Mapping[str, Value], workspace_id: str) -> Rows:
+        """Runs a SELECT for a workspace, within the limits of a query.
+
+        Raises RESOURCE_EXHAUSTED (QUERY_TOO_EXPENSIVE or QUERIES_QUEUED) or UNAVAILABLE.
+        """
+        with _seconds.time():
+            async with self._lane(workspace_id):
+                try:
+                    found = await self.store.query(
+                        sql, params, settings=self.limits.settings, timeout=self.limits.seconds
+                    )
+                except TooExpensiveError as error:
+                    limit = _EXCEEDED[error.code]
+                    raise errors.resource_exhausted(
+                        "QUERY_TOO_EXPENSIVE", f"{_WORDS[limit]}: narrow it.", limit=limit
+                    ) from error
+                except UnavailableError as error:
+                    raise errors.unavailable("The event store does not answer.") from error
+        _rows_read.inc(found.rows_read)
+        return found
+
+    @asynccontextmanager
+    async def _lane(self, workspace_id: str) -> AsyncIterator[None]:
+        lane = self._lanes.get(workspace_id)
+        if lane is None:
+            lane = self._lanes[workspace_id] = _Lane(asyncio.Semaphore(self.limits.per_workspace))
+        if lane.inside >= self.limits.per_workspace * (1 + WAITING_FOR_EACH):
             raise errors.resource_exhausted(
-                "QUERY_TOO_EXPENSIVE", "The query needs more time or memory than a query may have: narrow it."
-            ) from error
-        except UnavailableError as error:
-            raise errors.unavailable("The event store does not answer.") from error
-        result = Result(
-            columns=compiled.columns,
-            watermark=str(watermark),
-            truncated=len(found.rows) > compiled.limit,
-        )
-        for row in found.rows[: compiled.limit]:
-            result.rows.add().extend(row)
-        return result
+                "QUERIES_QUEUED",
+                "Too many queries of the workspace wait for the event store.",
+                retry_seconds=self.limits.seconds / 2,
+            )
+        lane.inside += 1
+        try:
+            async with lane.free:
+                yield
+        finally:
+            lane.inside -= 1
+            if not lane.inside:
+                del self._lanes[workspace_id]
 
-    def _keep(self, key: tuple[object, ...], task: "asyncio.Task[Result]") -> None:
-        if task.cancelled() or task.exception() is not None:
-            return
+    def _land(self, key: tuple[object, ...], flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # whoever waited has been told
+
+    def _keep(self, key: tuple[object, ...], result: Result) -> None:
         copy = Result()
-        copy.CopyFrom(task.result())
+        copy.CopyFrom(result)
         copy.cached = True
+        if (earlier := self._cached.pop(key, None)) is not None:
+            self._bytes -= earlier.ByteSize()
         self._cached[key] = copy
-        self._cells += _cells(copy)
-        while self._cells > CACHED_CELLS:
+        self._bytes += copy.ByteSize()
+        while self._bytes > CACHED_BYTES:
             _, oldest = self._cached.popitem(last=False)
-            self._cells -= _cells(oldest)
+            self._bytes -= oldest.ByteSize()
 
 
-def _cells(result: Result) -> int:
-    return len(result.columns) * (len(result.rows) + 1)
+def result_of(compiled: Compiled, rows: Rows, watermark: int) -> Result:
+    """The store's rows as an answer."""
+    result = Result(
+        columns=compiled.columns, watermark=str(watermark), truncated=len(rows.rows) > compiled.limit
+    )
+    for row in rows.rows[: compiled.limit]:
+        result.rows.add().extend(row)
+    return result
 
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, str | int | float) else tuple(value)
+def hashable(params: Mapping[str, Value]) -> tuple[object, ...]:
+    """Parameters as part of a key."""
+    return tuple(
+        (name, value if isinstance(value, str | int | float) else tuple(value))
+        for name, value in params.items()
+    )
 
 
 class QueryServicer(QueryServiceServicer):
@@ -152,6 +263,19 @@ class QueryServicer(QueryServiceServicer):
     async def ValidateQuery(self, request: ValidateQueryRequest, context: Context) -> ValidateQueryResponse:
         compiled = compile_query(request.query, auth.caller().workspace_id, self.queries.now())
         return ValidateQueryResponse(columns=compiled.columns)
+
+    async def ExplainQuery(self, request: ExplainQueryRequest, context: Context) -> ExplainQueryResponse:
+        workspace_id = auth.caller().workspace_id
+        compiled = compile_query(request.query, workspace_id, self.queries.now())
+        found = await self.queries.rows(compiled.sql, compiled.params, workspace_id)
+        return ExplainQueryResponse(
+            sql=compiled.sql,
+            parameters={name: str(value) for name, value in compiled.params.items()},
+            rows_read=found.rows_read,
+            bytes_read=found.bytes_read,
+            milliseconds=found.seconds * 1000,
+            row_count=min(len(found.rows), compiled.limit),
+        )
 
 
 class InternalQueryServicer(InternalQueryServiceServicer):

@@ -6,6 +6,7 @@ server.
 # ruff: noqa: S608 - this is where SQL is put together, of expressions written here
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from functools import cache
 from typing import NoReturn
 from zoneinfo import available_timezones
 
+import re2
 from google.protobuf import struct_pb2
 from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 
@@ -67,12 +69,22 @@ _COMPARISONS = {
     Filter.LESS: "<",
     Filter.LESS_OR_EQUAL: "<=",
 }
+_TEXT_TESTS = {
+    Filter.CONTAINS: "position({text}, {value}) > 0",
+    Filter.STARTS_WITH: "startsWith({text}, {value})",
+    Filter.ENDS_WITH: "endsWith({text}, {value})",
+    Filter.MATCHES: "match({text}, {value})",
+}
 _NEGATIONS = {
     Filter.NOT_EQUAL: Filter.EQUAL,
     Filter.NOT_CONTAINS: Filter.CONTAINS,
     Filter.NOT_EXISTS: Filter.EXISTS,
     Filter.NOT_IN: Filter.IN,
+    Filter.NOT_MATCHES: Filter.MATCHES,
 }
+# Values travel in the address of a request, which the store bounds at 1 MiB: each byte may take three there.
+MAX_VALUE_BYTES = 256 << 10
+MAX_PATTERN_LENGTH = 1000
 
 
 def resolve_range(time_range: TimeRange, now: datetime) -> tuple[int | None, int | None]:
@@ -193,10 +205,11 @@ class Selection:
             bound = self.bind(numbers[0], "Float64")
             return f"({of.is_number} AND {of.number} {_COMPARISONS[operator]} {bound})"
         texts = [_value_text(value) for value in values]
-        if operator == Filter.CONTAINS:
-            return f"({of.exists} AND position({of.text}, {self.bind(texts[0], 'String')}) > 0)"
-        if operator == Filter.STARTS_WITH:
-            return f"({of.exists} AND startsWith({of.text}, {self.bind(texts[0], 'String')}))"
+        if operator in _TEXT_TESTS:
+            if operator == Filter.MATCHES:
+                _check_pattern(texts[0], f"{path}.values[0]")
+            test = _TEXT_TESTS[operator].format(text=of.text, value=self.bind(texts[0], "String"))
+            return f"({of.exists} AND {test})"
         same = f"({of.exists} AND {of.text} IN {self.bind(texts, 'Array(String)')})"
         if numbers and of.is_number != "0":
             bound = self.bind(numbers, "Array(Float64)")
@@ -229,6 +242,13 @@ class Selection:
         expression = BUILT_INS[name]
         return Property(text=expression, exists=f"{expression} != ''", number="NULL", is_number="0")
 
+    def check_size(self) -> None:
+        """Raises INVALID_ARGUMENT (QUERY_INVALID) when the values are more than a statement can have."""
+        if sum(len(json.dumps(value, ensure_ascii=False).encode()) for value in self.params.values()) > (
+            MAX_VALUE_BYTES
+        ):
+            invalid("query", f"All values and names together have more than {MAX_VALUE_BYTES} bytes.")
+
     def bind(self, value: Value, kind: str) -> str:
         """Binds a value of ClickHouse's type `kind`, and gives the placeholder."""
         name = f"p{len(self.params)}"
@@ -244,6 +264,25 @@ class Property:
     exists: str
     number: str
     is_number: str
+
+
+def _check_pattern(pattern: str, path: str) -> None:
+    """Raises INVALID_ARGUMENT (PATTERN_INVALID) for what the store's RE2 cannot read either."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        text = f"A regular expression has at most {MAX_PATTERN_LENGTH} characters."
+        raise errors.invalid_argument("PATTERN_INVALID", text, field=path)
+    try:
+        re2.compile(pattern, _pattern_options())
+    except re2.error as error:
+        text = f"The regular expression cannot be read: {error.args[0].decode(errors='replace')}."
+        raise errors.invalid_argument("PATTERN_INVALID", text, field=path) from None
+
+
+@cache
+def _pattern_options() -> re2.Options:
+    options = re2.Options()
+    options.log_errors = False
+    return options
 
 
 @cache

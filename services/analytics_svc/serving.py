@@ -5,6 +5,8 @@ from functools import partial
 from meshboard.analytics.v1.catalogue_service_pb2_grpc import add_CatalogueServiceServicer_to_server
 from meshboard.analytics.v1.compat_service_pb2 import SendBatchRequest, SendTrackRequest
 from meshboard.analytics.v1.compat_service_pb2_grpc import add_CompatServiceServicer_to_server
+from meshboard.analytics.v1.event_service_pb2 import ListEventsRequest, TailEventsRequest
+from meshboard.analytics.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
@@ -23,13 +25,15 @@ from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.ingest import IngestServicer
-from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.queries import InternalQueryServicer, Limits, Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
+from services.analytics_svc.raw_events import EventServicer
 from services.analytics_svc.rules import Rulebook
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
+from services.analytics_svc.tails import Tails
 from services.analytics_svc.write_keys import WriteKeys, WriteKeyServicer
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
@@ -44,6 +48,7 @@ from services.chassis.interceptor import warm_up
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
+from services.chassis.rechecks import Span
 from services.chassis.server import Server
 from services.chassis.times import now
 
@@ -87,8 +92,23 @@ async def serve(settings: AnalyticsSettings) -> None:
         geo=GeoDatabase(settings.geo_database) if settings.geo_database else None,
     )
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
-    queries = Queries(sessions, store, now)
     catalogue = CatalogueServicer(sessions, Summaries(sessions, store, now), pages, now)
+    limits = Limits(
+        settings.query_seconds,
+        settings.query_memory_bytes,
+        settings.query_rows,
+        settings.queries_per_workspace,
+    )
+    queries = Queries(sessions, store, now, limits)
+    tails = Tails(queries, per_workspace=settings.tails_per_workspace, at_most=settings.tails)
+    await tails.listen(bus)
+    events = EventServicer(
+        queries,
+        pages,
+        tails,
+        Span(settings.heartbeat_seconds, settings.watch_seconds),
+        draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
+    )
     server = Server(
         settings,
         [
@@ -97,6 +117,7 @@ async def serve(settings: AnalyticsSettings) -> None:
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
             lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+            lambda server: add_EventServiceServicer_to_server(events, server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
             lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
@@ -111,6 +132,8 @@ async def serve(settings: AnalyticsSettings) -> None:
         SendTrackRequest(),
         RunQueryRequest(),
         RunWidgetQueryRequest(),
+        ListEventsRequest(),
+        TailEventsRequest(),
     )
     try:
         await server.start()

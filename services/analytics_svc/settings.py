@@ -16,5 +16,15 @@ class AnalyticsSettings(Settings):
     event_log_bytes: int = 8 << 30
     # A file in MaxMind's format that tells where addresses are. Without it no event has a country, region or city.
     geo_database: FilePath | None = None
+    # What one query may take of the event store, and how many of a workspace each process runs at the same time.
+    query_seconds: float = 10.0
+    query_memory_bytes: int = 1_000_000_000
+    query_rows: int = 2_000_000_000
+    queries_per_workspace: int = 4
+    # Streams of live events: how many a process serves, and how many of them to one workspace.
+    tails: int = 400
+    tails_per_workspace: int = 50
+    heartbeat_seconds: float = 15.0
+    watch_seconds: float = 3600.0
     # For the fault test's proof only: counts what is sent twice twice.
     unsafe_no_deduplication: bool = False

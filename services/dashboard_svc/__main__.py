@@ -22,6 +22,7 @@ from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
 from services.chassis.process import until_stopped
+from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
 from services.dashboard_svc.answers import Answers
@@ -33,7 +34,6 @@ from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
-from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
 
 

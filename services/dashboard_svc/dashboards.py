@@ -27,6 +27,7 @@ from services.chassis.db import new_id
 from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
+from services.chassis.rechecks import Span
 from services.chassis.resources import Resource, visible, visible_ids
 from services.chassis.search import place_of
 from services.chassis.texts import clean_name
@@ -37,7 +38,7 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
-from services.dashboard_svc.streams import Span, stream
+from services.dashboard_svc.streams import stream
 
 Context = Any
 DASHBOARD = Resource(

@@ -22,6 +22,10 @@ from meshboard.analytics.v1.compat_service_pb2_grpc import (
     CompatServiceStub,
     add_CompatServiceServicer_to_server,
 )
+from meshboard.analytics.v1.event_service_pb2_grpc import (
+    EventServiceStub,
+    add_EventServiceServicer_to_server,
+)
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
@@ -59,11 +63,13 @@ from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
+from services.analytics_svc.raw_events import EventServicer
 from services.analytics_svc.rules import Rulebook
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
 from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
+from services.analytics_svc.tails import Tails
 from services.analytics_svc.write_keys import HEADER, WriteKeys, WriteKeyServicer
 from services.chassis import auth
 from services.chassis import db as chassis_db
@@ -71,6 +77,7 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
+from services.chassis.rechecks import Span
 from tests.conditions import eventually
 from tests.harness import Identity, Member, make_settings, new_id, serving
 from tests.parts import Parts, free_port
@@ -185,6 +192,7 @@ class Analytics:
     ingest: IngestServiceStub
     compat: CompatServiceStub
     queries: QueryServiceStub
+    events: EventServiceStub
     internal: InternalQueryServiceStub
     catalogue: CatalogueServiceStub
 
@@ -282,12 +290,16 @@ async def analytics(
     )
     queries = Queries(db, store, now)
     catalogue = CatalogueServicer(db, Summaries(db, store, now), pages, now)
+    tails = Tails(queries, per_workspace=5, at_most=50)
+    await tails.listen(bus)
+    events = EventServicer(queries, pages, tails, Span(0.2, 30.0), lambda: False)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_WriteKeyServiceServicer_to_server(keys, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
         lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+        lambda server: add_EventServiceServicer_to_server(events, server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
         lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
     ]
@@ -316,6 +328,7 @@ async def analytics(
             ingest=IngestServiceStub(channel),
             compat=CompatServiceStub(channel),
             queries=QueryServiceStub(channel),
+            events=EventServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
             catalogue=CatalogueServiceStub(channel),
         )

@@ -1,14 +1,16 @@
 """Queries answered in plain Python over a list of events: slow, obvious, and independent of the compiler."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from meshboard.analytics.v1.query_pb2 import Filter, Measure, Query
+from meshboard.analytics.v1.query_pb2 import Comparison, Filter, Measure, Query
 
 Cell = str | float | None
 
@@ -28,32 +30,196 @@ def answer(query: Query, rows: list[Row]) -> list[list[Cell]]:
     rows = [row for row in rows if row.source_id in query.source_ids]
     visits = _visits(rows)
     start, end = _range(query)
-    chosen = [row for row in rows if start <= row.time < end]
-    chosen = [row for row in chosen if all(_matches(f, row, visits) for f in query.filters)]
     zone = ZoneInfo(query.time_zone or "UTC")
-    measures = query.measures or [Measure()]
+    measures = list(query.measures) or [Measure()]
+    chosen = _chosen(query, rows, visits, start, end)
+    kept = _top(query, chosen, measures, visits)
 
-    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    def group(chosen: list[Row], paired: dict[int, int] | None = None) -> dict[tuple[Any, ...], list[Row]]:
+        groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+        for row in chosen:
+            names: tuple[Any, ...] = _names(query, row, visits)
+            if kept is not None and names not in kept:
+                if not query.others:
+                    continue
+                names = (None,) * len(names)
+            bucket = bucket_start(query.granularity, row.time, zone) if query.granularity else 0
+            if paired is not None and query.granularity:
+                if bucket not in paired:
+                    continue
+                bucket = paired[bucket]
+            groups[((bucket,) if query.granularity else ()) + names].append(row)
+        return groups
+
+    late, early, lonely = group(chosen), {}, set()
+    buckets = _buckets(query, start, end, zone) if query.granularity and query.HasField("time_range") else []
+    if query.HasField("comparison"):
+        first, last = earlier_range(query, start, end, zone)
+        before = _buckets(query, first, last, zone) if query.granularity else []
+        early = group(_chosen(query, rows, visits, first, last), dict(zip(before, buckets, strict=False)))
+        lonely = set(buckets[len(before) :])
+    keys = {*late, *early}
     if not query.granularity and not query.breakdowns:
-        groups[()] = []
-    for row in chosen:
-        names = tuple(_text(b.property, row, visits) or "" for b in query.breakdowns)
-        bucket = (bucket_start(query.granularity, row.time, zone),) if query.granularity else ()
-        groups[bucket + names].append(row)
-    result = [([*key, *(_measure(m, rows, visits) for m in measures)]) for key, rows in groups.items()]
+        keys.add(())
     if query.fill_gaps:
-        seen = {tuple(key[1:]) for key in groups} if query.breakdowns else {()}
-        instants = {*range(start, end, 15 * 60_000 if query.granularity != Query.MINUTE else 60_000), end - 1}
-        buckets = {bucket_start(query.granularity, t, zone) for t in instants if start <= t < end}
-        empty = [_measure(m, [], visits) for m in measures]
-        result += [
-            [bucket, *names, *empty] for bucket in buckets for names in seen if (bucket, *names) not in groups
-        ]
+        seen = {key[1:] for key in keys} if query.breakdowns else {()}
+        keys |= {(bucket, *names) for bucket in buckets for names in seen}
+
+    result = []
+    for key in keys:
+        known: dict[str, float | None] = {}
+        cells: list[Any] = list(key)
+        for measure in measures:
+            name = measure.alias or "count"
+            if measure.formula:
+                known |= _formula(measure, known, compared=query.HasField("comparison"))
+                continue
+            known[name] = _measure(measure, late.get(key, []), visits)
+            if query.HasField("comparison"):
+                alone = bool(query.granularity) and key[0] in lonely
+                known[f"previous_{name}"] = None if alone else _measure(measure, early.get(key, []), visits)
+        visible = [measure.alias or "count" for measure in measures if not measure.hidden]
+        cells += [known[name] for name in visible]
+        cells += [known[f"previous_{name}"] for name in visible if f"previous_{name}" in known]
+        result.append(cells)
     _sort(query, result)
     if query.granularity:
         for cells in result:
             cells[0] = datetime.fromtimestamp(cells[0], UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return result[: query.limit or 1000]
+
+
+def _chosen(query: Query, rows: list[Row], visits: dict[int, str], start: int, end: int) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if start <= row.time < end
+        and all(_matches(f, row, visits) for f in query.filters)
+        and all(any(_matches(f, row, visits) for f in one.filters) for one in query.any_of)
+    ]
+
+
+def _names(query: Query, row: Row, visits: dict[int, str]) -> tuple[str, ...]:
+    return tuple(_text(b.property, row, visits) or "" for b in query.breakdowns)
+
+
+def _top(
+    query: Query, chosen: list[Row], measures: list[Measure], visits: dict[int, str]
+) -> set[tuple[str, ...]] | None:
+    if not query.top:
+        return None
+    groups = defaultdict(list)
+    for row in chosen:
+        groups[_names(query, row, visits)].append(row)
+    first = next((m for m in measures if not m.formula), Measure())
+
+    def place(names: tuple[str, ...]) -> tuple[bool, float, tuple[str, ...]]:
+        number = _measure(first, groups[names], visits)
+        return number is None, -(number or 0), names
+
+    return set(sorted(groups, key=place)[: query.top])
+
+
+def _buckets(query: Query, start: int, end: int, zone: ZoneInfo) -> list[int]:
+    step = 60_000 if query.granularity == Query.MINUTE else 15 * 60_000
+    instants = {*range(start, end, step), end - 1}
+    return sorted({bucket_start(query.granularity, t, zone) for t in instants if start <= t < end})
+
+
+def earlier_range(query: Query, start: int, end: int, zone: ZoneInfo) -> tuple[int, int]:
+    """By the clock of the zone."""
+    period = query.comparison.period
+
+    def shifted(instant: int) -> int:
+        clock = datetime.fromtimestamp(instant / 1000, zone).replace(tzinfo=None)
+        if period == Comparison.DAY:
+            clock -= timedelta(days=1)
+        elif period == Comparison.WEEK:
+            clock -= timedelta(days=7)
+        elif period in {Comparison.MONTH, Comparison.YEAR}:
+            day = clock.day
+            clock = clock.replace(day=1)
+            for _ in range(1 if period == Comparison.MONTH else 12):
+                clock = (clock - timedelta(days=1)).replace(day=1)
+            while (clock + timedelta(days=1)).day != 1 and clock.day < day:
+                clock += timedelta(days=1)
+        else:
+            last = datetime.fromtimestamp(end / 1000, zone).replace(tzinfo=None)
+            clock -= last - clock
+        return int(clock.replace(tzinfo=zone).timestamp() * 1000)
+
+    if period in {Comparison.PERIOD_UNSPECIFIED, Comparison.PREVIOUS}:
+        return shifted(start), start
+    return shifted(start), shifted(end)
+
+
+class _Number:
+    """Null goes through everything; what is divided by zero is null."""
+
+    def __init__(self, value: float | None) -> None:
+        self.value = value
+
+    def _with(self, other: "_Number", operation: Callable[[float, float], float | None]) -> "_Number":
+        if self.value is None or other.value is None:
+            return _Number(None)
+        return _Number(operation(self.value, other.value))
+
+    def __add__(self, other: "_Number") -> "_Number":
+        return self._with(other, lambda a, b: a + b)
+
+    def __sub__(self, other: "_Number") -> "_Number":
+        return self._with(other, lambda a, b: a - b)
+
+    def __mul__(self, other: "_Number") -> "_Number":
+        return self._with(other, lambda a, b: a * b)
+
+    def __truediv__(self, other: "_Number") -> "_Number":
+        return self._with(other, lambda a, b: None if b == 0 else a / b)
+
+    def __neg__(self) -> "_Number":
+        return _Number(None if self.value is None else -self.value)
+
+    def __abs__(self) -> "_Number":
+        return _Number(None if self.value is None else abs(self.value))
+
+    def __round__(self, digits: "_Number | None" = None) -> "_Number":
+        scale = 10.0 ** int((digits.value if digits else 0) or 0)
+        return _Number(None if self.value is None else round(self.value * scale) / scale)
+
+
+_FUNCTIONS = {
+    "abs": abs,
+    "round": round,
+    "least": lambda a, b: a._with(b, min),
+    "greatest": lambda a, b: a._with(b, max),
+    "ifnull": lambda a, b: b if a.value is None else a,
+}
+
+
+def _as_python(token: re.Match[str]) -> str:
+    quoted, name, number = token.groups()
+    if number:
+        return f"N({number})"
+    if name in _FUNCTIONS:
+        return str(name)
+    name = name or re.sub(r"\\(.)", r"\1", quoted)
+    return f"N(v[{name!r}])"
+
+
+def _formula(measure: Measure, known: dict[str, float | None], *, compared: bool) -> dict[str, float | None]:
+    def value(names: dict[str, float | None]) -> float | None:
+        python = re.sub(
+            r'"((?:[^"\\]|\\.)*)"|([A-Za-z_][\w.]*)(?!\w*\()|(\d[\d.e]*)', _as_python, measure.formula
+        )
+        number: float | None = eval(python, {**_FUNCTIONS, "N": _Number, "v": names}).value
+        return number if number is None or math.isfinite(number) else None
+
+    found = {measure.alias: value(known)}
+    earlier = {name: known[f"previous_{name}"] for name in known if f"previous_{name}" in known}
+    if compared and "previous_" not in measure.formula:
+        with suppress(KeyError):
+            found[f"previous_{measure.alias}"] = value(earlier)
+    return found
 
 
 def bucket_start(granularity: int, time: int, zone: ZoneInfo) -> int:
@@ -133,6 +299,9 @@ def _matches(condition: Filter, row: Row, visits: dict[int, str]) -> bool:
     def equal() -> bool:
         return text is not None and (text in map(write, values) or (number is not None and number in numbers))
 
+    def matches() -> bool:
+        return re.search(write(values[0]), text or "", re.DOTALL | re.ASCII) is not None
+
     tests: dict[int, Callable[[], bool]] = {
         Filter.OPERATOR_UNSPECIFIED: equal,
         Filter.EQUAL: equal,
@@ -142,6 +311,9 @@ def _matches(condition: Filter, row: Row, visits: dict[int, str]) -> bool:
         Filter.CONTAINS: lambda: text is not None and write(values[0]) in text,
         Filter.NOT_CONTAINS: lambda: text is None or write(values[0]) not in text,
         Filter.STARTS_WITH: lambda: text is not None and text.startswith(write(values[0])),
+        Filter.ENDS_WITH: lambda: text is not None and text.endswith(write(values[0])),
+        Filter.MATCHES: lambda: text is not None and matches(),
+        Filter.NOT_MATCHES: lambda: text is None or not matches(),
         Filter.GREATER: lambda: number is not None and number > values[0],
         Filter.GREATER_OR_EQUAL: lambda: number is not None and number >= values[0],
         Filter.LESS: lambda: number is not None and number < values[0],
@@ -180,7 +352,7 @@ def _sort(query: Query, result: list[list[Any]]) -> None:
     names = ["time"] if query.granularity else []
     names += [b.property for b in query.breakdowns]
     groups = len(names)
-    names += [m.alias for m in query.measures] or ["count"]
+    names += [m.alias for m in query.measures if not m.hidden] or ["count"]
     keys = [(names.index(order.column), order.descending) for order in query.order_by]
     if query.granularity:
         keys.append((0, False))

@@ -5,22 +5,35 @@ import random
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import grpc
 import pytest
+import re2
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
-from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Filter, Measure, Order, Query, TimeRange
+from meshboard.analytics.v1.query_pb2 import (
+    Breakdown,
+    Column,
+    Comparison,
+    Filter,
+    Measure,
+    Order,
+    Query,
+    TimeRange,
+)
 
-from services.analytics_svc.compiler import compile_query
+from services.analytics_svc.compiler import compile_query, earlier_range
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.queries import Limits
 from services.analytics_svc.selection import resolve_range
 from services.analytics_svc.tables import insert_events
 from services.chassis.errors import Error
 from tests.analytics_svc import oracle
+from tests.analytics_svc.injections import INJECTIONS
 from tests.analytics_svc.oracle import Row
 from tests.harness import new_id
 
@@ -126,6 +139,9 @@ names = st.sampled_from(
 texts = st.sampled_from(["view", "u1", "Fire", "", "404", "pro", "it's", "a\\b", "true", "line\nbreak", "e"])
 numbers = st.sampled_from([0.0, 0.5, 404.0, 7.0, -3.5])
 values = texts | numbers | st.booleans()
+patterns = st.sampled_from(
+    ["", "e", "^u[1-3]$", "^(pro|free)$", "(?i)FIRE", "n.b", "\\\\", "'", "^$", "[0-9]+", "r.e$", "^.{3,4}$"]
+)
 
 
 @st.composite
@@ -140,6 +156,8 @@ def filters(draw: st.DrawFn) -> Filter:
         chosen = []
     elif operator in {Filter.IN, Filter.NOT_IN}:
         chosen = draw(st.lists(values, min_size=1, max_size=3))
+    elif operator in {Filter.MATCHES, Filter.NOT_MATCHES}:
+        chosen = [draw(patterns)]
     else:
         chosen = [draw(values)]
     for value in chosen:
@@ -159,19 +177,54 @@ def measures(draw: st.DrawFn, index: int) -> Measure:
 
 
 @st.composite
+def formulas(draw: st.DrawFn, names: list[str], depth: int = 3) -> str:
+    kind = draw(st.sampled_from(["name", "number", "operator", "function", "minus"] if depth else ["name"]))
+    if kind == "name":
+        name = draw(st.sampled_from(names))
+        return name if "." not in name and draw(st.booleans()) else f'"{name}"'
+    if kind == "number":
+        return draw(st.sampled_from(["0", "1", "2.5", "100", "1e3"]))
+    one = draw(formulas(names, depth - 1))
+    if kind == "minus":
+        return f"-{one}"
+    other = draw(formulas(names, depth - 1))
+    if kind == "operator":
+        sql = f"{one}{draw(st.sampled_from([' + ', '-', '*', ' / ']))}{other}"
+        return f"({sql})" if draw(st.booleans()) else sql
+    function = draw(st.sampled_from(["abs", "round", "least", "greatest", "ifnull"]))
+    return f"{function}({one})" if function in {"abs", "round"} else f"{function}({one}, {other})"
+
+
+@st.composite
 def queries(draw: st.DrawFn) -> Query:
     query = Query(time_zone=draw(st.sampled_from(ZONES)))
     query.granularity = draw(st.sampled_from(Query.Granularity.values()))
     for index in range(draw(st.integers(1, 3))):
         query.measures.append(draw(measures(index)))
+    compared = draw(st.booleans())
+    for index in range(draw(st.integers(0, 2))):
+        query.measures[index % len(query.measures)].hidden = draw(st.booleans()) and index > 0
+        known = [measure.alias for measure in query.measures]
+        known += [f"previous_{name}" for name in known if name.startswith("m") and compared]
+        query.measures.add(alias=f"f{index}", formula=draw(formulas(known)))
     query.breakdowns.extend(
         Breakdown(property=name) for name in draw(st.lists(names, max_size=2, unique=True))
     )
     query.filters.extend(draw(st.lists(filters(), max_size=2)))
     if draw(st.booleans()):
+        query.any_of.add(filters=draw(st.lists(filters(), min_size=1, max_size=3)))
+    if draw(st.booleans()) and query.breakdowns:
+        query.top = draw(st.integers(1, 5))
+        query.others = draw(st.booleans())
+    if compared:
+        query.comparison.period = draw(st.sampled_from(Comparison.Period.values()))
+    if compared or draw(st.booleans()):
+        longest = 72 if query.granularity == Query.MINUTE else 1500  # the oracle looks at every bucket
         start = draw(st.sampled_from(MOMENTS)) + draw(st.integers(-30, 30)) * 1800
         query.time_range.start_time.FromSeconds(start)
-        query.time_range.end_time.FromSeconds(start + draw(st.integers(0, 72)) * 1800)
+        query.time_range.end_time.FromSeconds(
+            start + draw(st.integers(0, 72) | st.integers(0, longest)) * 1800
+        )
         query.fill_gaps = bool(query.granularity) and draw(st.booleans())
     columns = (["time"] if query.granularity else []) + [b.property for b in query.breakdowns] + ["m0"]
     query.order_by.extend(
@@ -255,6 +308,14 @@ REFUSED = {
     "filters[0].property": Query(
         filters=[Filter(property="url", operator=Filter.LESS, values=[Value(number_value=1)])]
     ),
+    "measures[1].formula": Query(
+        measures=[Measure(), Measure(formula="1", alias="a", aggregation=Measure.SUM)]
+    ),
+    "measures[0].alias": Query(measures=[Measure(formula="1")]),
+    "measures": Query(measures=[Measure(hidden=True)]),
+    "top": Query(top=3),
+    "others": Query(others=True, breakdowns=[Breakdown(property="url")]),
+    "comparison": Query(comparison=Comparison()),
     "breakdowns": Query(breakdowns=[Breakdown(property="url"), Breakdown(property="url")]),
 }
 
@@ -291,11 +352,154 @@ def test_last_seconds_hold_the_present_and_move_in_steps() -> None:
     )
 
 
+def everywhere(text: str, source_ids: list[str]) -> Query:
+    """A query with the text in every field that takes any text and leads to an answer."""
+    query = Query(source_ids=source_ids, granularity=Query.DAY, top=3, others=True)
+    query.time_range.start_time.FromSeconds(MOMENTS[0])
+    query.time_range.end_time.FromSeconds(MOMENTS[0] + 86_400)
+    query.comparison.period = Comparison.WEEK
+    query.breakdowns.add(property=f"properties.{text}")
+    query.measures.add(alias=text, hidden=True)
+    query.measures.add(aggregation=Measure.SUM, property=f"properties.{text}", alias=f"sum {text}")
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    query.measures.add(alias=f"formula {text}", formula=f'"{quoted}" + 1')
+    query.order_by.add(column=f"formula {text}")
+    for operator in set(Filter.Operator.values()) - set(_NUMERIC) - {Filter.EXISTS, Filter.NOT_EXISTS}:
+        matched = re2.escape(text) if operator in {Filter.MATCHES, Filter.NOT_MATCHES} else text
+        condition = Filter(property=f"properties.{text}", operator=operator)
+        condition.values.add().string_value = matched
+        query.measures.add(alias=f"{operator} {text}", filters=[condition])
+        query.any_of.add(filters=[condition, Filter(property="event", operator=Filter.EXISTS)])
+    return query
+
+
+_NUMERIC = (Filter.GREATER, Filter.GREATER_OR_EQUAL, Filter.LESS, Filter.LESS_OR_EQUAL)
+
+
 async def test_values_cannot_become_sql(store: EventStore, sample: Sample) -> None:
-    evil = "'; DROP TABLE events; --"
-    query = Query(source_ids=sample.source_ids, breakdowns=[Breakdown(property=f"properties.{evil}")])
-    query.measures.append(Measure(alias=evil))
-    query.filters.add(property="event", operator=Filter.NOT_EQUAL).values.add().string_value = evil
+    """The statement is the same whatever the texts are, and every one of them is taken as a text."""
+    assert len(INJECTIONS) >= 200
+    harmless = compile_query(everywhere("name", sample.source_ids), sample.workspace_id, NOW)
+    for text in INJECTIONS:
+        compiled = compile_query(everywhere(text, sample.source_ids), sample.workspace_id, NOW)
+        assert compiled.sql == harmless.sql
+        assert compiled.columns[1].name == f"properties.{text}"
+
+
+@pytest.mark.parametrize("text", INJECTIONS[::7])
+async def test_the_store_takes_any_text_as_text(store: EventStore, text: str) -> None:
+    workspace_id, source_id = new_id(), new_id()
+    rows = [
+        Row(source_id, MOMENTS[0] * 1000, {"event": text, "distinct_id": text}, {text: text, "other": "x"}),
+        Row(source_id, MOMENTS[0] * 1000 + 1, {"event": "view", "distinct_id": "a"}, {"other": "x"}),
+    ]
+    await insert_events(store, [batch_of(workspace_id, source_id, rows)], token=source_id)
+    query = Query(source_ids=[source_id], breakdowns=[Breakdown(property=f"properties.{text}")])
+    query.filters.add(property="event").values.add().string_value = text
+    assert await run(store, query, workspace_id) == [[text, 1]]
+    whole = everywhere(text, [source_id])
+    assert await run(store, whole, workspace_id) == oracle.answer(whole, rows)
+    assert (await store.query("SELECT count() > 0 FROM events")).rows == [[1]]
+
+
+@pytest.mark.parametrize("text", INJECTIONS[::3])
+def test_names_and_zones_are_of_a_list(text: str) -> None:
+    for query, reasons in (
+        (Query(breakdowns=[Breakdown(property=text or "x")]), {"PROPERTY_UNKNOWN"}),
+        (Query(measures=[Measure(property=text)]), {"PROPERTY_UNKNOWN"}),
+        (Query(filters=[Filter(property=text)]), {"PROPERTY_UNKNOWN"}),
+        (Query(time_zone=text), {"TIME_ZONE_UNKNOWN"}),
+        (Query(order_by=[Order(column=text)]), {"QUERY_INVALID"}),
+        (Query(measures=[Measure(alias="a", formula=text)]), {"FORMULA_INVALID"}),
+    ):
+        query.source_ids.append(new_id())
+        with pytest.raises(Error) as caught:
+            compile_query(query, new_id(), NOW)
+        assert caught.value.reason in reasons
+
+
+def test_refuses_more_values_than_a_statement_can_have() -> None:
+    query = Query(source_ids=[new_id()])
+    for _ in range(2):
+        condition = query.filters.add(property="url", operator=Filter.IN)
+        for _ in range(1000):
+            condition.values.add().string_value = "x" * 200
+    with pytest.raises(Error) as caught:
+        compile_query(query, new_id(), NOW)
+    assert caught.value.reason == "QUERY_INVALID"
+
+
+@pytest.mark.parametrize("pattern", ["(", "a**", "x" * 1001, "(?=x)", "(?:(?:a{1,1000}){1,1000})", "\\"])
+def test_refuses_patterns_that_the_store_cannot_read(pattern: str) -> None:
+    query = Query(source_ids=[new_id()])
+    query.filters.add(property="url", operator=Filter.MATCHES).values.add().string_value = pattern
+    with pytest.raises(Error) as caught:
+        compile_query(query, new_id(), NOW)
+    assert (caught.value.reason, caught.value.violations[0][0]) == (
+        "PATTERN_INVALID",
+        "query.filters[0].values[0]",
+    )
+
+
+async def test_the_largest_query_runs(store: EventStore, sample: Sample) -> None:
+    """As many parts as the contract allows, each of the costliest kind."""
+    condition = Filter(property="properties.mixed", operator=Filter.IN)
+    condition.values.add().number_value = 404
+    query = Query(source_ids=sample.source_ids, granularity=Query.DAY, fill_gaps=True, top=1000, others=True)
+    query.time_range.start_time.FromSeconds(MOMENTS[0])
+    query.time_range.end_time.FromSeconds(MOMENTS[0] + 864_000)
+    query.comparison.period = Comparison.YEAR
+    query.breakdowns.extend(
+        Breakdown(property=name)
+        for name in ("event", "visit_id", "properties.plan", "browser", "properties.mixed")
+    )
+    query.filters.extend([condition] * 20)
+    for _ in range(10):
+        query.any_of.add(filters=[condition] * 20)
+    for number in range(10):
+        query.measures.add(
+            aggregation=Measure.P95,
+            property="properties.latency",
+            alias=f"m{number}",
+            filters=[condition] * 20,
+        )
+        names = [f"m{i}" for i in range(number + 1)] + [f"f{i}" for i in range(number)]
+        query.measures.add(alias=f"f{number}", formula=" + ".join(names))
     compiled = compile_query(query, sample.workspace_id, NOW)
-    assert "DROP" not in compiled.sql
-    assert await run(store, query, sample.workspace_id) == [["", len(sample.rows)]]
+    settings = Limits().settings
+    assert (await store.query(compiled.sql, compiled.params, settings=settings, timeout=60)).rows is not None
+
+
+def test_pairs_periods_by_the_calendar() -> None:
+    def earlier(period: "Comparison.Period.ValueType", start: str, end: str, zone: str) -> tuple[str, str]:
+        query = Query(time_zone=zone, comparison=Comparison(period=period))
+        first_, last_ = (int(datetime.fromisoformat(text).timestamp() * 1000) for text in (start, end))
+        found = earlier_range(query, first_, last_)
+        assert found == oracle.earlier_range(query, first_, last_, ZoneInfo(zone))
+        first, last = (
+            datetime.fromtimestamp(instant / 1000, ZoneInfo(zone)).isoformat() for instant in found
+        )
+        return first, last
+
+    berlin = "Europe/Berlin"
+    march = ("2026-03-01T00:00:00+01:00", "2026-04-01T00:00:00+02:00")
+    assert earlier(Comparison.MONTH, *march, berlin) == ("2026-02-01T00:00:00+01:00", march[0])
+    assert earlier(Comparison.YEAR, *march, berlin) == (
+        "2025-03-01T00:00:00+01:00",
+        "2025-04-01T00:00:00+02:00",
+    )
+    # Thirty-one days by the clock, though one of them has 23 hours.
+    assert earlier(Comparison.PREVIOUS, *march, berlin) == ("2026-01-29T00:00:00+01:00", march[0])
+    assert earlier(Comparison.MONTH, "2026-03-31T12:00:00+00:00", "2026-05-31T12:00:00+00:00", "UTC") == (
+        "2026-02-28T12:00:00+00:00",
+        "2026-04-30T12:00:00+00:00",
+    )
+
+
+def test_the_last_seconds_are_compared_with_as_many() -> None:
+    query = Query(time_zone="Europe/Berlin", comparison=Comparison())
+    query.time_range.last_seconds = 86_400
+    start, end = resolve_range(query.time_range, datetime(2026, 3, 29, 12, tzinfo=UTC))
+    assert start is not None
+    assert end is not None
+    assert earlier_range(query, start, end) == (start - 86_400_000, start)

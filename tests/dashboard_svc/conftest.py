@@ -49,6 +49,7 @@ from services.chassis.clients import Peer
 from services.chassis.grants import InternalGrantServicer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.rechecks import Span
 from services.chassis.rights import Rights
 from services.chassis.search import Engine
 from services.chassis.search_engines import engine_of
@@ -61,7 +62,6 @@ from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
-from services.dashboard_svc.streams import Span
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
 from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving

@@ -18,9 +18,8 @@ from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 
-from services.chassis import errors
-from services.dashboard_svc import streams
-from services.dashboard_svc.streams import Span
+from services.chassis import errors, rechecks
+from services.chassis.rechecks import Span
 from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, reason_of
@@ -361,7 +360,7 @@ async def test_ends_when_the_grant_is_taken_back(mesh: Mesh) -> None:
 
 
 async def test_ends_at_once_when_it_hears_of_a_change(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "CHECK_SECONDS", 60.0)
+    monkeypatch.setattr(rechecks, "CHECK_SECONDS", 60.0)
     admin = mesh.identity.member("admin")
     guest = mesh.identity.member("viewer", admin.workspace_id)
     dashboard, _, _ = await counted(mesh, admin, 1)
@@ -381,7 +380,7 @@ async def test_ends_at_once_when_it_hears_of_a_change(mesh: Mesh, monkeypatch: p
 async def test_ends_at_once_when_a_folder_around_it_is_closed(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "CHECK_SECONDS", 60.0)
+    monkeypatch.setattr(rechecks, "CHECK_SECONDS", 60.0)
     admin = mesh.identity.member("admin")
     guest = mesh.identity.member("viewer", admin.workspace_id)
     closed, folder = await mesh.folder(admin), await mesh.folder(admin)

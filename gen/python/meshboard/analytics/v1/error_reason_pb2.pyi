@@ -47,7 +47,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     TIME_ZONE_UNKNOWN: _ErrorReason.ValueType  # 11
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
-    """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+    """RESOURCE_EXHAUSTED: the query needs more time or memory, or reads more rows, than a query may; `limit` says which:
+    `time`, `memory` or `rows`. Narrow it.
+    """
     ORIGIN_NOT_ALLOWED: _ErrorReason.ValueType  # 17
     """PERMISSION_DENIED: the source takes no events from pages of this origin. Add it to `allowed_origins`."""
     WRITE_KEY_EXPIRED: _ErrorReason.ValueType  # 18
@@ -80,6 +82,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: something is said about 10,000 names of the source. A name whose description and tags are emptied,
     and which is not hidden, makes room.
     """
+    FORMULA_INVALID: _ErrorReason.ValueType  # 53
+    """INVALID_ARGUMENT: a formula cannot be read; `position` says where, in characters from 1."""
+    PATTERN_INVALID: _ErrorReason.ValueType  # 54
+    """INVALID_ARGUMENT: a regular expression cannot be read, or is too long or too large."""
+    QUERIES_QUEUED: _ErrorReason.ValueType  # 55
+    """RESOURCE_EXHAUSTED: too many queries of the workspace wait for the event store. Repeat after `RetryInfo.retry_delay`."""
+    TAILS_EXHAUSTED: _ErrorReason.ValueType  # 56
+    """RESOURCE_EXHAUSTED: too many streams of live events of the workspace are open. Close one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -109,7 +119,9 @@ QUERY_INVALID: ErrorReason.ValueType  # 10
 TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
-"""RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+"""RESOURCE_EXHAUSTED: the query needs more time or memory, or reads more rows, than a query may; `limit` says which:
+`time`, `memory` or `rows`. Narrow it.
+"""
 ORIGIN_NOT_ALLOWED: ErrorReason.ValueType  # 17
 """PERMISSION_DENIED: the source takes no events from pages of this origin. Add it to `allowed_origins`."""
 WRITE_KEY_EXPIRED: ErrorReason.ValueType  # 18
@@ -142,4 +154,12 @@ CATALOGUE_FULL: ErrorReason.ValueType  # 34
 """RESOURCE_EXHAUSTED: something is said about 10,000 names of the source. A name whose description and tags are emptied,
 and which is not hidden, makes room.
 """
+FORMULA_INVALID: ErrorReason.ValueType  # 53
+"""INVALID_ARGUMENT: a formula cannot be read; `position` says where, in characters from 1."""
+PATTERN_INVALID: ErrorReason.ValueType  # 54
+"""INVALID_ARGUMENT: a regular expression cannot be read, or is too long or too large."""
+QUERIES_QUEUED: ErrorReason.ValueType  # 55
+"""RESOURCE_EXHAUSTED: too many queries of the workspace wait for the event store. Repeat after `RetryInfo.retry_delay`."""
+TAILS_EXHAUSTED: ErrorReason.ValueType  # 56
+"""RESOURCE_EXHAUSTED: too many streams of live events of the workspace are open. Close one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

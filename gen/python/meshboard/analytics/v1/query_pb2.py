@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"meshboard/analytics/v1/query.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x05\n\x05Query\x12\x32\n\nsource_ids\x18\x01 \x03(\tB\x13\xbaH\x10\x92\x01\r\x08\x01\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01R\tsourceIds\x12@\n\ntime_range\x18\x02 \x01(\x0b\x32!.meshboard.analytics.v1.TimeRangeR\ttimeRange\x12$\n\ttime_zone\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08timeZone\x12U\n\x0bgranularity\x18\x04 \x01(\x0e\x32).meshboard.analytics.v1.Query.GranularityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0bgranularity\x12\x45\n\x08measures\x18\x05 \x03(\x0b\x32\x1f.meshboard.analytics.v1.MeasureB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x08measures\x12K\n\nbreakdowns\x18\x06 \x03(\x0b\x32!.meshboard.analytics.v1.BreakdownB\x08\xbaH\x05\x92\x01\x02\x10\x05R\nbreakdowns\x12\x42\n\x07\x66ilters\x18\x07 \x03(\x0b\x32\x1e.meshboard.analytics.v1.FilterB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x07\x66ilters\x12\x1b\n\tfill_gaps\x18\x08 \x01(\x08R\x08\x66illGaps\x12\x42\n\x08order_by\x18\t \x03(\x0b\x32\x1d.meshboard.analytics.v1.OrderB\x08\xbaH\x05\x92\x01\x02\x10\nR\x07orderBy\x12!\n\x05limit\x18\n \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xd0\x86\x03(\x00R\x05limit\"^\n\x0bGranularity\x12\x1b\n\x17GRANULARITY_UNSPECIFIED\x10\x00\x12\n\n\x06MINUTE\x10\x01\x12\x08\n\x04HOUR\x10\x02\x12\x07\n\x03\x44\x41Y\x10\x03\x12\x08\n\x04WEEK\x10\x04\x12\t\n\x05MONTH\x10\x05\"\xe0\x02\n\tTimeRange\x12\x39\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x30\n\x0clast_seconds\x18\x03 \x01(\x05\x42\r\xbaH\n\x1a\x08\x18\x80\x86\xb0\x96\x01(\x00R\x0blastSeconds:\xae\x01\xbaH\xaa\x01\x1a\xa7\x01\n\x14time_range.exclusive\x12\x46last_seconds stands alone: set it or start_time and end_time, not both\x1aGthis.last_seconds == 0 || !(has(this.start_time) || has(this.end_time))\"\x8d\x03\n\x07Measure\x12W\n\x0b\x61ggregation\x18\x01 \x01(\x0e\x32+.meshboard.analytics.v1.Measure.AggregationB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0b\x61ggregation\x12$\n\x08property\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x08property\x12\x1e\n\x05\x61lias\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x05\x61lias\x12\x42\n\x07\x66ilters\x18\x04 \x03(\x0b\x32\x1e.meshboard.analytics.v1.FilterB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x07\x66ilters\"\x9e\x01\n\x0b\x41ggregation\x12\x1b\n\x17\x41GGREGATION_UNSPECIFIED\x10\x00\x12\t\n\x05\x43OUNT\x10\x01\x12\n\n\x06UNIQUE\x10\x02\x12\x07\n\x03SUM\x10\x03\x12\x0b\n\x07\x41VERAGE\x10\x04\x12\x0b\n\x07MINIMUM\x10\x05\x12\x0b\n\x07MAXIMUM\x10\x06\x12\x07\n\x03P50\x10\x07\x12\x07\n\x03P75\x10\x08\x12\x07\n\x03P90\x10\t\x12\x07\n\x03P95\x10\n\x12\x07\n\x03P99\x10\x0b\"3\n\tBreakdown\x12&\n\x08property\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x08property\"\x9c\x03\n\x06\x46ilter\x12&\n\x08property\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x08property\x12M\n\x08operator\x18\x02 \x01(\x0e\x32\'.meshboard.analytics.v1.Filter.OperatorB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08operator\x12\x39\n\x06values\x18\x03 \x03(\x0b\x32\x16.google.protobuf.ValueB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\x06values\"\xdf\x01\n\x08Operator\x12\x18\n\x14OPERATOR_UNSPECIFIED\x10\x00\x12\t\n\x05\x45QUAL\x10\x01\x12\r\n\tNOT_EQUAL\x10\x02\x12\x0c\n\x08\x43ONTAINS\x10\x03\x12\x10\n\x0cNOT_CONTAINS\x10\x04\x12\x0f\n\x0bSTARTS_WITH\x10\x05\x12\x0b\n\x07GREATER\x10\x06\x12\x14\n\x10GREATER_OR_EQUAL\x10\x07\x12\x08\n\x04LESS\x10\x08\x12\x11\n\rLESS_OR_EQUAL\x10\t\x12\n\n\x06\x45XISTS\x10\n\x12\x0e\n\nNOT_EXISTS\x10\x0b\x12\x06\n\x02IN\x10\x0c\x12\n\n\x06NOT_IN\x10\r\"K\n\x05Order\x12\"\n\x06\x63olumn\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x06\x63olumn\x12\x1e\n\ndescending\x18\x02 \x01(\x08R\ndescending\"\xc6\x01\n\x06Result\x12\x38\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x1e.meshboard.analytics.v1.ColumnR\x07\x63olumns\x12.\n\x04rows\x18\x02 \x03(\x0b\x32\x1a.google.protobuf.ListValueR\x04rows\x12\x1c\n\twatermark\x18\x03 \x01(\tR\twatermark\x12\x16\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08R\x06\x63\x61\x63hed\x12\x1c\n\ttruncated\x18\x05 \x01(\x08R\ttruncated\"\x95\x01\n\x06\x43olumn\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x37\n\x04type\x18\x02 \x01(\x0e\x32#.meshboard.analytics.v1.Column.TypeR\x04type\">\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04TIME\x10\x01\x12\n\n\x06STRING\x10\x02\x12\n\n\x06NUMBER\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"meshboard/analytics/v1/query.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x06\n\x05Query\x12\x32\n\nsource_ids\x18\x01 \x03(\tB\x13\xbaH\x10\x92\x01\r\x08\x01\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01R\tsourceIds\x12@\n\ntime_range\x18\x02 \x01(\x0b\x32!.meshboard.analytics.v1.TimeRangeR\ttimeRange\x12$\n\ttime_zone\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08timeZone\x12U\n\x0bgranularity\x18\x04 \x01(\x0e\x32).meshboard.analytics.v1.Query.GranularityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0bgranularity\x12\x45\n\x08measures\x18\x05 \x03(\x0b\x32\x1f.meshboard.analytics.v1.MeasureB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x08measures\x12K\n\nbreakdowns\x18\x06 \x03(\x0b\x32!.meshboard.analytics.v1.BreakdownB\x08\xbaH\x05\x92\x01\x02\x10\x05R\nbreakdowns\x12\x42\n\x07\x66ilters\x18\x07 \x03(\x0b\x32\x1e.meshboard.analytics.v1.FilterB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x07\x66ilters\x12\x1b\n\tfill_gaps\x18\x08 \x01(\x08R\x08\x66illGaps\x12\x42\n\x08order_by\x18\t \x03(\x0b\x32\x1d.meshboard.analytics.v1.OrderB\x08\xbaH\x05\x92\x01\x02\x10\nR\x07orderBy\x12!\n\x05limit\x18\n \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xd0\x86\x03(\x00R\x05limit\x12\x42\n\ncomparison\x18\x0b \x01(\x0b\x32\".meshboard.analytics.v1.ComparisonR\ncomparison\x12>\n\x06\x61ny_of\x18\x0c \x03(\x0b\x32\x1d.meshboard.analytics.v1.AnyOfB\x08\xbaH\x05\x92\x01\x02\x10\nR\x05\x61nyOf\x12\x1c\n\x03top\x18\r \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x03top\x12\x16\n\x06others\x18\x0e \x01(\x08R\x06others\"^\n\x0bGranularity\x12\x1b\n\x17GRANULARITY_UNSPECIFIED\x10\x00\x12\n\n\x06MINUTE\x10\x01\x12\x08\n\x04HOUR\x10\x02\x12\x07\n\x03\x44\x41Y\x10\x03\x12\x08\n\x04WEEK\x10\x04\x12\t\n\x05MONTH\x10\x05\"\xe0\x02\n\tTimeRange\x12\x39\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x30\n\x0clast_seconds\x18\x03 \x01(\x05\x42\r\xbaH\n\x1a\x08\x18\x80\x86\xb0\x96\x01(\x00R\x0blastSeconds:\xae\x01\xbaH\xaa\x01\x1a\xa7\x01\n\x14time_range.exclusive\x12\x46last_seconds stands alone: set it or start_time and end_time, not both\x1aGthis.last_seconds == 0 || !(has(this.start_time) || has(this.end_time))\"\xb1\x01\n\nComparison\x12K\n\x06period\x18\x01 \x01(\x0e\x32).meshboard.analytics.v1.Comparison.PeriodB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06period\"V\n\x06Period\x12\x16\n\x12PERIOD_UNSPECIFIED\x10\x00\x12\x0c\n\x08PREVIOUS\x10\x01\x12\x07\n\x03\x44\x41Y\x10\x02\x12\x08\n\x04WEEK\x10\x03\x12\t\n\x05MONTH\x10\x04\x12\x08\n\x04YEAR\x10\x05\"M\n\x05\x41nyOf\x12\x44\n\x07\x66ilters\x18\x01 \x03(\x0b\x32\x1e.meshboard.analytics.v1.FilterB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x14R\x07\x66ilters\"\xc9\x03\n\x07Measure\x12W\n\x0b\x61ggregation\x18\x01 \x01(\x0e\x32+.meshboard.analytics.v1.Measure.AggregationB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0b\x61ggregation\x12$\n\x08property\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x08property\x12\x1e\n\x05\x61lias\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x05\x61lias\x12\x42\n\x07\x66ilters\x18\x04 \x03(\x0b\x32\x1e.meshboard.analytics.v1.FilterB\x08\xbaH\x05\x92\x01\x02\x10\x14R\x07\x66ilters\x12\"\n\x07\x66ormula\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03R\x07\x66ormula\x12\x16\n\x06hidden\x18\x06 \x01(\x08R\x06hidden\"\x9e\x01\n\x0b\x41ggregation\x12\x1b\n\x17\x41GGREGATION_UNSPECIFIED\x10\x00\x12\t\n\x05\x43OUNT\x10\x01\x12\n\n\x06UNIQUE\x10\x02\x12\x07\n\x03SUM\x10\x03\x12\x0b\n\x07\x41VERAGE\x10\x04\x12\x0b\n\x07MINIMUM\x10\x05\x12\x0b\n\x07MAXIMUM\x10\x06\x12\x07\n\x03P50\x10\x07\x12\x07\n\x03P75\x10\x08\x12\x07\n\x03P90\x10\t\x12\x07\n\x03P95\x10\n\x12\x07\n\x03P99\x10\x0b\"3\n\tBreakdown\x12&\n\x08property\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x08property\"\xc9\x03\n\x06\x46ilter\x12&\n\x08property\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x08property\x12M\n\x08operator\x18\x02 \x01(\x0e\x32\'.meshboard.analytics.v1.Filter.OperatorB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08operator\x12\x39\n\x06values\x18\x03 \x03(\x0b\x32\x16.google.protobuf.ValueB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\x06values\"\x8c\x02\n\x08Operator\x12\x18\n\x14OPERATOR_UNSPECIFIED\x10\x00\x12\t\n\x05\x45QUAL\x10\x01\x12\r\n\tNOT_EQUAL\x10\x02\x12\x0c\n\x08\x43ONTAINS\x10\x03\x12\x10\n\x0cNOT_CONTAINS\x10\x04\x12\x0f\n\x0bSTARTS_WITH\x10\x05\x12\x0b\n\x07GREATER\x10\x06\x12\x14\n\x10GREATER_OR_EQUAL\x10\x07\x12\x08\n\x04LESS\x10\x08\x12\x11\n\rLESS_OR_EQUAL\x10\t\x12\n\n\x06\x45XISTS\x10\n\x12\x0e\n\nNOT_EXISTS\x10\x0b\x12\x06\n\x02IN\x10\x0c\x12\n\n\x06NOT_IN\x10\r\x12\r\n\tENDS_WITH\x10\x0e\x12\x0b\n\x07MATCHES\x10\x0f\x12\x0f\n\x0bNOT_MATCHES\x10\x10\"K\n\x05Order\x12\"\n\x06\x63olumn\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x06\x63olumn\x12\x1e\n\ndescending\x18\x02 \x01(\x08R\ndescending\"\xc6\x01\n\x06Result\x12\x38\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x1e.meshboard.analytics.v1.ColumnR\x07\x63olumns\x12.\n\x04rows\x18\x02 \x03(\x0b\x32\x1a.google.protobuf.ListValueR\x04rows\x12\x1c\n\twatermark\x18\x03 \x01(\tR\twatermark\x12\x16\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08R\x06\x63\x61\x63hed\x12\x1c\n\ttruncated\x18\x05 \x01(\x08R\ttruncated\"\x95\x01\n\x06\x43olumn\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x37\n\x04type\x18\x02 \x01(\x0e\x32#.meshboard.analytics.v1.Column.TypeR\x04type\">\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04TIME\x10\x01\x12\n\n\x06STRING\x10\x02\x12\n\n\x06NUMBER\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,10 +50,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERY'].fields_by_name['order_by']._serialized_options = b'\272H\005\222\001\002\020\n'
   _globals['_QUERY'].fields_by_name['limit']._loaded_options = None
   _globals['_QUERY'].fields_by_name['limit']._serialized_options = b'\272H\010\032\006\030\320\206\003(\000'
+  _globals['_QUERY'].fields_by_name['any_of']._loaded_options = None
+  _globals['_QUERY'].fields_by_name['any_of']._serialized_options = b'\272H\005\222\001\002\020\n'
+  _globals['_QUERY'].fields_by_name['top']._loaded_options = None
+  _globals['_QUERY'].fields_by_name['top']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
   _globals['_TIMERANGE'].fields_by_name['last_seconds']._loaded_options = None
   _globals['_TIMERANGE'].fields_by_name['last_seconds']._serialized_options = b'\272H\n\032\010\030\200\206\260\226\001(\000'
   _globals['_TIMERANGE']._loaded_options = None
   _globals['_TIMERANGE']._serialized_options = b'\272H\252\001\032\247\001\n\024time_range.exclusive\022Flast_seconds stands alone: set it or start_time and end_time, not both\032Gthis.last_seconds == 0 || !(has(this.start_time) || has(this.end_time))'
+  _globals['_COMPARISON'].fields_by_name['period']._loaded_options = None
+  _globals['_COMPARISON'].fields_by_name['period']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_ANYOF'].fields_by_name['filters']._loaded_options = None
+  _globals['_ANYOF'].fields_by_name['filters']._serialized_options = b'\272H\007\222\001\004\010\001\020\024'
   _globals['_MEASURE'].fields_by_name['aggregation']._loaded_options = None
   _globals['_MEASURE'].fields_by_name['aggregation']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_MEASURE'].fields_by_name['property']._loaded_options = None
@@ -62,6 +70,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEASURE'].fields_by_name['alias']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_MEASURE'].fields_by_name['filters']._loaded_options = None
   _globals['_MEASURE'].fields_by_name['filters']._serialized_options = b'\272H\005\222\001\002\020\024'
+  _globals['_MEASURE'].fields_by_name['formula']._loaded_options = None
+  _globals['_MEASURE'].fields_by_name['formula']._serialized_options = b'\272H\005r\003\030\364\003'
   _globals['_BREAKDOWN'].fields_by_name['property']._loaded_options = None
   _globals['_BREAKDOWN'].fields_by_name['property']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
   _globals['_FILTER'].fields_by_name['property']._loaded_options = None
@@ -73,27 +83,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORDER'].fields_by_name['column']._loaded_options = None
   _globals['_ORDER'].fields_by_name['column']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
   _globals['_QUERY']._serialized_start=155
-  _globals['_QUERY']._serialized_end=849
-  _globals['_QUERY_GRANULARITY']._serialized_start=755
-  _globals['_QUERY_GRANULARITY']._serialized_end=849
-  _globals['_TIMERANGE']._serialized_start=852
-  _globals['_TIMERANGE']._serialized_end=1204
-  _globals['_MEASURE']._serialized_start=1207
-  _globals['_MEASURE']._serialized_end=1604
-  _globals['_MEASURE_AGGREGATION']._serialized_start=1446
-  _globals['_MEASURE_AGGREGATION']._serialized_end=1604
-  _globals['_BREAKDOWN']._serialized_start=1606
-  _globals['_BREAKDOWN']._serialized_end=1657
-  _globals['_FILTER']._serialized_start=1660
-  _globals['_FILTER']._serialized_end=2072
-  _globals['_FILTER_OPERATOR']._serialized_start=1849
-  _globals['_FILTER_OPERATOR']._serialized_end=2072
-  _globals['_ORDER']._serialized_start=2074
-  _globals['_ORDER']._serialized_end=2149
-  _globals['_RESULT']._serialized_start=2152
-  _globals['_RESULT']._serialized_end=2350
-  _globals['_COLUMN']._serialized_start=2353
-  _globals['_COLUMN']._serialized_end=2502
-  _globals['_COLUMN_TYPE']._serialized_start=2440
-  _globals['_COLUMN_TYPE']._serialized_end=2502
+  _globals['_QUERY']._serialized_end=1035
+  _globals['_QUERY_GRANULARITY']._serialized_start=941
+  _globals['_QUERY_GRANULARITY']._serialized_end=1035
+  _globals['_TIMERANGE']._serialized_start=1038
+  _globals['_TIMERANGE']._serialized_end=1390
+  _globals['_COMPARISON']._serialized_start=1393
+  _globals['_COMPARISON']._serialized_end=1570
+  _globals['_COMPARISON_PERIOD']._serialized_start=1484
+  _globals['_COMPARISON_PERIOD']._serialized_end=1570
+  _globals['_ANYOF']._serialized_start=1572
+  _globals['_ANYOF']._serialized_end=1649
+  _globals['_MEASURE']._serialized_start=1652
+  _globals['_MEASURE']._serialized_end=2109
+  _globals['_MEASURE_AGGREGATION']._serialized_start=1951
+  _globals['_MEASURE_AGGREGATION']._serialized_end=2109
+  _globals['_BREAKDOWN']._serialized_start=2111
+  _globals['_BREAKDOWN']._serialized_end=2162
+  _globals['_FILTER']._serialized_start=2165
+  _globals['_FILTER']._serialized_end=2622
+  _globals['_FILTER_OPERATOR']._serialized_start=2354
+  _globals['_FILTER_OPERATOR']._serialized_end=2622
+  _globals['_ORDER']._serialized_start=2624
+  _globals['_ORDER']._serialized_end=2699
+  _globals['_RESULT']._serialized_start=2702
+  _globals['_RESULT']._serialized_end=2900
+  _globals['_COLUMN']._serialized_start=2903
+  _globals['_COLUMN']._serialized_end=3052
+  _globals['_COLUMN_TYPE']._serialized_start=2990
+  _globals['_COLUMN_TYPE']._serialized_end=3052
 # @@protoc_insertion_point(module_scope)

@@ -78,6 +78,10 @@ class Query(_message.Message):
     FILL_GAPS_FIELD_NUMBER: _builtins.int
     ORDER_BY_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
+    ANY_OF_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     time_zone: _builtins.str
     """The IANA time zone that buckets start in, such as `Europe/Berlin`; empty: UTC."""
     granularity: Global___Query.Granularity.ValueType
@@ -86,6 +90,12 @@ class Query(_message.Message):
     """Whether buckets without events are in the result, with 0 for counts and null for the rest."""
     limit: _builtins.int
     """How many rows at most; 0 means 1,000. At most 50,000."""
+    top: _builtins.int
+    """Keeps this many groups of the breakdowns only, those that have most of the first measure without a formula over the
+    whole range; 0: all. At most 1,000.
+    """
+    others: _builtins.bool
+    """With `top`: whether all other groups are in the result too, put together in one whose breakdowns are null."""
     @_builtins.property
     def source_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The sources to ask, 1 to 100."""
@@ -110,6 +120,16 @@ class Query(_message.Message):
     def order_by(self) -> _containers.RepeatedCompositeFieldContainer[Global___Order]:
         """The order of the rows; absent: by time, then by the first measure, descending."""
 
+    @_builtins.property
+    def comparison(self) -> Global___Comparison:
+        """What to compare with; absent: nothing. Each measure gets a second column, behind all measures, named `previous_` and
+        its alias, with the number of the earlier period. Buckets are compared in their order: the first with the first.
+        """
+
+    @_builtins.property
+    def any_of(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnyOf]:
+        """Alternatives, at most 10: every event meets at least one condition of each, beside all of `filters`."""
+
     def __init__(
         self,
         *,
@@ -123,10 +143,14 @@ class Query(_message.Message):
         fill_gaps: _builtins.bool = ...,
         order_by: _abc.Iterable[Global___Order] | None = ...,
         limit: _builtins.int = ...,
+        comparison: Global___Comparison | None = ...,
+        any_of: _abc.Iterable[Global___AnyOf] | None = ...,
+        top: _builtins.int = ...,
+        others: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time_range", b"time_range"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "time_range", b"time_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakdowns", b"breakdowns", "fill_gaps", b"fill_gaps", "filters", b"filters", "granularity", b"granularity", "limit", b"limit", "measures", b"measures", "order_by", b"order_by", "source_ids", b"source_ids", "time_range", b"time_range", "time_zone", b"time_zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any_of", b"any_of", "breakdowns", b"breakdowns", "comparison", b"comparison", "fill_gaps", b"fill_gaps", "filters", b"filters", "granularity", b"granularity", "limit", b"limit", "measures", b"measures", "order_by", b"order_by", "others", b"others", "source_ids", b"source_ids", "time_range", b"time_range", "time_zone", b"time_zone", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -165,6 +189,87 @@ class TimeRange(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TimeRange: _TypeAlias = TimeRange  # noqa: Y015
+
+@_typing.final
+class Comparison(_message.Message):
+    """The earlier period that a query is compared with. Needs a time range with a start and an end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Period:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PeriodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Comparison._Period.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PERIOD_UNSPECIFIED: Comparison._Period.ValueType  # 0
+        """The same as PREVIOUS."""
+        PREVIOUS: Comparison._Period.ValueType  # 1
+        """The equally long one that ends where the range starts."""
+        DAY: Comparison._Period.ValueType  # 2
+        """The range a day before."""
+        WEEK: Comparison._Period.ValueType  # 3
+        """The range a week before."""
+        MONTH: Comparison._Period.ValueType  # 4
+        """The range a month before; what would be the 31st of a shorter month is its last day."""
+        YEAR: Comparison._Period.ValueType  # 5
+        """The range a year before."""
+
+    class Period(_Period, metaclass=_PeriodEnumTypeWrapper):
+        """An earlier period, by the clock and the calendar of the query's time zone."""
+
+    PERIOD_UNSPECIFIED: Comparison.Period.ValueType  # 0
+    """The same as PREVIOUS."""
+    PREVIOUS: Comparison.Period.ValueType  # 1
+    """The equally long one that ends where the range starts."""
+    DAY: Comparison.Period.ValueType  # 2
+    """The range a day before."""
+    WEEK: Comparison.Period.ValueType  # 3
+    """The range a week before."""
+    MONTH: Comparison.Period.ValueType  # 4
+    """The range a month before; what would be the 31st of a shorter month is its last day."""
+    YEAR: Comparison.Period.ValueType  # 5
+    """The range a year before."""
+
+    PERIOD_FIELD_NUMBER: _builtins.int
+    period: Global___Comparison.Period.ValueType
+    """Which one."""
+    def __init__(
+        self,
+        *,
+        period: Global___Comparison.Period.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["period", b"period"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
+
+@_typing.final
+class AnyOf(_message.Message):
+    """Alternatives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]:
+        """The conditions, 1 to 20, at least one of which is met."""
+
+    def __init__(
+        self,
+        *,
+        filters: _abc.Iterable[Global___Filter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnyOf: _TypeAlias = AnyOf  # noqa: Y015
 
 @_typing.final
 class Measure(_message.Message):
@@ -235,12 +340,26 @@ class Measure(_message.Message):
     PROPERTY_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     FILTERS_FIELD_NUMBER: _builtins.int
+    FORMULA_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     aggregation: Global___Measure.Aggregation.ValueType
     """How to compute it."""
     property: _builtins.str
     """What to compute it of. COUNT needs none; UNIQUE without one counts `distinct_id`."""
     alias: _builtins.str
     """The name of its column; empty: `count`, `unique_distinct_id`, `p95_properties.latency`, and so on."""
+    formula: _builtins.str
+    """Computes the number of other measures, by their names, instead: `errors / count * 100`. There are numbers, `+`, `-`,
+    `*`, `/`, parentheses, and the functions `abs(x)`, `round(x)`, `round(x, digits)`, `least(x, y)`, `greatest(x, y)` and
+    `ifnull(x, y)`. A name with other characters than `a` to `z`, digits, `_` and `.` stands in double quotes, in which a
+    quote and a backslash have a backslash before them. What is divided by zero or computed of null is null. Only measures
+    that stand before this one can be used, in a comparison also those of the earlier period; a formula that does so has no
+    number of the earlier period itself. Stands alone: without aggregation, property and filters; the alias is needed.
+
+    Fails with INVALID_ARGUMENT, reason FORMULA_INVALID, whose `position` counts characters from 1.
+    """
+    hidden: _builtins.bool
+    """Whether the number is there for formulas only, and has no column."""
     @_builtins.property
     def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]:
         """Conditions that the events of this measure meet, beside those of the query; at most 20."""
@@ -252,10 +371,12 @@ class Measure(_message.Message):
         property: _builtins.str = ...,
         alias: _builtins.str = ...,
         filters: _abc.Iterable[Global___Filter] | None = ...,
+        formula: _builtins.str = ...,
+        hidden: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "alias", b"alias", "filters", b"filters", "property", b"property"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "alias", b"alias", "filters", b"filters", "formula", b"formula", "hidden", b"hidden", "property", b"property"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,6 +444,15 @@ class Filter(_message.Message):
         """The value is one of those given."""
         NOT_IN: Filter._Operator.ValueType  # 13
         """The value is none of those given, or is absent."""
+        ENDS_WITH: Filter._Operator.ValueType  # 14
+        """The value ends with the text."""
+        MATCHES: Filter._Operator.ValueType  # 15
+        """The regular expression (https://github.com/google/re2/wiki/Syntax, at most 1,000 characters) matches somewhere in the
+        value; `.` matches line breaks too, and `(?i)` in front makes case irrelevant. One that cannot be read fails with
+        INVALID_ARGUMENT, reason PATTERN_INVALID.
+        """
+        NOT_MATCHES: Filter._Operator.ValueType  # 16
+        """The regular expression matches nowhere in the value, or the value is absent."""
 
     class Operator(_Operator, metaclass=_OperatorEnumTypeWrapper):
         """How to compare."""
@@ -355,6 +485,15 @@ class Filter(_message.Message):
     """The value is one of those given."""
     NOT_IN: Filter.Operator.ValueType  # 13
     """The value is none of those given, or is absent."""
+    ENDS_WITH: Filter.Operator.ValueType  # 14
+    """The value ends with the text."""
+    MATCHES: Filter.Operator.ValueType  # 15
+    """The regular expression (https://github.com/google/re2/wiki/Syntax, at most 1,000 characters) matches somewhere in the
+    value; `.` matches line breaks too, and `(?i)` in front makes case irrelevant. One that cannot be read fails with
+    INVALID_ARGUMENT, reason PATTERN_INVALID.
+    """
+    NOT_MATCHES: Filter.Operator.ValueType  # 16
+    """The regular expression matches nowhere in the value, or the value is absent."""
 
     PROPERTY_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
@@ -429,7 +568,9 @@ class Result(_message.Message):
     """Whether rows were cut off by the limit."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
-        """The columns: `time`, then the breakdowns by the names of their properties, then the measures by their aliases."""
+        """The columns: `time`, then the breakdowns by the names of their properties, then the measures by their aliases, then
+        those of the earlier period.
+        """
 
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.ListValue]:

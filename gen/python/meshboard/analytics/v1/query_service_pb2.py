@@ -28,7 +28,7 @@ from meshboard.analytics.v1 import query_pb2 as meshboard_dot_analytics_dot_v1_d
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*meshboard/analytics/v1/query_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\"meshboard/analytics/v1/query.proto\x1a!meshboard/options/v1/access.proto\"N\n\x0fRunQueryRequest\x12;\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\"J\n\x10RunQueryResponse\x12\x36\n\x06result\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultR\x06result\"S\n\x14ValidateQueryRequest\x12;\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\"Q\n\x15ValidateQueryResponse\x12\x38\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x1e.meshboard.analytics.v1.ColumnR\x07\x63olumns2\xe4\x02\n\x0cQueryService\x12\x9e\x01\n\x08RunQuery\x12\'.meshboard.analytics.v1.RunQueryRequest\x1a(.meshboard.analytics.v1.RunQueryResponse\"?\x8a\xb5\x18!\x1a\rsources.query:\x10query.source_ids\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/queries:run:\x01*\x12\xb2\x01\n\rValidateQuery\x12,.meshboard.analytics.v1.ValidateQueryRequest\x1a-.meshboard.analytics.v1.ValidateQueryResponse\"D\x8a\xb5\x18!\x1a\rsources.query:\x10query.source_ids\x82\xd3\xe4\x93\x02\x19\"\x14/v1/queries:validate:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*meshboard/analytics/v1/query_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\"meshboard/analytics/v1/query.proto\x1a!meshboard/options/v1/access.proto\"N\n\x0fRunQueryRequest\x12;\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\"J\n\x10RunQueryResponse\x12\x36\n\x06result\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultR\x06result\"S\n\x14ValidateQueryRequest\x12;\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\"Q\n\x15ValidateQueryResponse\x12\x38\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x1e.meshboard.analytics.v1.ColumnR\x07\x63olumns\"R\n\x13\x45xplainQueryRequest\x12;\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\"\xc2\x02\n\x14\x45xplainQueryResponse\x12\x10\n\x03sql\x18\x01 \x01(\tR\x03sql\x12\\\n\nparameters\x18\x02 \x03(\x0b\x32<.meshboard.analytics.v1.ExplainQueryResponse.ParametersEntryR\nparameters\x12\x1b\n\trows_read\x18\x03 \x01(\x03R\x08rowsRead\x12\x1d\n\nbytes_read\x18\x04 \x01(\x03R\tbytesRead\x12\"\n\x0cmilliseconds\x18\x05 \x01(\x01R\x0cmilliseconds\x12\x1b\n\trow_count\x18\x06 \x01(\x05R\x08rowCount\x1a=\n\x0fParametersEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x32\x95\x04\n\x0cQueryService\x12\x9e\x01\n\x08RunQuery\x12\'.meshboard.analytics.v1.RunQueryRequest\x1a(.meshboard.analytics.v1.RunQueryResponse\"?\x8a\xb5\x18!\x1a\rsources.query:\x10query.source_ids\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/queries:run:\x01*\x12\xb2\x01\n\rValidateQuery\x12,.meshboard.analytics.v1.ValidateQueryRequest\x1a-.meshboard.analytics.v1.ValidateQueryResponse\"D\x8a\xb5\x18!\x1a\rsources.query:\x10query.source_ids\x82\xd3\xe4\x93\x02\x19\"\x14/v1/queries:validate:\x01*\x12\xae\x01\n\x0c\x45xplainQuery\x12+.meshboard.analytics.v1.ExplainQueryRequest\x1a,.meshboard.analytics.v1.ExplainQueryResponse\"C\x8a\xb5\x18!\x1a\rsources.query:\x10query.source_ids\x82\xd3\xe4\x93\x02\x18\"\x13/v1/queries:explain:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,10 +39,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNQUERYREQUEST'].fields_by_name['query']._serialized_options = b'\272H\003\310\001\001'
   _globals['_VALIDATEQUERYREQUEST'].fields_by_name['query']._loaded_options = None
   _globals['_VALIDATEQUERYREQUEST'].fields_by_name['query']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_EXPLAINQUERYREQUEST'].fields_by_name['query']._loaded_options = None
+  _globals['_EXPLAINQUERYREQUEST'].fields_by_name['query']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_EXPLAINQUERYRESPONSE_PARAMETERSENTRY']._loaded_options = None
+  _globals['_EXPLAINQUERYRESPONSE_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_QUERYSERVICE'].methods_by_name['RunQuery']._loaded_options = None
   _globals['_QUERYSERVICE'].methods_by_name['RunQuery']._serialized_options = b'\212\265\030!\032\rsources.query:\020query.source_ids\202\323\344\223\002\024\"\017/v1/queries:run:\001*'
   _globals['_QUERYSERVICE'].methods_by_name['ValidateQuery']._loaded_options = None
   _globals['_QUERYSERVICE'].methods_by_name['ValidateQuery']._serialized_options = b'\212\265\030!\032\rsources.query:\020query.source_ids\202\323\344\223\002\031\"\024/v1/queries:validate:\001*'
+  _globals['_QUERYSERVICE'].methods_by_name['ExplainQuery']._loaded_options = None
+  _globals['_QUERYSERVICE'].methods_by_name['ExplainQuery']._serialized_options = b'\212\265\030!\032\rsources.query:\020query.source_ids\202\323\344\223\002\030\"\023/v1/queries:explain:\001*'
   _globals['_RUNQUERYREQUEST']._serialized_start=200
   _globals['_RUNQUERYREQUEST']._serialized_end=278
   _globals['_RUNQUERYRESPONSE']._serialized_start=280
@@ -51,6 +57,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VALIDATEQUERYREQUEST']._serialized_end=439
   _globals['_VALIDATEQUERYRESPONSE']._serialized_start=441
   _globals['_VALIDATEQUERYRESPONSE']._serialized_end=522
-  _globals['_QUERYSERVICE']._serialized_start=525
-  _globals['_QUERYSERVICE']._serialized_end=881
+  _globals['_EXPLAINQUERYREQUEST']._serialized_start=524
+  _globals['_EXPLAINQUERYREQUEST']._serialized_end=606
+  _globals['_EXPLAINQUERYRESPONSE']._serialized_start=609
+  _globals['_EXPLAINQUERYRESPONSE']._serialized_end=931
+  _globals['_EXPLAINQUERYRESPONSE_PARAMETERSENTRY']._serialized_start=870
+  _globals['_EXPLAINQUERYRESPONSE_PARAMETERSENTRY']._serialized_end=931
+  _globals['_QUERYSERVICE']._serialized_start=934
+  _globals['_QUERYSERVICE']._serialized_end=1467
 # @@protoc_insertion_point(module_scope)

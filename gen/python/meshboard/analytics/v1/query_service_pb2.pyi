@@ -114,3 +114,93 @@ class ValidateQueryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ValidateQueryResponse: _TypeAlias = ValidateQueryResponse  # noqa: Y015
+
+@_typing.final
+class ExplainQueryRequest(_message.Message):
+    """Asks what a question costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def query(self) -> _query_pb2.Query:
+        """The question."""
+
+    def __init__(
+        self,
+        *,
+        query: _query_pb2.Query | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainQueryRequest: _TypeAlias = ExplainQueryRequest  # noqa: Y015
+
+@_typing.final
+class ExplainQueryResponse(_message.Message):
+    """What the question cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ParametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SQL_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    ROWS_READ_FIELD_NUMBER: _builtins.int
+    BYTES_READ_FIELD_NUMBER: _builtins.int
+    MILLISECONDS_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    sql: _builtins.str
+    """The SQL that the event store ran. Values are not in it: `{p0:String}` is where the parameter `p0` goes."""
+    rows_read: _builtins.int
+    """How many events the event store has read, those that are needed twice twice. It remembers for a while where no event
+    meets a condition, so that the same query may read less the next time.
+    """
+    bytes_read: _builtins.int
+    """How many bytes it has read, before compression."""
+    milliseconds: _builtins.float
+    """Milliseconds that the event store took, without the time that the query waited there."""
+    row_count: _builtins.int
+    """How many rows the answer has."""
+    @_builtins.property
+    def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The values, by the names of their parameters, as text."""
+
+    def __init__(
+        self,
+        *,
+        sql: _builtins.str = ...,
+        parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        rows_read: _builtins.int = ...,
+        bytes_read: _builtins.int = ...,
+        milliseconds: _builtins.float = ...,
+        row_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_read", b"bytes_read", "milliseconds", b"milliseconds", "parameters", b"parameters", "row_count", b"row_count", "rows_read", b"rows_read", "sql", b"sql"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainQueryResponse: _TypeAlias = ExplainQueryResponse  # noqa: Y015

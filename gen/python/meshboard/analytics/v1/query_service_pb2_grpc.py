@@ -45,6 +45,11 @@ class QueryServiceStub:
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ValidateQueryRequest.SerializeToString,
                 response_deserializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ValidateQueryResponse.FromString,
                 _registered_method=True)
+        self.ExplainQuery = channel.unary_unary(
+                '/meshboard.analytics.v1.QueryService/ExplainQuery',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ExplainQueryRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ExplainQueryResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer:
@@ -54,8 +59,10 @@ class QueryServiceServicer:
     def RunQuery(self, request, context):
         """Computes the answer to a query over the events that are in the store.
 
-        Fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, QUERY_INVALID or TIME_ZONE_UNKNOWN; with RESOURCE_EXHAUSTED,
-        reason QUERY_TOO_EXPENSIVE, when it needs more time or memory than a query may have.
+        Fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, QUERY_INVALID, FORMULA_INVALID, PATTERN_INVALID or
+        TIME_ZONE_UNKNOWN; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE, when it needs more time or memory or reads more
+        rows than a query may (`limit` says which of these); with RESOURCE_EXHAUSTED, reason QUERIES_QUEUED, when too many of the
+        workspace wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,6 +70,14 @@ class QueryServiceServicer:
 
     def ValidateQuery(self, request, context):
         """Checks a query, and that the caller may ask its sources, without running it. Fails as `RunQuery` does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainQuery(self, request, context):
+        """Runs a query in the event store, whether its answer is remembered or not, and says what that took. Fails as `RunQuery`
+        does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +95,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.ValidateQuery,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ValidateQueryRequest.FromString,
                     response_serializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ValidateQueryResponse.SerializeToString,
+            ),
+            'ExplainQuery': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainQuery,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ExplainQueryRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ExplainQueryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +157,33 @@ class QueryService:
             '/meshboard.analytics.v1.QueryService/ValidateQuery',
             meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ValidateQueryRequest.SerializeToString,
             meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ValidateQueryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainQuery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.analytics.v1.QueryService/ExplainQuery',
+            meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ExplainQueryRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_query__service__pb2.ExplainQueryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,11 +19,17 @@ class QueryServiceStub:
     RunQuery: _aio.UnaryUnaryMultiCallable[_query_service_pb2.RunQueryRequest, _query_service_pb2.RunQueryResponse]
     """Computes the answer to a query over the events that are in the store.
 
-    Fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, QUERY_INVALID or TIME_ZONE_UNKNOWN; with RESOURCE_EXHAUSTED,
-    reason QUERY_TOO_EXPENSIVE, when it needs more time or memory than a query may have.
+    Fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, QUERY_INVALID, FORMULA_INVALID, PATTERN_INVALID or
+    TIME_ZONE_UNKNOWN; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE, when it needs more time or memory or reads more
+    rows than a query may (`limit` says which of these); with RESOURCE_EXHAUSTED, reason QUERIES_QUEUED, when too many of the
+    workspace wait.
     """
     ValidateQuery: _aio.UnaryUnaryMultiCallable[_query_service_pb2.ValidateQueryRequest, _query_service_pb2.ValidateQueryResponse]
     """Checks a query, and that the caller may ask its sources, without running it. Fails as `RunQuery` does."""
+    ExplainQuery: _aio.UnaryUnaryMultiCallable[_query_service_pb2.ExplainQueryRequest, _query_service_pb2.ExplainQueryResponse]
+    """Runs a query in the event store, whether its answer is remembered or not, and says what that took. Fails as `RunQuery`
+    does.
+    """
 
 class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers questions about events."""
@@ -36,8 +42,10 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_query_service_pb2.RunQueryResponse]:
         """Computes the answer to a query over the events that are in the store.
 
-        Fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, QUERY_INVALID or TIME_ZONE_UNKNOWN; with RESOURCE_EXHAUSTED,
-        reason QUERY_TOO_EXPENSIVE, when it needs more time or memory than a query may have.
+        Fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, QUERY_INVALID, FORMULA_INVALID, PATTERN_INVALID or
+        TIME_ZONE_UNKNOWN; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE, when it needs more time or memory or reads more
+        rows than a query may (`limit` says which of these); with RESOURCE_EXHAUSTED, reason QUERIES_QUEUED, when too many of the
+        workspace wait.
         """
 
     @_abc_1.abstractmethod
@@ -47,5 +55,15 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_query_service_pb2.ValidateQueryRequest, _abc.Awaitable[_query_service_pb2.ValidateQueryResponse]],
     ) -> _abc.Awaitable[_query_service_pb2.ValidateQueryResponse]:
         """Checks a query, and that the caller may ask its sources, without running it. Fails as `RunQuery` does."""
+
+    @_abc_1.abstractmethod
+    def ExplainQuery(
+        self,
+        request: _query_service_pb2.ExplainQueryRequest,
+        context: _aio.ServicerContext[_query_service_pb2.ExplainQueryRequest, _abc.Awaitable[_query_service_pb2.ExplainQueryResponse]],
+    ) -> _abc.Awaitable[_query_service_pb2.ExplainQueryResponse]:
+        """Runs a query in the event store, whether its answer is remembered or not, and says what that took. Fails as `RunQuery`
+        does.
+        """
 
 def add_QueryServiceServicer_to_server(servicer: QueryServiceServicer, server: _aio.Server) -> None: ...
