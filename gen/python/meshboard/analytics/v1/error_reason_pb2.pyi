@@ -48,6 +48,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+    COHORT_NOT_FOUND: _ErrorReason.ValueType  # 43
+    """NOT_FOUND: the cohort does not exist, or the caller may not see it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -78,4 +80,6 @@ TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+COHORT_NOT_FOUND: ErrorReason.ValueType  # 43
+"""NOT_FOUND: the cohort does not exist, or the caller may not see it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

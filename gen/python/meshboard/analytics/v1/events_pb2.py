@@ -22,29 +22,36 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from meshboard.analytics.v1 import cohort_pb2 as meshboard_dot_analytics_dot_v1_dot_cohort__pb2
 from meshboard.analytics.v1 import source_pb2 as meshboard_dot_analytics_dot_v1_dot_source__pb2
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/events.proto\x12\x16meshboard.analytics.v1\x1a#meshboard/analytics/v1/source.proto\x1a\x1dmeshboard/user/v1/grant.proto\"G\n\rSourceCreated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"G\n\rSourceUpdated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"Q\n\x0fWriteKeyRotated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"O\n\rSourceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"\x84\x01\n\x12SourceGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12SourceGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"d\n\x04Tick\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x1c\n\twatermark\x18\x03 \x01(\x03R\twatermarkb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/events.proto\x12\x16meshboard.analytics.v1\x1a#meshboard/analytics/v1/cohort.proto\x1a#meshboard/analytics/v1/source.proto\x1a\x1dmeshboard/user/v1/grant.proto\"G\n\rSourceCreated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"G\n\rSourceUpdated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"Q\n\x0fWriteKeyRotated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"O\n\rSourceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"\x84\x01\n\x12SourceGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12SourceGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"d\n\x04Tick\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x1c\n\twatermark\x18\x03 \x01(\x03R\twatermark\"G\n\rCohortCreated\x12\x36\n\x06\x63ohort\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.CohortR\x06\x63ohort\"G\n\rCohortUpdated\x12\x36\n\x06\x63ohort\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.CohortR\x06\x63ohort\"O\n\rCohortDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tcohort_id\x18\x02 \x01(\tR\x08\x63ohortIdb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.analytics.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SOURCECREATED']._serialized_start=131
-  _globals['_SOURCECREATED']._serialized_end=202
-  _globals['_SOURCEUPDATED']._serialized_start=204
-  _globals['_SOURCEUPDATED']._serialized_end=275
-  _globals['_WRITEKEYROTATED']._serialized_start=277
-  _globals['_WRITEKEYROTATED']._serialized_end=358
-  _globals['_SOURCEDELETED']._serialized_start=360
-  _globals['_SOURCEDELETED']._serialized_end=439
-  _globals['_SOURCEGRANTCREATED']._serialized_start=442
-  _globals['_SOURCEGRANTCREATED']._serialized_end=574
-  _globals['_SOURCEGRANTDELETED']._serialized_start=576
-  _globals['_SOURCEGRANTDELETED']._serialized_end=687
-  _globals['_TICK']._serialized_start=689
-  _globals['_TICK']._serialized_end=789
+  _globals['_SOURCECREATED']._serialized_start=168
+  _globals['_SOURCECREATED']._serialized_end=239
+  _globals['_SOURCEUPDATED']._serialized_start=241
+  _globals['_SOURCEUPDATED']._serialized_end=312
+  _globals['_WRITEKEYROTATED']._serialized_start=314
+  _globals['_WRITEKEYROTATED']._serialized_end=395
+  _globals['_SOURCEDELETED']._serialized_start=397
+  _globals['_SOURCEDELETED']._serialized_end=476
+  _globals['_SOURCEGRANTCREATED']._serialized_start=479
+  _globals['_SOURCEGRANTCREATED']._serialized_end=611
+  _globals['_SOURCEGRANTDELETED']._serialized_start=613
+  _globals['_SOURCEGRANTDELETED']._serialized_end=724
+  _globals['_TICK']._serialized_start=726
+  _globals['_TICK']._serialized_end=826
+  _globals['_COHORTCREATED']._serialized_start=828
+  _globals['_COHORTCREATED']._serialized_end=899
+  _globals['_COHORTUPDATED']._serialized_start=901
+  _globals['_COHORTUPDATED']._serialized_end=972
+  _globals['_COHORTDELETED']._serialized_start=974
+  _globals['_COHORTDELETED']._serialized_end=1053
 # @@protoc_insertion_point(module_scope)
