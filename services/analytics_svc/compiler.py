@@ -4,9 +4,11 @@
 """
 # ruff: noqa: S608 - this is where SQL is put together, of expressions written here
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
+from typing import Any
 
 from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Measure, Query
 
@@ -58,13 +60,29 @@ class Compiled:
     limit: int
 
 
-def compile_query(query: Query, workspace_id: str, now: datetime) -> Compiled:
+def columns_of(*names: str) -> list[Column]:
+    """Columns of an answer that is made into a message of its own."""
+    return [Column(name=name) for name in names]
+
+
+def cells_of(row: Any) -> list[Any]:
+    """The cells of a row, or of an array in one."""
+    return list(row)
+
+
+def compile_query(
+    query: Query,
+    workspace_id: str,
+    now: datetime,
+    cohorts: Mapping[str, Callable[[Selection], str]] = MappingProxyType({}),
+) -> Compiled:
     """Compiles a query that meets the rules of its contract, over sources of the workspace.
 
-    Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID or TIME_ZONE_UNKNOWN and the path of the field.
+    `cohorts` are those that its filters name. Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID or
+    TIME_ZONE_UNKNOWN and the path of the field.
     """
     start, end = resolve_range(query.time_range, now)
-    return _Compilation(query, Selection(workspace_id, query.source_ids, start, end)).compile()
+    return _Compilation(query, Selection(workspace_id, query.source_ids, start, end, cohorts)).compile()
 
 
 @dataclass(slots=True)

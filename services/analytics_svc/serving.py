@@ -2,8 +2,10 @@
 
 from functools import partial
 
+from meshboard.analytics.v1.cohort_service_pb2_grpc import add_CohortServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
+from meshboard.analytics.v1.insight_service_pb2_grpc import add_InsightServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import add_InternalQueryServiceServicer_to_server
 from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
@@ -13,10 +15,12 @@ from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServ
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc.cohorts import CohortServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
+from services.analytics_svc.insights import InsightServicer
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
@@ -71,12 +75,15 @@ async def serve(settings: AnalyticsSettings) -> None:
     ingest = IngestServicer(EventLog(bus, now), now)
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     queries = Queries(sessions, store, now)
+    cohorts = CohortServicer(queries, pages, new_id=new_id)
     server = Server(
         settings,
         [
             lambda server: add_SourceServiceServicer_to_server(sources, server),
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+            lambda server: add_InsightServiceServicer_to_server(InsightServicer(queries), server),
+            lambda server: add_CohortServiceServicer_to_server(cohorts, server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
         ],

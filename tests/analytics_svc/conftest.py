@@ -14,10 +14,18 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.cohort_service_pb2_grpc import (
+    CohortServiceStub,
+    add_CohortServiceServicer_to_server,
+)
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
     add_IngestServiceServicer_to_server,
+)
+from meshboard.analytics.v1.insight_service_pb2_grpc import (
+    InsightServiceStub,
+    add_InsightServiceServicer_to_server,
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceStub,
@@ -39,9 +47,11 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from services.analytics_svc.cohorts import CohortServicer
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
+from services.analytics_svc.insights import InsightServicer
 from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
@@ -163,6 +173,8 @@ class Analytics:
     sources: SourceServiceStub
     ingest: IngestServiceStub
     queries: QueryServiceStub
+    insights: InsightServiceStub
+    cohorts: CohortServiceStub
     internal: InternalQueryServiceStub
 
     async def source(self, member: Member) -> tuple[SourceMessage, str]:
@@ -254,10 +266,13 @@ async def analytics(
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
     ingest = IngestServicer(EventLog(bus, now), now)
     queries = Queries(db, store, now)
+    cohorts = CohortServicer(queries, pages, new_id=new_id)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
+        lambda server: add_InsightServiceServicer_to_server(InsightServicer(queries), server),
+        lambda server: add_CohortServiceServicer_to_server(cohorts, server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
     ]
     access = identity.access(
@@ -280,6 +295,8 @@ async def analytics(
             sources=SourceServiceStub(channel),
             ingest=IngestServiceStub(channel),
             queries=QueryServiceStub(channel),
+            insights=InsightServiceStub(channel),
+            cohorts=CohortServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
         )
     await user_peer.close()
