@@ -63,7 +63,7 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
     # Whether there is a next node, and whether the path ends here; neither is so where it goes on beyond `depth`.
     sql = f"""
         SELECT multiIf(grouping(place) = 1, {_ALL}, grouping(next) = 1, {_NODE}, {_LINK}) AS about,
-            place, node, next, countIf(is_first OR about != {_ALL}) AS paths, uniqExact(who) AS actors,
+            place, node, next, if(about = {_ALL}, countIf(is_first), count()) AS paths, uniqExact(who) AS actors,
             countIf(is_exit) AS exits, ifNotFinite(avg(seconds), 0)
         FROM (
             SELECT who, {place} AS place, part[i].2 AS node, i = 1 AS is_first,

@@ -43,7 +43,7 @@ START = int(datetime(2018, 10, 1, 20, tzinfo=UTC).timestamp())
 NOW = datetime(2018, 11, 28, 21, 30, tzinfo=UTC)
 ZONES = ["", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "America/Sao_Paulo", "Pacific/Apia"]
 DAY_SECONDS = 86_400
-EXAMPLES = 60
+EXAMPLES = 40
 
 
 def random_rows(source_id: str, seed: int) -> list[Row]:
