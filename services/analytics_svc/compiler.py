@@ -5,8 +5,11 @@
 # ruff: noqa: S608 - this is where SQL is put together, of expressions written here
 
 from calendar import monthrange
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from meshboard.analytics.v1.query_pb2 import Breakdown, Column, Comparison, Measure, Query
@@ -62,14 +65,29 @@ class Compiled:
     limit: int
 
 
-def compile_query(query: Query, workspace_id: str, now: datetime) -> Compiled:
+def columns_of(*names: str) -> list[Column]:
+    """Columns of an answer that is made into a message of its own."""
+    return [Column(name=name) for name in names]
+
+
+def cells_of(row: Any) -> list[Any]:
+    """The cells of a row, or of an array in one."""
+    return list(row)
+
+
+def compile_query(
+    query: Query,
+    workspace_id: str,
+    now: datetime,
+    cohorts: Mapping[str, Callable[[Selection], str]] = MappingProxyType({}),
+) -> Compiled:
     """Compiles a query that meets the rules of its contract, over sources of the workspace.
 
-    Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID, FORMULA_INVALID, PATTERN_INVALID or TIME_ZONE_UNKNOWN
-    and the path of the field.
+    `cohorts` are those that its filters name. Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID,
+    FORMULA_INVALID, PATTERN_INVALID or TIME_ZONE_UNKNOWN and the path of the field.
     """
     start, end = resolve_range(query.time_range, now)
-    events = Selection(workspace_id, query.source_ids, start, end)
+    events = Selection(workspace_id, query.source_ids, start, end, cohorts)
     events.bind_zone(query.time_zone)
     return _Compilation(query, events, list(query.measures) or [Measure()]).compile()
 

@@ -5,7 +5,7 @@ from meshboard.user.v1.events_pb2 import WorkspaceDeleted
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.analytics_svc.models import Source
+from services.analytics_svc.models import Cohort, Source
 from services.analytics_svc.write_keys import WriteKeys
 from services.chassis import outbox
 from services.chassis.db import GrantRow
@@ -13,11 +13,12 @@ from services.chassis.inbox import after_commit
 
 
 async def on_workspace_deleted(write_keys: WriteKeys, session: AsyncSession, event: WorkspaceDeleted) -> None:
-    """Deletes the sources of a workspace with the grants on them, and has their write keys refused.
+    """Deletes the sources of a workspace with the grants on them, and its cohorts, and has its write keys refused.
 
-    What they have collected stays in the event store until its retention ends: nobody has rights to it.
+    What the sources have collected stays in the event store until its retention ends: nobody has rights to it.
     """
     await session.execute(delete(GrantRow).where(GrantRow.workspace_id == event.workspace_id))
+    await session.execute(delete(Cohort).where(Cohort.workspace_id == event.workspace_id))
     sources = (
         await session.scalars(
             delete(Source).where(Source.workspace_id == event.workspace_id).returning(Source)

@@ -96,6 +96,26 @@ class SourceUsage(Table):
     event_count: Mapped[int] = mapped_column(BigInteger)
 
 
+class Cohort(Table):
+    """A saved description of people. `definition` is a serialized meshboard.analytics.v1.CohortDefinition."""
+
+    __tablename__ = "cohorts"
+    __table_args__ = (
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="cohorts_request_once"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    cohort_id: Mapped[Id] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    description: Mapped[str] = mapped_column(Text)
+    definition: Mapped[bytes] = mapped_column(LargeBinary)
+    version: Mapped[int] = mapped_column(server_default=text("1"))
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
 class Watermark(Table):
     """How far the event log has been read for a source: the highest sequence with an event of it in the store."""
 

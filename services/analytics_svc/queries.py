@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest, RunWidgetQueryResponse
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
 from meshboard.analytics.v1.query_pb2 import Query, Result
@@ -28,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.event_store import EventStore, Rows, TooExpensiveError, UnavailableError, Value
+from services.analytics_svc.memberships import Memberships, check_visible, memberships, named_in
 from services.analytics_svc.models import Source, Watermark
 from services.chassis import auth, errors
 
@@ -116,13 +118,22 @@ class Queries:
     async def answer(self, query: Query, workspace_id: str) -> Result:
         """The answer to a query over sources that are known to be of the workspace.
 
-        Raises INVALID_ARGUMENT, RESOURCE_EXHAUSTED or UNAVAILABLE.
+        Raises INVALID_ARGUMENT, NOT_FOUND (COHORT_NOT_FOUND), RESOURCE_EXHAUSTED or UNAVAILABLE.
         """
-        compiled = compile_query(query, workspace_id, self.now())
-        return await self.remembered(compiled, workspace_id, query.source_ids)
+        cohorts = await self.cohorts(query, workspace_id)
+        return await self.run(
+            compile_query(query, workspace_id, self.now(), cohorts), workspace_id, query.source_ids
+        )
 
-    async def remembered(self, compiled: Compiled, workspace_id: str, source_ids: Sequence[str]) -> Result:
-        """The answer to a compiled question about these sources: remembered, or computed now. Raises as `answer`."""
+    async def cohorts(self, question: Message, workspace_id: str) -> Memberships:
+        """The cohorts that the filters of a question name. Raises NOT_FOUND (COHORT_NOT_FOUND)."""
+        return await memberships(self.db, workspace_id, named_in(question), self.now())
+
+    async def run(self, compiled: Compiled, workspace_id: str, source_ids: Sequence[str]) -> Result:
+        """The rows of what was compiled, over sources that are known to be of the workspace.
+
+        Raises RESOURCE_EXHAUSTED or UNAVAILABLE.
+        """
         # Read before the query runs: the answer has all events up to it, and maybe more, never less.
         watermarks = await self.watermarks(workspace_id, source_ids)
         names = tuple(column.name for column in compiled.columns)
@@ -258,15 +269,21 @@ class QueryServicer(QueryServiceServicer):
         self.queries = queries
 
     async def RunQuery(self, request: RunQueryRequest, context: Context) -> RunQueryResponse:
+        check_visible(request.query)
         return RunQueryResponse(result=await self.queries.answer(request.query, auth.caller().workspace_id))
 
     async def ValidateQuery(self, request: ValidateQueryRequest, context: Context) -> ValidateQueryResponse:
-        compiled = compile_query(request.query, auth.caller().workspace_id, self.queries.now())
+        check_visible(request.query)
+        workspace_id = auth.caller().workspace_id
+        cohorts = await self.queries.cohorts(request.query, workspace_id)
+        compiled = compile_query(request.query, workspace_id, self.queries.now(), cohorts)
         return ValidateQueryResponse(columns=compiled.columns)
 
     async def ExplainQuery(self, request: ExplainQueryRequest, context: Context) -> ExplainQueryResponse:
+        check_visible(request.query)
         workspace_id = auth.caller().workspace_id
-        compiled = compile_query(request.query, workspace_id, self.queries.now())
+        cohorts = await self.queries.cohorts(request.query, workspace_id)
+        compiled = compile_query(request.query, workspace_id, self.queries.now(), cohorts)
         found = await self.queries.rows(compiled.sql, compiled.params, workspace_id)
         return ExplainQueryResponse(
             sql=compiled.sql,

@@ -15,6 +15,7 @@ from meshboard.analytics.v1.event_service_pb2 import (
 from meshboard.analytics.v1.event_service_pb2_grpc import EventServiceServicer
 
 from services.analytics_svc import stored_events, tails
+from services.analytics_svc.memberships import check_visible
 from services.analytics_svc.queries import Queries
 from services.analytics_svc.selection import Selection, resolve_range
 from services.analytics_svc.stored_events import Row
@@ -46,7 +47,9 @@ class EventServicer(EventServiceServicer):
         workspace_id = auth.caller().workspace_id
         page = self.pages.open(request, workspace_id)
         start, end, *last = page.last or resolve_range(request.time_range, self.queries.now())
-        events = Selection(workspace_id, request.source_ids, start, end)
+        check_visible(request)
+        cohorts = await self.queries.cohorts(request, workspace_id)
+        events = Selection(workspace_id, request.source_ids, start, end, cohorts)
         conditions = stored_events.conditions_of(events, request)
         events.check_size()
         rows = await self._page(events, conditions, last, page.size, oldest_first=request.oldest_first)

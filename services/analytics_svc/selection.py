@@ -8,11 +8,12 @@ server.
 import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from typing import NoReturn
+from uuid import UUID
 from zoneinfo import available_timezones
 
 import re2
@@ -115,6 +116,8 @@ class Selection:
     source_ids: Sequence[str]
     start: int | None
     end: int | None
+    # The cohorts that conditions may name, by id: each says in SQL whether an event of this selection is of a member.
+    cohorts: Mapping[str, "Callable[[Selection], str]"] = field(default_factory=dict)
     params: dict[str, Value] = field(default_factory=dict)
     uses_visits: bool = False
 
@@ -169,11 +172,34 @@ class Selection:
         """SQL conditions, each 0 or 1 and never NULL. Raises INVALID_ARGUMENT naming the field."""
         return [self._filter(f, f"{path}[{index}]") for index, f in enumerate(filters)]
 
+    def latest(self, condition: Filter, path: str) -> str:
+        """An aggregate, 0 or 1: whether the last event that has the property of the condition meets it."""
+        operator = condition.operator or Filter.EQUAL
+        positive = _NEGATIONS.get(operator, operator)
+        exists = self.property(condition.property, f"{path}.property").exists
+        sql = self._positive(positive, condition, path)
+        found = f"argMaxIf({sql}, (time, sequence, position), {exists})"
+        return f"{found} = {'1' if positive == operator else '0'}"
+
     def _filter(self, condition: Filter, path: str) -> str:
+        if condition.cohort_id:
+            return self._membership(condition, path)
         operator = condition.operator or Filter.EQUAL
         positive = _NEGATIONS.get(operator, operator)
         sql = self._positive(positive, condition, path)
         return sql if positive == operator else f"NOT {sql}"
+
+    def _membership(self, condition: Filter, path: str) -> str:
+        operator = condition.operator or Filter.IN
+        if operator not in {Filter.IN, Filter.NOT_IN}:
+            invalid(f"{path}.operator", "Whether somebody is in a cohort is asked with IN or NOT_IN.")
+        if condition.values:
+            invalid(f"{path}.values", "A condition on a cohort takes no value.")
+        cohort_id = str(UUID(condition.cohort_id))
+        if cohort_id not in self.cohorts:
+            invalid(f"{path}.cohort_id", "A cohort cannot be asked for here.")
+        sql = self.cohorts[cohort_id](self)
+        return sql if operator == Filter.IN else f"NOT {sql}"
 
     def _positive(self, operator: "Filter.Operator.ValueType", condition: Filter, path: str) -> str:
         """An expression that is 0 or 1, never NULL, so that it can be negated."""

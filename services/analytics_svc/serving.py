@@ -3,12 +3,14 @@
 from functools import partial
 
 from meshboard.analytics.v1.catalogue_service_pb2_grpc import add_CatalogueServiceServicer_to_server
+from meshboard.analytics.v1.cohort_service_pb2_grpc import add_CohortServiceServicer_to_server
 from meshboard.analytics.v1.compat_service_pb2 import SendBatchRequest, SendTrackRequest
 from meshboard.analytics.v1.compat_service_pb2_grpc import add_CompatServiceServicer_to_server
 from meshboard.analytics.v1.event_service_pb2 import ListEventsRequest, TailEventsRequest
 from meshboard.analytics.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
+from meshboard.analytics.v1.insight_service_pb2_grpc import add_InsightServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import add_InternalQueryServiceServicer_to_server
 from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
@@ -19,12 +21,14 @@ from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasure
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
 from services.analytics_svc.catalogue import CatalogueServicer
+from services.analytics_svc.cohorts import CohortServicer
 from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.ingest import IngestServicer
+from services.analytics_svc.insights import InsightServicer
 from services.analytics_svc.queries import InternalQueryServicer, Limits, Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.raw_events import EventServicer
@@ -109,6 +113,7 @@ async def serve(settings: AnalyticsSettings) -> None:
         Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
     )
+    cohorts = CohortServicer(queries, pages, new_id=new_id)
     server = Server(
         settings,
         [
@@ -118,6 +123,8 @@ async def serve(settings: AnalyticsSettings) -> None:
             lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_EventServiceServicer_to_server(events, server),
+            lambda server: add_InsightServiceServicer_to_server(InsightServicer(queries), server),
+            lambda server: add_CohortServiceServicer_to_server(cohorts, server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
             lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),

@@ -34,6 +34,8 @@ _VIEWER = frozenset(
         "sources.list",
         "sources.view",
         "sources.query",
+        "cohorts.list",
+        "cohorts.view",
         "dashboards.list",
         "dashboards.view",
         "folders.list",
@@ -44,6 +46,7 @@ _VIEWER = frozenset(
 _EDITOR = _VIEWER | {
     "sources.create",
     "sources.edit",
+    "cohorts.edit",
     "dashboards.create",
     "dashboards.edit",
     "folders.create",

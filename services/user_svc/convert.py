@@ -30,7 +30,7 @@ from services.user_svc.models import (
 
 _BUILTIN_ROLES = {
     "viewer": "Sees everything, and asks questions of it.",
-    "editor": "Makes and changes sources, dashboards and folders too.",
+    "editor": "Makes and changes sources, cohorts, dashboards and folders too.",
     "admin": "Manages members, teams, roles and grants too, and deletes what others have made.",
     "owner": "May do everything, also delete the workspace and hand it over.",
 }

@@ -18,6 +18,10 @@ from meshboard.analytics.v1.catalogue_service_pb2_grpc import (
     CatalogueServiceStub,
     add_CatalogueServiceServicer_to_server,
 )
+from meshboard.analytics.v1.cohort_service_pb2_grpc import (
+    CohortServiceStub,
+    add_CohortServiceServicer_to_server,
+)
 from meshboard.analytics.v1.compat_service_pb2_grpc import (
     CompatServiceStub,
     add_CompatServiceServicer_to_server,
@@ -30,6 +34,10 @@ from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestRespo
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
     add_IngestServiceServicer_to_server,
+)
+from meshboard.analytics.v1.insight_service_pb2_grpc import (
+    InsightServiceStub,
+    add_InsightServiceServicer_to_server,
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceStub,
@@ -56,10 +64,12 @@ from meshboard.user.v1.internal_user_service_pb2_grpc import (
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.catalogue import CatalogueServicer
+from services.analytics_svc.cohorts import CohortServicer
 from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.ingest import IngestServicer
+from services.analytics_svc.insights import InsightServicer
 from services.analytics_svc.pipeline import Pipeline
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
@@ -193,6 +203,8 @@ class Analytics:
     compat: CompatServiceStub
     queries: QueryServiceStub
     events: EventServiceStub
+    insights: InsightServiceStub
+    cohorts: CohortServiceStub
     internal: InternalQueryServiceStub
     catalogue: CatalogueServiceStub
 
@@ -293,6 +305,7 @@ async def analytics(
     tails = Tails(queries, per_workspace=5, at_most=50)
     await tails.listen(bus)
     events = EventServicer(queries, pages, tails, Span(0.2, 30.0), lambda: False)
+    cohorts = CohortServicer(queries, pages, new_id=new_id)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_WriteKeyServiceServicer_to_server(keys, server),
@@ -300,6 +313,8 @@ async def analytics(
         lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
         lambda server: add_EventServiceServicer_to_server(events, server),
+        lambda server: add_InsightServiceServicer_to_server(InsightServicer(queries), server),
+        lambda server: add_CohortServiceServicer_to_server(cohorts, server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
         lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
     ]
@@ -329,6 +344,8 @@ async def analytics(
             compat=CompatServiceStub(channel),
             queries=QueryServiceStub(channel),
             events=EventServiceStub(channel),
+            insights=InsightServiceStub(channel),
+            cohorts=CohortServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
             catalogue=CatalogueServiceStub(channel),
         )

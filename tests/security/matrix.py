@@ -104,6 +104,9 @@ _BOARD = {"dashboard_id": "{dashboard}"}
 _FOLDER = {"folder_id": "{folder}"}
 _ASKED = {"permission": "dashboards.view", "resource": {"type": "dashboard", "id": "{dashboard}"}}
 _SOURCE = {"source_id": "{source}"}
+_SOURCES = {"source_ids": ["{source}"]}
+_RECENT = {**_SOURCES, "time_range": {"last_seconds": 60}}
+_DEFINITION = {"definition": {"conditions": [{"behaviour": {"event": "e"}}]}}
 _MACHINE = {**_W, "service_account_id": "{service_account}"}
 
 MATRIX: Mapping[str, Row] = {
@@ -514,6 +517,27 @@ MATRIX: Mapping[str, Row] = {
     "analytics.v1.QueryService.ExplainQuery": On(QUERY, "0++++", "SOURCE_NOT_FOUND"),
     "analytics.v1.EventService.ListEvents": On({"source_ids": ["{source}"]}, "0++++", "SOURCE_NOT_FOUND"),
     "analytics.v1.EventService.TailEvents": On({"source_ids": ["{source}"]}, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.InsightService.RunFunnel": On(
+        {"query": {**_SOURCES, "steps": [{"event": "a"}, {"event": "b"}]}}, "0++++", "SOURCE_NOT_FOUND"
+    ),
+    "analytics.v1.InsightService.RunRetention": On({"query": _RECENT}, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.InsightService.RunPaths": On({"query": _SOURCES}, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.InsightService.RunLifecycle": On({"query": _RECENT}, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.CohortService.CreateCohort": In({"title": "t", **_DEFINITION}, "--+++"),
+    "analytics.v1.CohortService.GetCohort": In(
+        {"cohort_id": "{absent}"}, "-++++", ("COHORT_NOT_FOUND",), absent="COHORT_NOT_FOUND"
+    ),
+    "analytics.v1.CohortService.ListCohorts": In({}, "-++++"),
+    "analytics.v1.CohortService.UpdateCohort": In(
+        {"cohort": {"cohort_id": "{absent}", "title": "t"}, "update_mask": "title"},
+        "--+++",
+        ("COHORT_NOT_FOUND",),
+        absent="COHORT_NOT_FOUND",
+    ),
+    "analytics.v1.CohortService.DeleteCohort": In(
+        {"cohort_id": "{absent}"}, "--+++", ("COHORT_NOT_FOUND",), absent="COHORT_NOT_FOUND"
+    ),
+    "analytics.v1.CohortService.PreviewCohort": On({**_SOURCES, **_DEFINITION}, "0++++", "SOURCE_NOT_FOUND"),
     "analytics.v1.SourceService.CreateSource": In({"title": "t"}, "--+++"),
     "analytics.v1.SourceService.GetSource": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
     "analytics.v1.SourceService.ListSources": In({}, "-++++"),

@@ -90,6 +90,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: too many queries of the workspace wait for the event store. Repeat after `RetryInfo.retry_delay`."""
     TAILS_EXHAUSTED: _ErrorReason.ValueType  # 56
     """RESOURCE_EXHAUSTED: too many streams of live events of the workspace are open. Close one."""
+    COHORT_NOT_FOUND: _ErrorReason.ValueType  # 43
+    """NOT_FOUND: the cohort does not exist, or the caller may not see it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -162,4 +164,6 @@ QUERIES_QUEUED: ErrorReason.ValueType  # 55
 """RESOURCE_EXHAUSTED: too many queries of the workspace wait for the event store. Repeat after `RetryInfo.retry_delay`."""
 TAILS_EXHAUSTED: ErrorReason.ValueType  # 56
 """RESOURCE_EXHAUSTED: too many streams of live events of the workspace are open. Close one."""
+COHORT_NOT_FOUND: ErrorReason.ValueType  # 43
+"""NOT_FOUND: the cohort does not exist, or the caller may not see it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -214,7 +214,7 @@ class TailEventsRequest(_message.Message):
 
     @_builtins.property
     def filters(self) -> _containers.RepeatedCompositeFieldContainer[_query_pb2.Filter]:
-        """Conditions that every event meets, at most 20. `visit_id` cannot be looked at here."""
+        """Conditions that every event meets, at most 20; none of them on `visit_id` or a cohort."""
 
     def __init__(
         self,

@@ -23,40 +23,47 @@ _sym_db = _symbol_database.Default()
 
 
 from meshboard.analytics.v1 import catalogue_pb2 as meshboard_dot_analytics_dot_v1_dot_catalogue__pb2
+from meshboard.analytics.v1 import cohort_pb2 as meshboard_dot_analytics_dot_v1_dot_cohort__pb2
 from meshboard.analytics.v1 import source_pb2 as meshboard_dot_analytics_dot_v1_dot_source__pb2
 from meshboard.analytics.v1 import write_key_pb2 as meshboard_dot_analytics_dot_v1_dot_write__key__pb2
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/events.proto\x12\x16meshboard.analytics.v1\x1a&meshboard/analytics/v1/catalogue.proto\x1a#meshboard/analytics/v1/source.proto\x1a&meshboard/analytics/v1/write_key.proto\x1a\x1dmeshboard/user/v1/grant.proto\"G\n\rSourceCreated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"G\n\rSourceUpdated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"\xb9\x01\n\x0fWriteKeyRotated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\'\n\x0foverlap_seconds\x18\x03 \x01(\x05R\x0eoverlapSeconds\x12=\n\twrite_key\x18\x04 \x01(\x0b\x32 .meshboard.analytics.v1.WriteKeyR\x08writeKey\"P\n\x0fWriteKeyCreated\x12=\n\twrite_key\x18\x01 \x01(\x0b\x32 .meshboard.analytics.v1.WriteKeyR\x08writeKey\"P\n\x0fWriteKeyUpdated\x12=\n\twrite_key\x18\x01 \x01(\x0b\x32 .meshboard.analytics.v1.WriteKeyR\x08writeKey\"s\n\x0fWriteKeyDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12 \n\x0cwrite_key_id\x18\x03 \x01(\tR\nwriteKeyId\"O\n\rSourceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"\x84\x01\n\x12SourceGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12SourceGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"x\n\x15\x43\x61talogueEventUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12<\n\x05\x65vent\x18\x02 \x01(\x0b\x32&.meshboard.analytics.v1.CatalogueEventR\x05\x65vent\"\x84\x01\n\x18\x43\x61taloguePropertyUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x45\n\x08property\x18\x02 \x01(\x0b\x32).meshboard.analytics.v1.CataloguePropertyR\x08property\"d\n\x04Tick\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x1c\n\twatermark\x18\x03 \x01(\x03R\twatermarkb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/events.proto\x12\x16meshboard.analytics.v1\x1a&meshboard/analytics/v1/catalogue.proto\x1a#meshboard/analytics/v1/cohort.proto\x1a#meshboard/analytics/v1/source.proto\x1a&meshboard/analytics/v1/write_key.proto\x1a\x1dmeshboard/user/v1/grant.proto\"G\n\rSourceCreated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"G\n\rSourceUpdated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"\xb9\x01\n\x0fWriteKeyRotated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\'\n\x0foverlap_seconds\x18\x03 \x01(\x05R\x0eoverlapSeconds\x12=\n\twrite_key\x18\x04 \x01(\x0b\x32 .meshboard.analytics.v1.WriteKeyR\x08writeKey\"P\n\x0fWriteKeyCreated\x12=\n\twrite_key\x18\x01 \x01(\x0b\x32 .meshboard.analytics.v1.WriteKeyR\x08writeKey\"P\n\x0fWriteKeyUpdated\x12=\n\twrite_key\x18\x01 \x01(\x0b\x32 .meshboard.analytics.v1.WriteKeyR\x08writeKey\"s\n\x0fWriteKeyDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12 \n\x0cwrite_key_id\x18\x03 \x01(\tR\nwriteKeyId\"O\n\rSourceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"\x84\x01\n\x12SourceGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12SourceGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"x\n\x15\x43\x61talogueEventUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12<\n\x05\x65vent\x18\x02 \x01(\x0b\x32&.meshboard.analytics.v1.CatalogueEventR\x05\x65vent\"\x84\x01\n\x18\x43\x61taloguePropertyUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x45\n\x08property\x18\x02 \x01(\x0b\x32).meshboard.analytics.v1.CataloguePropertyR\x08property\"d\n\x04Tick\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x1c\n\twatermark\x18\x03 \x01(\x03R\twatermark\"G\n\rCohortCreated\x12\x36\n\x06\x63ohort\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.CohortR\x06\x63ohort\"G\n\rCohortUpdated\x12\x36\n\x06\x63ohort\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.CohortR\x06\x63ohort\"O\n\rCohortDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tcohort_id\x18\x02 \x01(\tR\x08\x63ohortIdb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.analytics.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SOURCECREATED']._serialized_start=211
-  _globals['_SOURCECREATED']._serialized_end=282
-  _globals['_SOURCEUPDATED']._serialized_start=284
-  _globals['_SOURCEUPDATED']._serialized_end=355
-  _globals['_WRITEKEYROTATED']._serialized_start=358
-  _globals['_WRITEKEYROTATED']._serialized_end=543
-  _globals['_WRITEKEYCREATED']._serialized_start=545
-  _globals['_WRITEKEYCREATED']._serialized_end=625
-  _globals['_WRITEKEYUPDATED']._serialized_start=627
-  _globals['_WRITEKEYUPDATED']._serialized_end=707
-  _globals['_WRITEKEYDELETED']._serialized_start=709
-  _globals['_WRITEKEYDELETED']._serialized_end=824
-  _globals['_SOURCEDELETED']._serialized_start=826
-  _globals['_SOURCEDELETED']._serialized_end=905
-  _globals['_SOURCEGRANTCREATED']._serialized_start=908
-  _globals['_SOURCEGRANTCREATED']._serialized_end=1040
-  _globals['_SOURCEGRANTDELETED']._serialized_start=1042
-  _globals['_SOURCEGRANTDELETED']._serialized_end=1153
-  _globals['_CATALOGUEEVENTUPDATED']._serialized_start=1155
-  _globals['_CATALOGUEEVENTUPDATED']._serialized_end=1275
-  _globals['_CATALOGUEPROPERTYUPDATED']._serialized_start=1278
-  _globals['_CATALOGUEPROPERTYUPDATED']._serialized_end=1410
-  _globals['_TICK']._serialized_start=1412
-  _globals['_TICK']._serialized_end=1512
+  _globals['_SOURCECREATED']._serialized_start=248
+  _globals['_SOURCECREATED']._serialized_end=319
+  _globals['_SOURCEUPDATED']._serialized_start=321
+  _globals['_SOURCEUPDATED']._serialized_end=392
+  _globals['_WRITEKEYROTATED']._serialized_start=395
+  _globals['_WRITEKEYROTATED']._serialized_end=580
+  _globals['_WRITEKEYCREATED']._serialized_start=582
+  _globals['_WRITEKEYCREATED']._serialized_end=662
+  _globals['_WRITEKEYUPDATED']._serialized_start=664
+  _globals['_WRITEKEYUPDATED']._serialized_end=744
+  _globals['_WRITEKEYDELETED']._serialized_start=746
+  _globals['_WRITEKEYDELETED']._serialized_end=861
+  _globals['_SOURCEDELETED']._serialized_start=863
+  _globals['_SOURCEDELETED']._serialized_end=942
+  _globals['_SOURCEGRANTCREATED']._serialized_start=945
+  _globals['_SOURCEGRANTCREATED']._serialized_end=1077
+  _globals['_SOURCEGRANTDELETED']._serialized_start=1079
+  _globals['_SOURCEGRANTDELETED']._serialized_end=1190
+  _globals['_CATALOGUEEVENTUPDATED']._serialized_start=1192
+  _globals['_CATALOGUEEVENTUPDATED']._serialized_end=1312
+  _globals['_CATALOGUEPROPERTYUPDATED']._serialized_start=1315
+  _globals['_CATALOGUEPROPERTYUPDATED']._serialized_end=1447
+  _globals['_TICK']._serialized_start=1449
+  _globals['_TICK']._serialized_end=1549
+  _globals['_COHORTCREATED']._serialized_start=1551
+  _globals['_COHORTCREATED']._serialized_end=1622
+  _globals['_COHORTUPDATED']._serialized_start=1624
+  _globals['_COHORTUPDATED']._serialized_end=1695
+  _globals['_COHORTDELETED']._serialized_start=1697
+  _globals['_COHORTDELETED']._serialized_end=1776
 # @@protoc_insertion_point(module_scope)

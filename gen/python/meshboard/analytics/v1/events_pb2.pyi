@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from meshboard.analytics.v1 import catalogue_pb2 as _catalogue_pb2
+from meshboard.analytics.v1 import cohort_pb2 as _cohort_pb2
 from meshboard.analytics.v1 import source_pb2 as _source_pb2
 from meshboard.analytics.v1 import write_key_pb2 as _write_key_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
@@ -355,3 +356,77 @@ class Tick(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tick: _TypeAlias = Tick  # noqa: Y015
+
+@_typing.final
+class CohortCreated(_message.Message):
+    """A cohort was saved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cohort(self) -> _cohort_pb2.Cohort:
+        """The cohort."""
+
+    def __init__(
+        self,
+        *,
+        cohort: _cohort_pb2.Cohort | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CohortCreated: _TypeAlias = CohortCreated  # noqa: Y015
+
+@_typing.final
+class CohortUpdated(_message.Message):
+    """A cohort was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cohort(self) -> _cohort_pb2.Cohort:
+        """The cohort after the change."""
+
+    def __init__(
+        self,
+        *,
+        cohort: _cohort_pb2.Cohort | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CohortUpdated: _TypeAlias = CohortUpdated  # noqa: Y015
+
+@_typing.final
+class CohortDeleted(_message.Message):
+    """A cohort was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    COHORT_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    cohort_id: _builtins.str
+    """The cohort."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        cohort_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort_id", b"cohort_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CohortDeleted: _TypeAlias = CohortDeleted  # noqa: Y015

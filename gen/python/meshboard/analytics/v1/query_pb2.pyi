@@ -406,7 +406,7 @@ Global___Breakdown: _TypeAlias = Breakdown  # noqa: Y015
 
 @_typing.final
 class Filter(_message.Message):
-    """One condition on events."""
+    """One condition on events: on a property of theirs, or on whether who did them is in a cohort."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -498,10 +498,15 @@ class Filter(_message.Message):
     PROPERTY_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    COHORT_ID_FIELD_NUMBER: _builtins.int
     property: _builtins.str
     """The property to look at."""
     operator: Global___Filter.Operator.ValueType
     """How to compare."""
+    cohort_id: _builtins.str
+    """Instead of a property: the cohort that who did the event is in (IN, or no operator) or not in (NOT_IN), by what the
+    sources of the query say. Takes no values. Needs `cohorts.view`; fails with NOT_FOUND, reason COHORT_NOT_FOUND.
+    """
     @_builtins.property
     def values(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
         """What to compare with: strings, numbers or booleans. EXISTS and NOT_EXISTS take none, IN and NOT_IN up to 1,000, all
@@ -514,10 +519,11 @@ class Filter(_message.Message):
         property: _builtins.str = ...,
         operator: Global___Filter.Operator.ValueType = ...,
         values: _abc.Iterable[_struct_pb2.Value] | None = ...,
+        cohort_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "property", b"property", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort_id", b"cohort_id", "operator", b"operator", "property", b"property", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
