@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/analytics/v1/error_reason.proto\x12\x16meshboard.analytics.v1*\xd0\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10SOURCE_NOT_FOUND\x10\x01\x12\x15\n\x11WRITE_KEY_INVALID\x10\x02\x12\x16\n\x12\x45VENT_NAME_INVALID\x10\x03\x12\x17\n\x13\x44ISTINCT_ID_INVALID\x10\x04\x12\x15\n\x11INSERT_ID_INVALID\x10\x05\x12\x10\n\x0cTIME_INVALID\x10\x06\x12\x16\n\x12PROPERTIES_INVALID\x10\x07\x12\x13\n\x0f\x43ONTEXT_INVALID\x10\x08\x12\x14\n\x10PROPERTY_UNKNOWN\x10\t\x12\x11\n\rQUERY_INVALID\x10\n\x12\x15\n\x11TIME_ZONE_UNKNOWN\x10\x0b\x12\x17\n\x13QUERY_TOO_EXPENSIVE\x10\x0c\"\x04\x08\r\x10\r\"\x04\x08\x0e\x10\x0e\"\x04\x08\x0f\x10\x0f\"\x04\x08\x10\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/analytics/v1/error_reason.proto\x12\x16meshboard.analytics.v1*\x87\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10SOURCE_NOT_FOUND\x10\x01\x12\x15\n\x11WRITE_KEY_INVALID\x10\x02\x12\x16\n\x12\x45VENT_NAME_INVALID\x10\x03\x12\x17\n\x13\x44ISTINCT_ID_INVALID\x10\x04\x12\x15\n\x11INSERT_ID_INVALID\x10\x05\x12\x10\n\x0cTIME_INVALID\x10\x06\x12\x16\n\x12PROPERTIES_INVALID\x10\x07\x12\x13\n\x0f\x43ONTEXT_INVALID\x10\x08\x12\x14\n\x10PROPERTY_UNKNOWN\x10\t\x12\x11\n\rQUERY_INVALID\x10\n\x12\x15\n\x11TIME_ZONE_UNKNOWN\x10\x0b\x12\x17\n\x13QUERY_TOO_EXPENSIVE\x10\x0c\x12\x1a\n\x16\x46\x41ILED_EVENT_NOT_FOUND\x10%\x12\x19\n\x15\x46\x41ILED_EVENT_RETRYING\x10&\"\x04\x08\r\x10\r\"\x04\x08\x0e\x10\x0e\"\x04\x08\x0f\x10\x0f\"\x04\x08\x10\x10\x10\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.analytics.v1.erro
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=70
-  _globals['_ERRORREASON']._serialized_end=406
+  _globals['_ERRORREASON']._serialized_end=461
 # @@protoc_insertion_point(module_scope)

@@ -48,6 +48,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: no such IANA time zone."""
     QUERY_TOO_EXPENSIVE: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+    FAILED_EVENT_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """NOT_FOUND: the source has no such failed event, or no longer."""
+    FAILED_EVENT_RETRYING: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION: the failed event is on its way to the store. Wait until it is gone, or refused again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -78,4 +82,8 @@ TIME_ZONE_UNKNOWN: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: no such IANA time zone."""
 QUERY_TOO_EXPENSIVE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED: the query needs more time or memory than a query may have. Narrow it."""
+FAILED_EVENT_NOT_FOUND: ErrorReason.ValueType  # 37
+"""NOT_FOUND: the source has no such failed event, or no longer."""
+FAILED_EVENT_RETRYING: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION: the failed event is on its way to the store. Wait until it is gone, or refused again."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

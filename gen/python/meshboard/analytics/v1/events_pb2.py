@@ -26,7 +26,7 @@ from meshboard.analytics.v1 import source_pb2 as meshboard_dot_analytics_dot_v1_
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/events.proto\x12\x16meshboard.analytics.v1\x1a#meshboard/analytics/v1/source.proto\x1a\x1dmeshboard/user/v1/grant.proto\"G\n\rSourceCreated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"G\n\rSourceUpdated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"Q\n\x0fWriteKeyRotated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"O\n\rSourceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"\x84\x01\n\x12SourceGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12SourceGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"d\n\x04Tick\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x1c\n\twatermark\x18\x03 \x01(\x03R\twatermarkb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/analytics/v1/events.proto\x12\x16meshboard.analytics.v1\x1a#meshboard/analytics/v1/source.proto\x1a\x1dmeshboard/user/v1/grant.proto\"G\n\rSourceCreated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"G\n\rSourceUpdated\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.SourceR\x06source\"Q\n\x0fWriteKeyRotated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"O\n\rSourceDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\"\x84\x01\n\x12SourceGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12SourceGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"|\n\x12\x46\x61iledEventUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12&\n\x0f\x66\x61iled_event_id\x18\x03 \x01(\tR\rfailedEventId\"\x7f\n\x13\x46\x61iledEventsRetried\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12(\n\x10\x66\x61iled_event_ids\x18\x03 \x03(\tR\x0e\x66\x61iledEventIds\"\x81\x01\n\x15\x46\x61iledEventsDiscarded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12(\n\x10\x66\x61iled_event_ids\x18\x03 \x03(\tR\x0e\x66\x61iledEventIds\"d\n\x04Tick\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x02 \x01(\tR\x08sourceId\x12\x1c\n\twatermark\x18\x03 \x01(\x03R\twatermarkb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SOURCEGRANTCREATED']._serialized_end=574
   _globals['_SOURCEGRANTDELETED']._serialized_start=576
   _globals['_SOURCEGRANTDELETED']._serialized_end=687
-  _globals['_TICK']._serialized_start=689
-  _globals['_TICK']._serialized_end=789
+  _globals['_FAILEDEVENTUPDATED']._serialized_start=689
+  _globals['_FAILEDEVENTUPDATED']._serialized_end=813
+  _globals['_FAILEDEVENTSRETRIED']._serialized_start=815
+  _globals['_FAILEDEVENTSRETRIED']._serialized_end=942
+  _globals['_FAILEDEVENTSDISCARDED']._serialized_start=945
+  _globals['_FAILEDEVENTSDISCARDED']._serialized_end=1074
+  _globals['_TICK']._serialized_start=1076
+  _globals['_TICK']._serialized_end=1176
 # @@protoc_insertion_point(module_scope)
