@@ -49,13 +49,15 @@ _NUMERIC = {
 class Compiled:
     """What to ask the store, and how to read the answer: its rows have a cell for each of `columns`.
 
-    One row more than `limit` is asked for, to know whether rows were cut off.
+    One row more than `limit` is asked for, to know whether rows were cut off. `looks_beyond_sources` says that events
+    of other sources of the workspace can change the answer.
     """
 
     sql: str
     params: dict[str, Value]
     columns: list[Column]
     limit: int
+    looks_beyond_sources: bool = False
 
 
 def compile_query(query: Query, workspace_id: str, now: datetime) -> Compiled:
@@ -99,7 +101,9 @@ class _Compilation:
         sql = f"SELECT {', '.join(cells)} FROM ({rows})"
         if order:
             sql += f" ORDER BY {order}"
-        return Compiled(f"{sql} LIMIT {limit + 1}", events.params, columns, limit)
+        return Compiled(
+            f"{sql} LIMIT {limit + 1}", events.params, columns, limit, events.looks_beyond_sources
+        )
 
     # Rows
 

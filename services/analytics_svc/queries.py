@@ -19,7 +19,7 @@ from meshboard.analytics.v1.query_service_pb2 import (
 )
 from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceServicer
 from prometheus_client import Counter
-from sqlalchemy import func, select
+from sqlalchemy import func, select, true
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.compiler import Compiled, compile_query
@@ -65,7 +65,9 @@ class Queries:
         """
         compiled = compile_query(query, workspace_id, self.now())
         # Read before the query runs: the answer has all events up to it, and maybe more, never less.
-        watermark = await self._watermark(workspace_id, query.source_ids)
+        watermark = await self._watermark(
+            workspace_id, [] if compiled.looks_beyond_sources else query.source_ids
+        )
         params = tuple((name, _hashable(value)) for name, value in compiled.params.items())
         key = (compiled.sql, params, tuple(column.name for column in compiled.columns), watermark)
         if (found := self._cached.get(key)) is not None:
@@ -91,10 +93,12 @@ class Queries:
                     del self._flights[key]
 
     async def _watermark(self, workspace_id: str, source_ids: Sequence[str]) -> int:
+        """That of the sources; of all sources of the workspace when none is named."""
         async with self.db() as session:
             found = await session.scalar(
                 select(func.max(Watermark.watermark)).where(
-                    Watermark.workspace_id == workspace_id, Watermark.source_id.in_(source_ids)
+                    Watermark.workspace_id == workspace_id,
+                    Watermark.source_id.in_(source_ids) if source_ids else true(),
                 )
             )
         return found or 0

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from meshboard.analytics.v1.failed_event_service_pb2_grpc import add_FailedEventServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
@@ -13,9 +14,11 @@ from meshboard.analytics.v1.source_service_pb2_grpc import add_SourceServiceServ
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc import crash_points
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.failed_events import FailedEventServicer
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
@@ -41,6 +44,7 @@ from services.chassis.times import now
 
 async def serve(settings: AnalyticsSettings) -> None:
     """Serves until the process is told to stop."""
+    crash_points.arm(settings.crash_at)
     await db.migrate(settings.postgres_url, "services.analytics_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
     store = EventStore(settings.event_store_url)
@@ -68,7 +72,9 @@ async def serve(settings: AnalyticsSettings) -> None:
     pages = Pages(settings.derived_key("page tokens"))
     grants = grants_on_sources(sessions, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(sessions, write_keys, grants, pages, now=now, new_id=new_id)
-    ingest = IngestServicer(EventLog(bus, now), now)
+    log = EventLog(bus, now)
+    ingest = IngestServicer(log, now)
+    failed_events = FailedEventServicer(sessions, log, pages, now=now, new_id=new_id)
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     queries = Queries(sessions, store, now)
     server = Server(
@@ -76,6 +82,7 @@ async def serve(settings: AnalyticsSettings) -> None:
         [
             lambda server: add_SourceServiceServicer_to_server(sources, server),
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
+            lambda server: add_FailedEventServiceServicer_to_server(failed_events, server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
             lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
