@@ -69,7 +69,7 @@ class _Message(NamedTuple):
 
 
 class Pipeline:
-    """`enrich` fills in what events tell of themselves.
+    """`enriching` is what finds out what events tell of themselves; absent: `enrich`.
 
     `deduplicate` is switched off by the fault test only, to see that it would notice.
     """
@@ -82,7 +82,7 @@ class Pipeline:
         now: Callable[[], datetime],
         *,
         max_log_bytes: int,
-        enrich: Callable[[LoggedBatch], None] | None = None,
+        enriching: Callable[[LoggedBatch], None] | None = None,
         deduplicate: bool = True,
     ) -> None:
         self.max_log_bytes = max_log_bytes
@@ -90,7 +90,7 @@ class Pipeline:
         self.bus = bus
         self.store = store
         self.now = now
-        self.enrich = enrich or _enrich
+        self.enrich = enriching or enrich
         self.persons = Persons(store)
         self.duplicates = Duplicates(store) if deduplicate else None
         self._held: deque[_Message] = deque()
@@ -362,7 +362,7 @@ class Pipeline:
                 failures += 1
 
 
-def _enrich(batch: LoggedBatch) -> None:
+def enrich(batch: LoggedBatch) -> None:
     """Fills in what the user agent tells. What a URL tells, the engine finds out by itself."""
     for event in batch.events:
         if event.user_agent:

@@ -14,6 +14,11 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.failed_event_service_pb2_grpc import (
+    FailedEventServiceStub,
+    add_FailedEventServiceServicer_to_server,
+)
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
     IngestServiceStub,
@@ -41,8 +46,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.failed_events import FailedEventServicer
 from services.analytics_svc.ingest import IngestServicer
-from services.analytics_svc.pipeline import Pipeline
+from services.analytics_svc.pipeline import Pipeline, enrich
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.settings import AnalyticsSettings
 from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sources
@@ -164,6 +170,7 @@ class Analytics:
     ingest: IngestServiceStub
     queries: QueryServiceStub
     internal: InternalQueryServiceStub
+    failed_events: FailedEventServiceStub
 
     async def source(self, member: Member) -> tuple[SourceMessage, str]:
         """A new source of the member, and its write key."""
@@ -197,6 +204,14 @@ class Analytics:
         assert await self.count(member, source) == count
 
 
+def enrich_but_poison(batch: LoggedBatch) -> None:
+    """What the pipeline does by itself, with a fault: it chokes on an event named `poison`."""
+    for event in batch.events:
+        if event.event == "poison":
+            raise RuntimeError(f"cannot swallow {event.insert_id}\0")
+    enrich(batch)
+
+
 @asynccontextmanager
 async def running_pipeline(
     database_url: str, nats_url: str, store_url: str, *, deduplicate: bool = True
@@ -206,7 +221,13 @@ async def running_pipeline(
     store = EventStore(store_url)
     bus = await Bus.connect(nats_url, "pipeline")
     pipeline = Pipeline(
-        db, bus, store, lambda: datetime.now(UTC), max_log_bytes=LOG_BYTES, deduplicate=deduplicate
+        db,
+        bus,
+        store,
+        lambda: datetime.now(UTC),
+        max_log_bytes=LOG_BYTES,
+        enriching=enrich_but_poison,
+        deduplicate=deduplicate,
     )
     running = asyncio.create_task(pipeline.run())
     try:
@@ -252,13 +273,16 @@ async def analytics(
     pages = Pages(settings.derived_key("page tokens"))
     grants = grants_on_sources(db, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
-    ingest = IngestServicer(EventLog(bus, now), now)
+    log = EventLog(bus, now)
+    ingest = IngestServicer(log, now)
+    failed_events = FailedEventServicer(db, log, pages, now=now, new_id=new_id)
     queries = Queries(db, store, now)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),
         lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
+        lambda server: add_FailedEventServiceServicer_to_server(failed_events, server),
     ]
     access = identity.access(
         "analytics",
@@ -281,6 +305,7 @@ async def analytics(
             ingest=IngestServiceStub(channel),
             queries=QueryServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
+            failed_events=FailedEventServiceStub(channel),
         )
     await user_peer.close()
     await user_server.stop(None)
