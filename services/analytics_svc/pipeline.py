@@ -254,13 +254,14 @@ class Pipeline:
         failures = []
         original = LoggedBatch.FromString(payload)
         del batch.events[:]
+        head = _with_events(batch, [])
         for event in original.events:
-            alone = _with_events(batch, [event])
+            alone = _with_events(head, [event])
             try:
                 self.enrich(alone)
             except Exception as error:
-                failed = _with_events(batch, [event])
-                failures.append(Failure(failed, failed.SerializeToString(), "enrich", error, batch.retry_ids))
+                failed = _with_events(head, [event]).SerializeToString()
+                failures.append(Failure(alone, failed, "enrich", error, batch.retry_ids))
             else:
                 batch.events.extend(alone.events)
         return failures

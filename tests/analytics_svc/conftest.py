@@ -76,7 +76,7 @@ class StoreProcess:
         self.port = free_port()
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, **settings: str) -> None:
         """Starts the process and waits until it answers."""
         placeholders = ("REDIS_URL", "NATS_URL", "LISTEN", "KEYS_DIR", "MASTER_KEY_FILE")
         self._process = await asyncio.create_subprocess_exec(
@@ -91,6 +91,7 @@ class StoreProcess:
                 "MESHBOARD_EVENT_STORE_URL": self.url,
                 "MESHBOARD_STORE_DIR": str(self.folder / "data"),
                 "MESHBOARD_PRIVATE_LISTEN": f"127.0.0.1:{self.port}",
+                **settings,
             },
         )
         store = EventStore(self.url)
@@ -99,6 +100,11 @@ class StoreProcess:
                 assert self._process.returncode is None, "the store ended by itself"
                 await asyncio.sleep(0.05)
         await store.close()
+
+    async def ended(self) -> None:
+        """Returns when the process has ended by itself."""
+        assert self._process is not None
+        await self._process.wait()
 
     async def kill(self) -> None:
         """Ends the process at once, as kill -9 does."""
@@ -205,9 +211,9 @@ class Analytics:
 
 
 def enrich_but_poison(batch: LoggedBatch) -> None:
-    """What the pipeline does by itself, with a fault: it chokes on an event named `poison`."""
+    """What the pipeline does by itself, with a fault: it chokes on an event named `indigestible`."""
     for event in batch.events:
-        if event.event == "poison":
+        if event.event == "indigestible":
             raise RuntimeError(f"cannot swallow {event.insert_id}\0")
     enrich(batch)
 

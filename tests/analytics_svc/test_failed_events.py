@@ -22,7 +22,7 @@ from tests.analytics_svc.test_sources import announced, refusal
 from tests.conditions import eventually
 from tests.harness import Member, new_id
 
-POISON = {"event": "poison", "properties": {"n": 1}}
+POISON = {"event": "indigestible", "properties": {"n": 1}}
 
 
 async def listed(analytics: Analytics, member: Member, source: Source) -> list[FailedEvent]:
@@ -63,7 +63,11 @@ async def test_says_what_failed_and_why(analytics: Analytics) -> None:
     )
     assert failed.workspace_id == member.workspace_id
     assert failed.source_id == source.source_id
-    assert (failed.event.event, failed.event.insert_id, failed.event.previous_id) == ("poison", "a", "b")
+    assert (failed.event.event, failed.event.insert_id, failed.event.previous_id) == (
+        "indigestible",
+        "a",
+        "b",
+    )
     assert failed.event.time.ToJsonString() == "2026-01-02T03:04:05Z"
     assert failed.event.properties["n"] == 1
     assert (failed.step, failed.error) == (FailedEvent.ENRICH, "RuntimeError: cannot swallow a")

@@ -526,6 +526,22 @@ MATRIX: Mapping[str, Row] = {
     "analytics.v1.SourceService.BatchUpdateSourceGrants": On(
         {**_SOURCE, "delete_grant_ids": ["{absent}"]}, "0--++", "SOURCE_NOT_FOUND", ("GRANT_NOT_FOUND",)
     ),
+    "analytics.v1.FailedEventService.GetFailedEvent": On(
+        {**_SOURCE, "failed_event_id": "{absent}"}, "0++++", "SOURCE_NOT_FOUND", ("FAILED_EVENT_NOT_FOUND",)
+    ),
+    "analytics.v1.FailedEventService.ListFailedEvents": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.FailedEventService.UpdateFailedEvent": On(
+        {**_SOURCE, "failed_event": {"failed_event_id": "{absent}"}},
+        "0-+++",
+        "SOURCE_NOT_FOUND",
+        ("FAILED_EVENT_NOT_FOUND",),
+    ),
+    "analytics.v1.FailedEventService.RetryFailedEvents": On(
+        {**_SOURCE, "failed_event_ids": ["{absent}"]}, "0-+++", "SOURCE_NOT_FOUND"
+    ),
+    "analytics.v1.FailedEventService.DiscardFailedEvents": On(
+        {**_SOURCE, "failed_event_ids": ["{absent}"]}, "0-+++", "SOURCE_NOT_FOUND"
+    ),
     "analytics.v1.InternalQueryService.RunWidgetQuery": Services(
         {**_W, **QUERY}, frozenset({"dashboard"}), (OK,)
     ),
