@@ -63,6 +63,15 @@ async def forget_stored(session: AsyncSession, retry_ids: Sequence[str]) -> None
         await session.execute(delete(FailedEvent).where(FailedEvent.retry_id.in_(retry_ids)))
 
 
+async def forget_source(session: AsyncSession, workspace_id: str, source_id: str) -> None:
+    """Removes the failed events of a source that is deleted."""
+    await session.execute(
+        delete(FailedEvent).where(
+            FailedEvent.workspace_id == workspace_id, FailedEvent.source_id == source_id
+        )
+    )
+
+
 def _row(failure: Failure, epoch: int, now: datetime) -> dict[str, Any]:
     batch = failure.batch
     # Postgres has no text with a NUL in it.

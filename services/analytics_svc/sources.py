@@ -34,6 +34,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.convert import source_to_pb
+from services.analytics_svc.failures import forget_source
 from services.analytics_svc.models import Source
 from services.analytics_svc.write_keys import WriteKeys, new_write_key
 from services.chassis import auth, errors, outbox
@@ -173,6 +174,7 @@ class SourceServicer(SourceServiceServicer):
             if key_hash is None:
                 raise _absent(request.source_id)
             await self.grants.forget(session, request.source_id)
+            await forget_source(session, workspace_id, request.source_id)
             event = events_pb2.SourceDeleted(workspace_id=workspace_id, source_id=request.source_id)
             outbox.add(session, event, workspace_id=workspace_id)
         await self.write_keys.forget(key_hash)

@@ -15,6 +15,7 @@ from meshboard.analytics.v1.failed_event_service_pb2 import (
 )
 from meshboard.analytics.v1.ingest_service_pb2 import Event
 from meshboard.analytics.v1.source_pb2 import Source
+from meshboard.analytics.v1.source_service_pb2 import DeleteSourceRequest
 
 from services.analytics_svc.models import FailedEvent as Row
 from tests.analytics_svc.conftest import Analytics
@@ -131,8 +132,8 @@ async def test_a_fix_must_be_what_ingest_takes(analytics: Analytics) -> None:
     request = UpdateFailedEventRequest(
         source_id=source.source_id, failed_event=failed, update_mask=FieldMask(paths=["error"])
     )
-    call = analytics.failed_events.UpdateFailedEvent(request, metadata=member.metadata)
-    assert await refusal(call) == (grpc.StatusCode.INVALID_ARGUMENT, "UPDATE_MASK_INVALID")
+    update = analytics.failed_events.UpdateFailedEvent(request, metadata=member.metadata)
+    assert await refusal(update) == (grpc.StatusCode.INVALID_ARGUMENT, "UPDATE_MASK_INVALID")
     assert await listed(analytics, member, source) == [failed]
 
 
@@ -189,3 +190,12 @@ async def test_who_may_not_see_the_source_learns_nothing(analytics: Analytics) -
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await retry(analytics, viewer, source, failed.failed_event_id)
     assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_those_of_a_deleted_source_are_gone(analytics: Analytics) -> None:
+    member, source, _, (failed,) = await failing(analytics, POISON)
+    await analytics.sources.DeleteSource(
+        DeleteSourceRequest(source_id=source.source_id), metadata=member.metadata
+    )
+    async with analytics.db() as session:
+        assert await session.get(Row, failed.failed_event_id) is None

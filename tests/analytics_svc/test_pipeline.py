@@ -382,6 +382,7 @@ async def tell_with_crashes(log: Log, identity: Identity, points: Sequence[str])
     return story
 
 
+@pytest.mark.timeout(600)
 async def test_counts_once_after_a_crash_at_each_step(log: Log, identity: Identity) -> None:
     await tell_with_crashes(log, identity, CRASH_POINTS)
 
