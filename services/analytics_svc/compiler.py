@@ -56,13 +56,20 @@ _NUMERIC = {
 class Compiled:
     """What to ask the store, and how to read the answer: its rows have a cell for each of `columns`.
 
-    One row more than `limit` is asked for, to know whether rows were cut off.
+    One row more than `limit` is asked for, to know whether rows were cut off. `looks_beyond_sources` says that events
+    of other sources of the workspace can change the answer.
     """
 
     sql: str
     params: dict[str, Value]
     columns: list[Column]
     limit: int
+    looks_beyond_sources: bool = False
+
+    @classmethod
+    def of(cls, sql: str, events: Selection, columns: list[Column], limit: int) -> "Compiled":
+        """The SQL of a question about a selection."""
+        return cls(sql, events.params, columns, limit, events.looks_beyond_sources)
 
 
 def columns_of(*names: str) -> list[Column]:
@@ -152,7 +159,7 @@ class _Compilation:
         if order:
             sql += f" ORDER BY {order}"
         events.check_size()
-        return Compiled(f"{sql} LIMIT {limit + 1}", events.params, columns, limit)
+        return Compiled.of(f"{sql} LIMIT {limit + 1}", events, columns, limit)
 
     # Rows
 

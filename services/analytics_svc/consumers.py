@@ -5,6 +5,7 @@ from meshboard.user.v1.events_pb2 import WorkspaceDeleted
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.analytics_svc.failures import forget_source
 from services.analytics_svc.models import Cohort, Source
 from services.analytics_svc.write_keys import WriteKeys
 from services.chassis import outbox
@@ -25,6 +26,7 @@ async def on_workspace_deleted(write_keys: WriteKeys, session: AsyncSession, eve
         )
     ).all()
     for source in sources:
+        await forget_source(session, source.workspace_id, source.source_id)
         gone = SourceDeleted(workspace_id=source.workspace_id, source_id=source.source_id)
         outbox.add(session, gone, workspace_id=source.workspace_id)
 

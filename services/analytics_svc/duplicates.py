@@ -18,7 +18,7 @@ from typing import NamedTuple
 import structlog
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 
-from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.event_store import EventStore, pieces
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +26,6 @@ WINDOW = timedelta(days=7)
 CAPACITY = 1 << 20
 _BITS_PER_KEY = 24
 _MASK = (1 << 64) - 1
-_LOOK_UP_AT_ONCE = 1000
 
 
 class SeenKeys:
@@ -152,7 +151,7 @@ class Duplicates:
         since = min(batch.receive_time.ToDatetime() for batch in batches) - WINDOW
         found: dict[tuple[str, str], datetime] = {}
         insert_ids = sorted({insert_id for _, insert_id in wanted})
-        for start in range(0, len(insert_ids), _LOOK_UP_AT_ONCE):
+        for some in pieces(insert_ids):
             rows = await self._store.query(
                 "SELECT toString(source_id), insert_id, max(receive_time) FROM events"
                 " WHERE workspace_id IN {workspaces:Array(UUID)} AND source_id IN {sources:Array(UUID)}"
@@ -161,7 +160,7 @@ class Duplicates:
                 {
                     "workspaces": sorted({batch.workspace_id for batch in batches}),
                     "sources": sorted({batch.source_id for batch in batches}),
-                    "insert_ids": insert_ids[start : start + _LOOK_UP_AT_ONCE],
+                    "insert_ids": some,
                     "since": since.isoformat(" ", "milliseconds"),
                 },
             )

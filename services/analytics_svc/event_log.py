@@ -15,6 +15,7 @@ from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.source_pb2 import Source
 from uuid_utils.compat import uuid7
 
+from services.analytics_svc import crash_points
 from services.chassis import telemetry
 from services.chassis.bus import Bus, Delivery, PullConsumer
 
@@ -65,6 +66,7 @@ class EventLog:
 
     async def append(self, source: Source, events: bytes) -> None:
         """Returns when the events, field 2 of a serialized LoggedBatch, are on disk. Raises BusError."""
+        crash_points.reached("receive")
         groups = self._waiting.get(source.source_id)
         if groups is None:
             groups = self._waiting[source.source_id] = deque()
@@ -78,6 +80,7 @@ class EventLog:
         group.traces.append(telemetry.trace_headers())
         group.size += len(events)
         await asyncio.shield(group.done)  # whoever goes away leaves the others their answer
+        crash_points.reached("publish")
 
     async def _publish_groups(self, source: Source, groups: deque[_Group]) -> None:
         while groups:

@@ -5,7 +5,7 @@ The store is `store.py` (chDB) or a ClickHouse server; the statements are the sa
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +19,9 @@ Value = str | int | float | bool | Sequence[str] | Sequence[float]
 # ClickHouse's numbers of errors (src/Common/ErrorCodes.cpp), where the kind of error makes a difference to us.
 _TOO_EXPENSIVE = frozenset({158, 159, 160, 241, 307, 396, 394})
 _DATA_REFUSED = frozenset({6, 25, 26, 27, 32, 33, 38, 41, 53, 69, 70, 72, 117, 131, 349, 376, 407, 444, 469})
+
+# Of the URL, which may have 1 MiB, for one list of texts.
+_PIECE_BYTES = 1 << 18
 
 
 class EventStoreError(Exception):
@@ -163,6 +166,21 @@ class EventStore:
             return body
         code = int(response.headers.get("X-ClickHouse-Exception-Code", "0"))
         raise _error_class(code)(code, body.decode(errors="replace"))
+
+
+def pieces(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists, each of which has room in a statement as a bound array: parameters are part of its URL."""
+    piece: list[str] = []
+    room = _PIECE_BYTES
+    for text in texts:
+        size = 3 * len(text.encode()) + 9  # each byte may become three, and so may quotes and the comma
+        if piece and size > room:
+            yield piece
+            piece, room = [], _PIECE_BYTES
+        piece.append(text)
+        room -= size
+    if piece:
+        yield piece
 
 
 def _error_class(code: int) -> type[EventStoreError]:

@@ -79,7 +79,7 @@ class _Funnel:
         columns += [f"step{k}" for k in self.steps] + ["conversion_times"]
         limit = (query.limit or DEFAULT_LIMIT) + 1
         sql = f"{self._groups(attempts)} LIMIT {limit + 1}"
-        return Compiled(sql, self.events.params, columns_of(*columns), limit)
+        return Compiled.of(sql, self.events, columns_of(*columns), limit)
 
     def _actors(self) -> str:
         """For each actor who does the first step: arrays of the times and of the masks of its events, and the values of

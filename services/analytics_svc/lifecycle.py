@@ -48,7 +48,7 @@ def compile_lifecycle(
         WHERE seen.1 BETWEEN {first} AND {last}
         GROUP BY period ORDER BY period
     """
-    return Compiled(sql, events.params, columns_of("period", *_KINDS), MAX_PERIODS), periods
+    return Compiled.of(sql, events, columns_of("period", *_KINDS), MAX_PERIODS), periods
 
 
 def read_lifecycle(periods: Periods, found: Result, now: datetime) -> LifecycleResult:

@@ -74,6 +74,7 @@ async def memberships(
 def _is_member(definition: CohortDefinition, now: datetime, events: Selection) -> str:
     members = Selection(events.workspace_id, events.source_ids, None, None, params=events.params)
     sql = _Definition(definition, members, now, "definition").members()
+    events.cohorts_look_beyond |= members.looks_beyond_sources
     return f"({actor_of(events, definition.actor, 'definition.actor')} IN ({sql}))"
 
 
@@ -93,7 +94,7 @@ def compile_preview(
     check_definition(definition, now)
     events = Selection(workspace_id, list(source_ids), None, None)
     sql = _Definition(definition, events, now, "definition").preview()
-    return Compiled(sql, events.params, columns_of("member_count", "actor_count", "members"), 1)
+    return Compiled.of(sql, events, columns_of("member_count", "actor_count", "members"), 1)
 
 
 class _Definition:

@@ -143,18 +143,34 @@ class LogPosition(Table):
 
 
 class FailedEvent(Table):
-    """An accepted event that the store refuses, as a serialized LoggedBatch of one; or a message that is none."""
+    """An accepted event that a step refuses, as a serialized LoggedBatch of one; or a message that is none.
+
+    `identity` is the event's `insert_id`, so that it is here once however often it comes; for a message its place in
+    the log. `retry_id` is set while the event is on its way to the store again.
+    """
 
     __tablename__ = "failed_events"
-    __table_args__ = (Index("failed_events_by_source", "workspace_id", "source_id", "failed_event_id"),)
+    __table_args__ = (
+        Index("failed_events_by_source", "workspace_id", "source_id", "failed_event_id"),
+        UniqueConstraint(
+            "source_id", "identity", name="failed_events_once", postgresql_nulls_not_distinct=True
+        ),
+        Index("failed_events_by_retry", "retry_id", postgresql_where=text("retry_id IS NOT NULL")),
+    )
 
     failed_event_id: Mapped[Id] = mapped_column(primary_key=True)
     workspace_id: Mapped[Id | None]
     source_id: Mapped[Id | None]
+    identity: Mapped[bytes] = mapped_column(LargeBinary)
     sequence: Mapped[int] = mapped_column(BigInteger)
     batch: Mapped[bytes] = mapped_column(LargeBinary)
+    step: Mapped[str] = mapped_column(Text)
     error: Mapped[str] = mapped_column(Text)
+    attempt_count: Mapped[int] = mapped_column(server_default=text("1"))
+    retry_id: Mapped[Id | None]
+    version: Mapped[int] = mapped_column(server_default=text("1"))
     create_time: Mapped[Time] = mapped_column(server_default=func.now())
+    update_time: Mapped[Time] = mapped_column(server_default=func.now())
 
 
 class CatalogueEntry(Table):

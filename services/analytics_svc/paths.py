@@ -79,7 +79,7 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
         LIMIT {limit + 1} BY about
     """
     columns = columns_of("about", "place", "node", "next", "paths", "actors", "exits", "seconds")
-    return Compiled(sql, events.params, columns, 2 * limit + 3)
+    return Compiled.of(sql, events, columns, 2 * limit + 3)
 
 
 def read_paths(query: PathsQuery, found: Result) -> PathsResult:

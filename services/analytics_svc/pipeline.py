@@ -1,8 +1,10 @@
-"""From the event log into the event store: read in order, enrich, drop duplicates, insert, tell.
+"""From the event log into the event store: read in order, enrich, drop duplicates, link persons, insert, tell.
 
 One insert is one fixed range of the log, and the range is its deduplication token. The range is written to Postgres
 before the insert, so that after a crash the same range is inserted again under the same token. The place in the log is
 kept there too: messages are not acknowledged one by one.
+
+What a step refuses, be it by a fault of ours, is put among the failed events, one by one, and holds up no other.
 
 One pipeline runs for a log. Where two do, each change of the place is conditional on the place it started from, and the
 one that comes too late ends.
@@ -11,28 +13,30 @@ one that comes too late ends.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 import structlog
 from google.protobuf.message import DecodeError
-from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter, Gauge, Histogram
 from sqlalchemy import case, exc, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from uuid_utils.compat import uuid7
 
+from services.analytics_svc import crash_points
 from services.analytics_svc.duplicates import Duplicates
 from services.analytics_svc.event_log import STREAM, LogReader, LogReplacedError, ensure_log, make_room
 from services.analytics_svc.event_store import DataRefusedError, EventStore, EventStoreError, UnavailableError
-from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
+from services.analytics_svc.failures import Failure, forget_stored, note_failures
+from services.analytics_svc.models import LogPosition, Watermark
+from services.analytics_svc.persons import Persons, links_of
 from services.analytics_svc.settings import AnalyticsSettings
-from services.analytics_svc.tables import create_tables, insert_events
+from services.analytics_svc.tables import check_events, create_tables, insert_events, prepare_check
 from services.analytics_svc.user_agents import parse_user_agent
 from services.chassis import db, telemetry
 from services.chassis.bus import Bus, BusError
@@ -68,7 +72,10 @@ class _Message(NamedTuple):
 
 
 class Pipeline:
-    """`deduplicate` is switched off by the fault test only, to see that it would notice."""
+    """`enriching` is what finds out what events tell of themselves; absent: `enrich`.
+
+    `deduplicate` is switched off by the fault test only, to see that it would notice.
+    """
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class Pipeline:
         now: Callable[[], datetime],
         *,
         max_log_bytes: int,
+        enriching: Callable[[LoggedBatch], None] | None = None,
         deduplicate: bool = True,
     ) -> None:
         self.max_log_bytes = max_log_bytes
@@ -85,6 +93,8 @@ class Pipeline:
         self.bus = bus
         self.store = store
         self.now = now
+        self.enrich = enriching or enrich
+        self.persons = Persons(store)
         self.duplicates = Duplicates(store) if deduplicate else None
         self._held: deque[_Message] = deque()
         self._next_look = 0.0
@@ -192,42 +202,81 @@ class Pipeline:
     async def _insert_range(self, messages: Sequence[_Message], end: int) -> None:
         token = f"{STREAM} {self._epoch} {self._position + 1}-{end}" if self.duplicates else ""
         traces = [message.headers for message in messages]
+        crash_points.reached("fetch")
         with _insert_seconds.time(), telemetry.span("pipeline", "CONSUMER", links=traces):
-            batches = await self._parse(messages)
+            batches = await self._read(messages)
+            sources = {(batch.workspace_id, batch.source_id) for batch in batches}
+            retry_ids = [retry_id for batch in batches for retry_id in batch.retry_ids]
+            # Also of duplicates: after a crash the events may be in the store and their links not yet.
+            links = links_of(batches)
+            crash_points.reached("read")
             if (duplicates := self.duplicates) is not None:
                 _duplicate.inc(await self._persist(lambda: duplicates.drop(batches)))
             batches = [batch for batch in batches if batch.events]
+            crash_points.reached("drop")
             await self._persist(lambda: self._plan(end))
-            await self._insert(batches, token)
-            await self._persist(lambda: self._finish(end, batches))
+            crash_points.reached("plan")
+            # Before the events: who sees one also sees whose it is.
+            await self._persist(lambda: self.persons.link(links, (self._epoch << 44) + end))
+            crash_points.reached("link")
+            await self._insert(batches, token, retry_ids)
+            crash_points.reached("insert")
+            await self._persist(lambda: self._finish(end, sources, retry_ids))
+            crash_points.reached("finish")
         self._position = end
         _place.set(end)
-        await self._tell(end, batches)
+        await self._tell(end, sources)
+        crash_points.reached("tell")
         await self._make_room()
 
-    async def _parse(self, messages: Sequence[_Message]) -> list[LoggedBatch]:
-        batches = []
+    async def _read(self, messages: Sequence[_Message]) -> list[LoggedBatch]:
+        """The batches that messages hold, enriched; what cannot be read or enriched is put among the failed events."""
+        batches, failures = [], []
         for message in messages:
             batch = LoggedBatch()
             try:
                 batch.ParseFromString(message.payload)
-                UUID(batch.workspace_id), UUID(batch.source_id)
-            except (DecodeError, ValueError) as error:
-                await self._fail(LoggedBatch(sequence=message.sequence), message.payload, str(error))
+                UUID(batch.workspace_id), UUID(batch.source_id), batch.receive_time.ToDatetime()
+            except (DecodeError, ValueError, OverflowError) as error:
+                failures.append(
+                    Failure(LoggedBatch(sequence=message.sequence), message.payload, "read", error)
+                )
                 continue
             batch.sequence = message.sequence
-            enrich(batch)
+            try:
+                self.enrich(batch)
+            except Exception:  # whatever it is, it must not hold up the others
+                log.exception("batch_not_enriched", sequence=message.sequence)
+                failures += self._enrich_one_by_one(batch, message.payload)
             batches.append(batch)
+        await self._fail(failures)
         return batches
+
+    def _enrich_one_by_one(self, batch: LoggedBatch, payload: bytes) -> list[Failure]:
+        """Leaves the events in the batch that can be enriched, and gives the others."""
+        failures = []
+        original = LoggedBatch.FromString(payload)
+        del batch.events[:]
+        head = _with_events(batch, [])
+        for event in original.events:
+            alone = _with_events(head, [event])
+            try:
+                self.enrich(alone)
+            except Exception as error:
+                failed = _with_events(head, [event]).SerializeToString()
+                failures.append(Failure(alone, failed, "enrich", error, batch.retry_ids))
+            else:
+                batch.events.extend(alone.events)
+        return failures
 
     async def _plan(self, end: int) -> None:
         async with self.db.begin() as session:
             await self._move(session, end, planned_sequence=end)
 
-    async def _finish(self, end: int, batches: Sequence[LoggedBatch]) -> None:
-        sources = {(batch.workspace_id, batch.source_id) for batch in batches}
+    async def _finish(self, end: int, sources: set[tuple[str, str]], retry_ids: Sequence[str]) -> None:
         async with self.db.begin() as session:
             await self._move(session, end, last_sequence=end)
+            await forget_stored(session, retry_ids)
             if not sources:
                 return
             rows = [
@@ -251,42 +300,46 @@ class Pipeline:
                 )
             )
 
-    async def _insert(self, batches: Sequence[LoggedBatch], token: str) -> None:
-        """Inserts all of them; what the store refuses is halved until the single event stands alone."""
+    async def _insert(self, batches: Sequence[LoggedBatch], token: str, retry_ids: Sequence[str]) -> None:
+        """Inserts all of them, in one insert also when the store refuses some."""
         if not batches:
             return
         try:
             data = [batch.SerializeToString() for batch in batches]
             await self._persist(lambda: insert_events(self.store, data, token))
-            _inserted.inc(sum(len(batch.events) for batch in batches))
+        except DataRefusedError:
+            await self._persist(lambda: prepare_check(self.store))
+            # Pieces have no token of their own: after a crash halfway they would be other ones.
+            batches, failures = await self._sort_out(batches, retry_ids)
+            await self._fail(failures)
+            data = [batch.SerializeToString() for batch in batches]
+            if data:
+                await self._persist(lambda: insert_events(self.store, data, token))
+        _inserted.inc(sum(len(batch.events) for batch in batches))
+
+    async def _sort_out(
+        self, batches: Sequence[LoggedBatch], retry_ids: Sequence[str]
+    ) -> tuple[list[LoggedBatch], list[Failure]]:
+        """What the store takes, and the events that it refuses; halves what has both."""
+        data = [batch.SerializeToString() for batch in batches]
+        try:
+            await self._persist(lambda: check_events(self.store, data))
         except DataRefusedError as error:
             halves = _halves(batches)
             if halves is None:
                 log.error("event_refused", sequence=batches[0].sequence, error=str(error))
-                await self._fail(batches[0], batches[0].SerializeToString(), str(error))
-                return
-            for name, half in zip("ab", halves, strict=True):
-                await self._insert(half, f"{token}{name}" if token else "")
+                return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
+            (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
+            return one + other, refused + also_refused
+        return list(batches), []
 
-    async def _fail(self, batch: LoggedBatch, data: bytes, error: str) -> None:
-        async def write() -> None:
-            async with self.db.begin() as session:
-                session.add(
-                    FailedEvent(
-                        failed_event_id=str(uuid7()),
-                        workspace_id=batch.workspace_id or None,
-                        source_id=batch.source_id or None,
-                        sequence=batch.sequence,
-                        batch=data,
-                        error=error,
-                    )
-                )
+    async def _fail(self, failures: Sequence[Failure]) -> None:
+        if failures:
+            await self._persist(lambda: note_failures(self.db, failures, self._epoch, self.now()))
+            _failed.inc(len(failures))
 
-        await self._persist(write)
-        _failed.inc()
-
-    async def _tell(self, watermark: int, batches: Sequence[LoggedBatch]) -> None:
-        for workspace_id, source_id in {(batch.workspace_id, batch.source_id) for batch in batches}:
+    async def _tell(self, watermark: int, sources: set[tuple[str, str]]) -> None:
+        for workspace_id, source_id in sources:
             tick = Tick(workspace_id=workspace_id, source_id=source_id, watermark=watermark)
             await self.bus.emit(f"tick.{source_id}", tick.SerializeToString())
 
@@ -339,16 +392,23 @@ def _halves(batches: Sequence[LoggedBatch]) -> tuple[list[LoggedBatch], list[Log
     (batch,) = batches
     if len(batch.events) == 1:
         return None
-    first, second = LoggedBatch(), LoggedBatch()
-    first.CopyFrom(batch)
-    second.CopyFrom(batch)
     middle = len(batch.events) // 2
-    del first.events[middle:], second.events[:middle]
-    return [first], [second]
+    return [_with_events(batch, batch.events[:middle])], [_with_events(batch, batch.events[middle:])]
+
+
+def _with_events(batch: LoggedBatch, events: Iterable[LoggedEvent]) -> LoggedBatch:
+    """A batch of the same source and moment."""
+    other = LoggedBatch()
+    other.CopyFrom(batch)
+    del other.events[:]
+    other.ClearField("retry_ids")
+    other.events.extend(events)
+    return other
 
 
 async def serve(settings: AnalyticsSettings) -> None:
     """Runs the pipeline until the process is told to stop."""
+    crash_points.arm(settings.crash_at)
     await db.migrate(settings.postgres_url, "services.analytics_svc")
     sessions = db.connect(settings.postgres_url, pool_size=4)
     store = EventStore(settings.event_store_url)

@@ -24,7 +24,7 @@ from meshboard.analytics.v1.query_service_pb2 import (
 )
 from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceServicer
 from prometheus_client import Counter, Histogram
-from sqlalchemy import func, select
+from sqlalchemy import func, select, true
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.compiler import Compiled, compile_query
@@ -135,7 +135,7 @@ class Queries:
         Raises RESOURCE_EXHAUSTED or UNAVAILABLE.
         """
         # Read before the query runs: the answer has all events up to it, and maybe more, never less.
-        watermarks = await self.watermarks(workspace_id, source_ids)
+        watermarks = await self.watermarks(workspace_id, [] if compiled.looks_beyond_sources else source_ids)
         names = tuple(column.name for column in compiled.columns)
         key = (compiled.sql, hashable(compiled.params), names, watermarks)
         if (found := self._cached.get(key)) is not None:
@@ -175,11 +175,17 @@ class Queries:
                 self._land(key, flight)
 
     async def watermarks(self, workspace_id: str, source_ids: Sequence[str]) -> tuple[int, ...]:
-        """How far each of the sources that have events has been read into the store, in the order of their ids."""
+        """How far each of the sources that have events has been read into the store, in the order of their ids.
+
+        All sources of the workspace when none is named.
+        """
         async with self.db() as session:
             found = await session.scalars(
                 select(Watermark.watermark)
-                .where(Watermark.workspace_id == workspace_id, Watermark.source_id.in_(source_ids))
+                .where(
+                    Watermark.workspace_id == workspace_id,
+                    Watermark.source_id.in_(source_ids) if source_ids else true(),
+                )
                 .order_by(Watermark.source_id)
             )
             return tuple(found)

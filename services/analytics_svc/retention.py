@@ -65,7 +65,7 @@ def compile_retention(
         )
         GROUP BY period ORDER BY period
     """
-    return Compiled(sql, events.params, columns_of("period", "size", "counts"), MAX_PERIODS), periods
+    return Compiled.of(sql, events, columns_of("period", "size", "counts"), MAX_PERIODS), periods
 
 
 def read_retention(query: RetentionQuery, periods: Periods, found: Result, now: datetime) -> RetentionResult:

@@ -25,12 +25,13 @@ from services.chassis import errors
 
 VISIT_GAP_SECONDS = 30 * 60
 
-# Built-in properties and their expressions; `visit_id` is a column of the visits' subquery only.
+# Built-in properties and their expressions; `visit_id` and `person_id` are columns of subqueries only.
 BUILT_INS = {
     name: name
     for name in (
         "event",
         "distinct_id",
+        "person_id",
         "visit_id",
         "url",
         "path",
@@ -120,9 +121,33 @@ class Selection:
     cohorts: Mapping[str, "Callable[[Selection], str]"] = field(default_factory=dict)
     params: dict[str, Value] = field(default_factory=dict)
     uses_visits: bool = False
+    uses_persons: bool = False
+    # Whether a cohort that was named looks beyond the sources.
+    cohorts_look_beyond: bool = False
 
     def rows(self) -> str:
         """A subquery that gives the columns of the events, and those that were asked for."""
+        return self._with_persons(self._rows()) if self.uses_persons else self._rows()
+
+    @property
+    def looks_beyond_sources(self) -> bool:
+        """Whether the answer depends on events of other sources of the workspace: on the links of persons."""
+        return self.cohorts_look_beyond or (self.uses_persons and len(self.source_ids) > 1)
+
+    def _with_persons(self, rows: str) -> str:
+        scope_id = self.workspace_id if len(self.source_ids) > 1 else self.source_ids[0]
+        return f"""(
+            SELECT * EXCEPT (linked_id, linked_person),
+                if(linked_person = '', distinct_id, linked_person) AS person_id
+            FROM {rows} AS event
+            LEFT ANY JOIN (
+                SELECT distinct_id AS linked_id, person_id AS linked_person
+                FROM persons FINAL
+                WHERE workspace_id = {self.bind(self.workspace_id, "UUID")} AND scope_id = {self.bind(scope_id, "UUID")}
+            ) AS link ON event.distinct_id = link.linked_id
+        )"""
+
+    def _rows(self) -> str:
         start, end = self.start, self.end
         scope = [
             f"workspace_id = {self.bind(self.workspace_id, 'UUID')}",
@@ -265,6 +290,7 @@ class Selection:
                 nearest=", ".join(nearest),
             )
         self.uses_visits = self.uses_visits or name == "visit_id"
+        self.uses_persons = self.uses_persons or name == "person_id"
         expression = BUILT_INS[name]
         return Property(text=expression, exists=f"{expression} != ''", number="NULL", is_number="0")
 

@@ -8,6 +8,7 @@ from meshboard.analytics.v1.compat_service_pb2 import SendBatchRequest, SendTrac
 from meshboard.analytics.v1.compat_service_pb2_grpc import add_CompatServiceServicer_to_server
 from meshboard.analytics.v1.event_service_pb2 import ListEventsRequest, TailEventsRequest
 from meshboard.analytics.v1.event_service_pb2_grpc import add_EventServiceServicer_to_server
+from meshboard.analytics.v1.failed_event_service_pb2_grpc import add_FailedEventServiceServicer_to_server
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.insight_service_pb2_grpc import add_InsightServiceServicer_to_server
@@ -20,12 +21,14 @@ from meshboard.analytics.v1.write_key_service_pb2_grpc import add_WriteKeyServic
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
 
+from services.analytics_svc import crash_points
 from services.analytics_svc.catalogue import CatalogueServicer
 from services.analytics_svc.cohorts import CohortServicer
 from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.consumers import on_workspace_deleted
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.failed_events import FailedEventServicer
 from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.insights import InsightServicer
@@ -59,6 +62,7 @@ from services.chassis.times import now
 
 async def serve(settings: AnalyticsSettings) -> None:
     """Serves until the process is told to stop."""
+    crash_points.arm(settings.crash_at)
     await db.migrate(settings.postgres_url, "services.analytics_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
     store = EventStore(settings.event_store_url)
@@ -88,13 +92,15 @@ async def serve(settings: AnalyticsSettings) -> None:
     grants = grants_on_sources(sessions, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(sessions, write_keys, grants, pages, now=now, new_id=new_id)
     keys = WriteKeyServicer(sessions, write_keys, pages, now=now, new_id=new_id)
+    log = EventLog(bus, now)
     ingest = IngestServicer(
-        EventLog(bus, now),
+        log,
         now,
         rulebook=Rulebook(settings.derived_key("pseudonyms")),
         quotas=quotas,
         geo=GeoDatabase(settings.geo_database) if settings.geo_database else None,
     )
+    failed_events = FailedEventServicer(sessions, log, pages, now=now, new_id=new_id)
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
     catalogue = CatalogueServicer(sessions, Summaries(sessions, store, now), pages, now)
     limits = Limits(
@@ -121,6 +127,7 @@ async def serve(settings: AnalyticsSettings) -> None:
             lambda server: add_WriteKeyServiceServicer_to_server(keys, server),
             lambda server: add_IngestServiceServicer_to_server(ingest, server),
             lambda server: add_CompatServiceServicer_to_server(CompatServicer(ingest), server),
+            lambda server: add_FailedEventServiceServicer_to_server(failed_events, server),
             lambda server: add_QueryServiceServicer_to_server(QueryServicer(queries), server),
             lambda server: add_EventServiceServicer_to_server(events, server),
             lambda server: add_InsightServiceServicer_to_server(InsightServicer(queries), server),

@@ -26,5 +26,7 @@ class AnalyticsSettings(Settings):
     tails_per_workspace: int = 50
     heartbeat_seconds: float = 15.0
     watch_seconds: float = 3600.0
+    # For the fault tests only: where to end at once, as crash_points.py has it.
+    crash_at: str = ""
     # For the fault test's proof only: counts what is sent twice twice.
     unsafe_no_deduplication: bool = False

@@ -37,6 +37,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.convert import column_of, source_to_pb, usage_to_pb, write_key_to_pb
+from services.analytics_svc.failures import forget_source
 from services.analytics_svc.models import Source, SourceUsage, WriteKey
 from services.analytics_svc.redaction import BadPatternError, Patterns
 from services.analytics_svc.write_keys import (
@@ -224,6 +225,7 @@ class SourceServicer(SourceServiceServicer):
             if deleted is None:
                 raise _absent(request.source_id)
             await self.grants.forget(session, request.source_id)
+            await forget_source(session, workspace_id, request.source_id)
             event = events_pb2.SourceDeleted(workspace_id=workspace_id, source_id=request.source_id)
             outbox.add(session, event, workspace_id=workspace_id)
         await self.write_keys.forget_source(request.source_id)

@@ -24,6 +24,7 @@ from aiohttp import web
 from chdb.state.sqlitelike import Connection
 from prometheus_client import Histogram
 
+from services.analytics_svc import crash_points
 from services.analytics_svc.settings import AnalyticsSettings
 from services.chassis import telemetry
 from services.chassis.process import private_http, until_stopped
@@ -164,11 +165,14 @@ def application(engine: Engine) -> web.Application:
             return _failure("Code: 115. DB::Exception: Unknown setting. (UNKNOWN_SETTING)")
         try:
             with telemetry.span("store", "SERVER", carrier=http.headers, bytes=len(body)):
-                result = await engine.run(Request(query=query, data=body, settings=settings, params=params))
+                request = Request(query=query, data=body, settings=settings, params=params)
+                result = await engine.run(request)
         except (
             Exception
         ) as error:  # chDB raises bare RuntimeError beside its own ChdbError; the client gets the text
             return _failure(str(error))
+        if request.data:
+            crash_points.reached("write")
         return web.Response(body=result)
 
     app = web.Application(client_max_size=MAX_BODY_BYTES)
@@ -178,6 +182,7 @@ def application(engine: Engine) -> web.Application:
 
 async def serve(settings: AnalyticsSettings) -> None:
     """Serves until the process is told to stop."""
+    crash_points.arm(settings.crash_at)
     directory = settings.store_dir.resolve()
     engine = Engine(directory)
     os.chdir(directory)  # where the engine writes the schemas that come with inserts

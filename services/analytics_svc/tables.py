@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from services.analytics_svc.event_store import EventStore, UnavailableError, Value
+from services.analytics_svc.persons import PERSONS
 
 # Partitions follow the time of receipt: a batch falls into one (two, once a month), however old its events are, and
 # the look-up of duplicates reads the newest only. The key serves queries: one source, a stretch of days, an event.
@@ -121,6 +122,8 @@ FROM (
 FORMAT Protobuf
 """
 
+_CHECK_EVENTS = _INSERT_EVENTS.replace("INSERT INTO events (", "INSERT INTO events_check (")
+
 _INSERT_SETTINGS: Mapping[str, Value] = {
     "format_schema_source": "string",
     "format_schema": _SCHEMA,
@@ -141,7 +144,7 @@ async def create_tables(store: EventStore, *, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            for statement in (_EVENTS, *_CHANGES):
+            for statement in (_EVENTS, *_CHANGES, PERSONS):
                 await store.execute(statement)
             return
         except UnavailableError:
@@ -155,8 +158,24 @@ async def insert_events(store: EventStore, batches: Iterable[bytes], token: str)
 
     Raises what `EventStore.insert` raises.
     """
-    data = b"".join(_varint(len(batch)) + batch for batch in batches)
-    await store.insert(_INSERT_EVENTS, data, token=token, settings=_INSERT_SETTINGS)
+    await store.insert(_INSERT_EVENTS, _framed(batches), token=token, settings=_INSERT_SETTINGS)
+
+
+async def prepare_check(store: EventStore) -> None:
+    """Makes what `check_events` needs: a table like that of the events, which keeps nothing.
+
+    Raises UnavailableError or EventStoreError.
+    """
+    await store.execute("CREATE OR REPLACE TABLE events_check AS events ENGINE = Null")
+
+
+async def check_events(store: EventStore, batches: Iterable[bytes]) -> None:
+    """Raises what `insert_events` would raise, and writes nothing."""
+    await store.insert(_CHECK_EVENTS, _framed(batches), token="", settings=_INSERT_SETTINGS)
+
+
+def _framed(batches: Iterable[bytes]) -> bytes:
+    return b"".join(_varint(len(batch)) + batch for batch in batches)
 
 
 def _varint(number: int) -> bytes:

@@ -6,6 +6,8 @@ from typing import Any
 
 from google.protobuf.message import Message
 from meshboard.analytics.v1.events_pb2 import (
+    FailedEventsDiscarded,
+    FailedEventUpdated,
     SourceCreated,
     SourceDeleted,
     SourceGrantCreated,
@@ -187,6 +189,10 @@ AUDITED: Mapping[type[Message], Rule] = {
     WriteKeyDeleted: Rule(
         "write_key.deleted", "", {"source_id": "source_id", "write_key_id": "write_key_id"}
     ),
+    FailedEventUpdated: Rule(
+        "failed_event.updated", "", {"source_id": "source_id", "failed_event_id": "failed_event_id"}
+    ),
+    FailedEventsDiscarded: Rule("failed_events.discarded", "", {"source_id": "source_id"}),
     SourceGrantCreated: Rule("grant.created", "grant.subject.user_id", {"source_id": "source_id", **_GRANT}),
     SourceGrantDeleted: Rule("grant.deleted", "", {"source_id": "source_id", "grant_id": "grant_id"}),
 }

@@ -26,9 +26,14 @@ from meshboard.analytics.v1.compat_service_pb2_grpc import (
     CompatServiceStub,
     add_CompatServiceServicer_to_server,
 )
+from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.event_service_pb2_grpc import (
     EventServiceStub,
     add_EventServiceServicer_to_server,
+)
+from meshboard.analytics.v1.failed_event_service_pb2_grpc import (
+    FailedEventServiceStub,
+    add_FailedEventServiceServicer_to_server,
 )
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestResponse
 from meshboard.analytics.v1.ingest_service_pb2_grpc import (
@@ -68,9 +73,10 @@ from services.analytics_svc.cohorts import CohortServicer
 from services.analytics_svc.compat import CompatServicer
 from services.analytics_svc.event_log import EventLog, ensure_log
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.failed_events import FailedEventServicer
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.insights import InsightServicer
-from services.analytics_svc.pipeline import Pipeline
+from services.analytics_svc.pipeline import Pipeline, enrich
 from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.raw_events import EventServicer
@@ -104,7 +110,7 @@ class StoreProcess:
         self.port = free_port()
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, **settings: str) -> None:
         """Starts the process and waits until it answers."""
         placeholders = ("REDIS_URL", "NATS_URL", "LISTEN", "KEYS_DIR", "MASTER_KEY_FILE")
         self._process = await asyncio.create_subprocess_exec(
@@ -119,6 +125,7 @@ class StoreProcess:
                 "MESHBOARD_EVENT_STORE_URL": self.url,
                 "MESHBOARD_STORE_DIR": str(self.folder / "data"),
                 "MESHBOARD_PRIVATE_LISTEN": f"127.0.0.1:{self.port}",
+                **settings,
             },
         )
         store = EventStore(self.url)
@@ -127,6 +134,11 @@ class StoreProcess:
                 assert self._process.returncode is None, "the store ended by itself"
                 await asyncio.sleep(0.05)
         await store.close()
+
+    async def ended(self) -> None:
+        """Returns when the process has ended by itself."""
+        assert self._process is not None
+        await self._process.wait()
 
     async def kill(self) -> None:
         """Ends the process at once, as kill -9 does."""
@@ -207,6 +219,7 @@ class Analytics:
     cohorts: CohortServiceStub
     internal: InternalQueryServiceStub
     catalogue: CatalogueServiceStub
+    failed_events: FailedEventServiceStub
 
     async def source(self, member: Member) -> tuple[SourceMessage, str]:
         """A new source of the member, and its write key."""
@@ -240,6 +253,14 @@ class Analytics:
         assert await self.count(member, source) == count
 
 
+def enrich_but_poison(batch: LoggedBatch) -> None:
+    """What the pipeline does by itself, with a fault: it chokes on an event named `indigestible`."""
+    for event in batch.events:
+        if event.event == "indigestible":
+            raise RuntimeError(f"cannot swallow {event.insert_id}\0")
+    enrich(batch)
+
+
 @asynccontextmanager
 async def running_pipeline(
     database_url: str, nats_url: str, store_url: str, *, deduplicate: bool = True
@@ -249,7 +270,13 @@ async def running_pipeline(
     store = EventStore(store_url)
     bus = await Bus.connect(nats_url, "pipeline")
     pipeline = Pipeline(
-        db, bus, store, lambda: datetime.now(UTC), max_log_bytes=LOG_BYTES, deduplicate=deduplicate
+        db,
+        bus,
+        store,
+        lambda: datetime.now(UTC),
+        max_log_bytes=LOG_BYTES,
+        enriching=enrich_but_poison,
+        deduplicate=deduplicate,
     )
     running = asyncio.create_task(pipeline.run())
     try:
@@ -297,9 +324,9 @@ async def analytics(
     grants = grants_on_sources(db, user_peer, pages, now=now, new_id=new_id)
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
     keys = WriteKeyServicer(db, write_keys, pages, now=now, new_id=new_id)
-    ingest = IngestServicer(
-        EventLog(bus, now), now, rulebook=Rulebook(settings.derived_key("pseudonyms")), quotas=quotas
-    )
+    log = EventLog(bus, now)
+    ingest = IngestServicer(log, now, rulebook=Rulebook(settings.derived_key("pseudonyms")), quotas=quotas)
+    failed_events = FailedEventServicer(db, log, pages, now=now, new_id=new_id)
     queries = Queries(db, store, now)
     catalogue = CatalogueServicer(db, Summaries(db, store, now), pages, now)
     tails = Tails(queries, per_workspace=5, at_most=50)
@@ -317,6 +344,7 @@ async def analytics(
         lambda server: add_CohortServiceServicer_to_server(cohorts, server),
         lambda server: add_InternalQueryServiceServicer_to_server(InternalQueryServicer(queries), server),
         lambda server: add_CatalogueServiceServicer_to_server(catalogue, server),
+        lambda server: add_FailedEventServiceServicer_to_server(failed_events, server),
     ]
     access = identity.access(
         "analytics",
@@ -348,6 +376,7 @@ async def analytics(
             cohorts=CohortServiceStub(channel),
             internal=InternalQueryServiceStub(channel),
             catalogue=CatalogueServiceStub(channel),
+            failed_events=FailedEventServiceStub(channel),
         )
     await user_peer.close()
     await user_server.stop(None)

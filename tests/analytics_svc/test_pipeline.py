@@ -1,8 +1,10 @@
 """The pipeline through crashes: every event that is in the log is counted exactly once."""
 
 import asyncio
+import itertools
 import os
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -244,10 +246,15 @@ class PipelineProcess:
         }
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, **settings: str) -> None:
         arguments = ("-m", "services.analytics_svc", "--role", "pipeline")
-        environment = {**os.environ, **self._settings}
+        environment = {**os.environ, **self._settings, **settings}
         self._process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment)
+
+    async def ended(self) -> None:
+        assert self._process is not None
+        async with asyncio.timeout(120):
+            assert await self._process.wait() == -signal.SIGKILL
 
     async def kill(self) -> None:
         assert self._process is not None
@@ -310,6 +317,122 @@ async def test_would_notice_without_the_check(log: Log, identity: Identity) -> N
     rows, different = await log.counts()
     assert different == sent
     assert rows > sent
+
+
+class Story:
+    """Events that say what must be in the store in the end: a chain of ids of one person, duplicates, and poison."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.chapters = 0
+
+    async def goes_on(self) -> None:
+        """Appends 20 events, the half of them twice, and one that the store refuses."""
+        batch, number = LoggedBatch(), 20 * self.chapters
+        for n in [*range(number, number + 20), *range(number, number + 10)]:
+            event = batch.events.add(
+                event="view", distinct_id=f"id {n + 1}", previous_id=f"id {n}", insert_id=f"{n}"
+            )
+            event.time.GetCurrentTime()
+        batch.events.add(event="poison", distinct_id="p", insert_id=f"poison {self.chapters}")
+        await self.log.event_log.append(self.log.source, batch.SerializeToString())
+        self.chapters += 1
+
+    async def ends_well(self) -> None:
+        """Returns when all of it is in the store; fails when something is there twice, or not as it was told."""
+        await self.log.until(20 * self.chapters)
+        people = await self.log.store.query(
+            "SELECT count(), uniqExact(person_id) FROM persons FINAL WHERE scope_id = {source:UUID}",
+            {"source": self.log.source.source_id},
+        )
+        assert people.rows == [[20 * self.chapters + 1, 1]]
+        db = chassis_db.connect(self.log.database_url)
+        failed = [row for row in await _failed(db) if row.source_id == self.log.source.source_id]
+        await chassis_db.engine(db).dispose()
+        assert sorted(row.identity.decode() for row in failed) == sorted(
+            f"poison {chapter}" for chapter in range(self.chapters)
+        )
+
+
+# In the order in which the pipeline passes them.
+CRASH_POINTS = ("fetch", "read", "drop", "plan", "link", "insert", "finish", "tell")
+
+
+async def tell_with_crashes(log: Log, identity: Identity, points: Sequence[str]) -> Story:
+    """Has the pipeline end at each point in turn, most times while it makes up for the end before."""
+    await log.store.execute("ALTER TABLE events ADD CONSTRAINT no_poison CHECK event != 'poison'")
+    pipeline, story = PipelineProcess(log, identity), Story(log)
+    for point in points:
+        await story.goes_on()
+        await pipeline.start(MESHBOARD_CRASH_AT=point)
+        await pipeline.ended()
+    await log.process.kill()
+    await log.process.start(
+        MESHBOARD_CRASH_AT="write:3"
+    )  # persons, the refused events, the check of the halves
+    await story.goes_on()
+    await pipeline.start()
+    async with asyncio.timeout(120):
+        await log.process.ended()
+    await log.process.start()
+    try:
+        await story.ends_well()
+    finally:
+        await pipeline.kill()
+    return story
+
+
+@pytest.mark.timeout(600)
+async def test_counts_once_after_a_crash_at_each_step(log: Log, identity: Identity) -> None:
+    await tell_with_crashes(log, identity, CRASH_POINTS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+async def test_counts_once_after_crashes_at_all_pairs_of_steps(log: Log, identity: Identity) -> None:
+    pairs = [point for pair in itertools.product(CRASH_POINTS, repeat=2) for point in pair]
+    await tell_with_crashes(log, identity, pairs)
+
+
+async def test_poison_holds_up_nobody(log: Log) -> None:
+    """500 events that a step chokes on, among 100,000."""
+    for number in range(100):
+        batch = LoggedBatch()
+        for n in range(1_000):
+            poison = n % 200 == number
+            batch.events.add(
+                event="indigestible" if poison else "view", distinct_id="a", insert_id=f"{number} {n}"
+            )
+        await log.event_log.append(log.source, batch.SerializeToString())
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.until(99_500)
+        db = chassis_db.connect(log.database_url)
+        failed = [row for row in await _failed(db) if row.source_id == log.source.source_id]
+        await chassis_db.engine(db).dispose()
+    assert len({row.identity for row in failed}) == len(failed) == 500
+    assert all(row.error.startswith("RuntimeError: cannot swallow ") for row in failed)
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "total"), [(10, 5_000), pytest.param(500, 100_000, marks=pytest.mark.long)]
+)
+@pytest.mark.timeout(900)
+async def test_what_the_store_refuses_holds_up_nobody(log: Log, poisoned: int, total: int) -> None:
+    await log.store.execute("ALTER TABLE events ADD CONSTRAINT no_poison CHECK event != 'poison'")
+    every = total // poisoned
+    for start in range(0, total, 1_000):
+        batch = LoggedBatch()
+        for n in range(start, start + 1_000):
+            name = "poison" if n % every == every // 2 else "view"
+            batch.events.add(event=name, distinct_id="a", insert_id=f"{n}")
+        await log.event_log.append(log.source, batch.SerializeToString())
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await eventually(lambda: _has_rows(log, total - poisoned), seconds=600)
+    assert await log.counts() == (total - poisoned, total - poisoned)
+
+
+async def _has_rows(log: Log, count: int) -> bool:
+    return (await log.counts())[1] >= count
 
 
 @pytest.mark.long

@@ -6,7 +6,12 @@ from datetime import UTC, datetime
 import pytest
 from google.protobuf.message import Message
 from meshboard.analytics.v1 import events_pb2 as analytics_events
-from meshboard.analytics.v1.events_pb2 import SourceGrantCreated, WriteKeyRotated
+from meshboard.analytics.v1.events_pb2 import (
+    FailedEventsDiscarded,
+    FailedEventUpdated,
+    SourceGrantCreated,
+    WriteKeyRotated,
+)
 from meshboard.auth.v1 import events_pb2 as auth_events
 from meshboard.dashboard.v1 import events_pb2 as dashboard_events
 from meshboard.dashboard.v1.events_pb2 import (
@@ -156,6 +161,18 @@ async def entry_of(services: Services, event: Message) -> AuditEntryRow:
             {"folder_id": THING, "grant_id": "g", "role": "guest", "effect": "DENY", "team_id": "t"},
         ),
         (WriteKeyRotated(source_id=THING), "write_key.rotated", "", {"source_id": THING}),
+        (
+            FailedEventUpdated(source_id=THING, failed_event_id=THING),
+            "failed_event.updated",
+            "",
+            {"source_id": THING, "failed_event_id": THING},
+        ),
+        (
+            FailedEventsDiscarded(source_id=THING, failed_event_ids=[THING]),
+            "failed_events.discarded",
+            "",
+            {"source_id": THING},
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Message) else "",
 )

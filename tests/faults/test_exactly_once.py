@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from tests.conditions import eventually
+from tests.faults.conftest import newcomer
 from tests.faults.traffic import Traffic
 from tests.mesh.people import Person
 from tests.parts import Mesh, running_mesh
 
 pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(300)]
 
-VICTIMS = ("analytics_svc", "pipeline", "store", "nats", "postgres", "valkey")
+VICTIMS = ("analytics_svc", "pipeline", "store", "nats", "envoy", "postgres", "valkey")
 
 
 async def kill(mesh: Mesh, *victims: str) -> None:
@@ -47,6 +49,18 @@ async def test_each_event_counts_once_whatever_is_killed(fragile: Mesh, ann: Per
     await traffic.check()
 
 
+async def test_each_event_counts_once_whatever_step_is_cut(tmp_path: Path, http: aiohttp.ClientSession):
+    """Every process ends again and again, right behind steps of its own: see crash_points.py."""
+    points = "receive:31,publish:23,plan:9,link:14,insert:5,finish:7,write:17"
+    async with running_mesh(tmp_path, limits=False, settings={"MESHBOARD_CRASH_AT": points}) as mesh:
+        ann = await newcomer(http, mesh.gateway_url)
+        async with Traffic(ann, *await ann.new_source()) as traffic:
+            await traffic.flow(600, seconds=240)
+        for name in ("analytics_svc", "pipeline", "store"):
+            assert mesh.supervisor.children[name].restarts, f"{name} was never cut off"
+        await traffic.check()
+
+
 async def test_the_check_notices_when_duplicates_are_let_through(tmp_path: Path, http: aiohttp.ClientSession):
     settings = {"MESHBOARD_UNSAFE_NO_DEDUPLICATION": "1"}
     async with running_mesh(tmp_path, limits=False, settings=settings) as mesh:
@@ -75,6 +89,33 @@ async def test_a_watcher_comes_to_the_same_count(fragile: Mesh, ann: Person):
                 message = await watch.next(60)
                 (widget,) = message["changes"] or message["snapshot"]["widgets"]
                 seen = (widget.get("result") or {}).get("rows")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(14_400)
+async def test_ten_thousand_events_sent_five_times_at_once_through_fifty_rounds(fragile: Mesh, ann: Person):
+    chance = random.Random(50)
+    for _ in range(50):
+        async with Traffic(ann, *await settled_source(ann), batch=100, copies=5) as traffic:
+            arriving = asyncio.create_task(traffic.flow(10_000, seconds=240))
+            while not arriving.done():
+                await kill(fragile, *chance.sample(("analytics_svc", "nats", "envoy"), chance.randint(1, 3)))
+                await asyncio.wait([arriving], timeout=2 * chance.random())
+            await arriving
+        await traffic.check()
+
+
+async def settled_source(person: Person) -> tuple[str, str]:
+    """A new source, once services find each other again."""
+    made: list[tuple[str, str]] = []
+
+    async def make() -> bool:
+        with suppress(AssertionError, aiohttp.ClientError):
+            made.append(await person.new_source())
+        return bool(made)
+
+    await eventually(make, 60)
+    return made[0]
 
 
 @pytest.mark.long

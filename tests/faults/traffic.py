@@ -18,12 +18,19 @@ RESENT = 3
 
 
 class Traffic:
-    """`async with Traffic(person, …)` sends until the end of the block, and each batch until it is acknowledged."""
+    """`async with Traffic(person, …)` sends until the end of the block, and each batch until it is acknowledged.
 
-    def __init__(self, person: Person, source_id: str, write_key: str) -> None:
+    Each batch is sent `copies` times at once.
+    """
+
+    def __init__(
+        self, person: Person, source_id: str, write_key: str, *, batch: int = BATCH, copies: int = 1
+    ) -> None:
         self.person = person
         self.source_id = source_id
         self.write_key = write_key
+        self.batch = batch
+        self.copies = copies
         self.acknowledged = 0  # events
         self.retries = 0
         self._requests = itertools.count()
@@ -53,9 +60,9 @@ class Traffic:
     async def _send_all(self) -> None:
         while not self._stopping.is_set():
             request = next(self._requests)
-            numbers = range(request * BATCH, (request + 1) * BATCH)
-            await self._send(numbers)
-            self.acknowledged += BATCH
+            numbers = range(request * self.batch, (request + 1) * self.batch)
+            await asyncio.gather(*(self._send(numbers) for _ in range(self.copies)))
+            self.acknowledged += self.batch
             if request % RESENT == 0:
                 await self._send(numbers)
 
@@ -64,6 +71,9 @@ class Traffic:
             {"event": "numbered", "distinctId": "x", "insertId": f"number {n}", "properties": {"n": n}}
             for n in numbers
         ]
+        await self._deliver(events)
+
+    async def _deliver(self, events: list[dict[str, Any]]) -> None:
         while True:
             try:
                 answer = await self.person.call(
@@ -82,8 +92,7 @@ class Traffic:
 
     async def check(self) -> None:
         """Fails unless each acknowledged event is counted exactly once. Call it after the block."""
-        last = {"event": "last", "distinctId": "x", "properties": {"n": self.acknowledged}}
-        await self.person.send(self.write_key, last)
+        await self._deliver([{"event": "last", "distinctId": "x", "insertId": "last"}])
         # The log is read in order: once the last event is counted, nothing is on its way any more.
         await eventually(self._counts_last, 60)
         counted = await self._counted({"property": "event", "operator": "EQUAL", "values": ["numbered"]})

@@ -598,6 +598,22 @@ MATRIX: Mapping[str, Row] = {
         "SOURCE_NOT_FOUND",
         ("ETAG_MISMATCH",),
     ),
+    "analytics.v1.FailedEventService.GetFailedEvent": On(
+        {**_SOURCE, "failed_event_id": "{absent}"}, "0++++", "SOURCE_NOT_FOUND", ("FAILED_EVENT_NOT_FOUND",)
+    ),
+    "analytics.v1.FailedEventService.ListFailedEvents": On(_SOURCE, "0++++", "SOURCE_NOT_FOUND"),
+    "analytics.v1.FailedEventService.UpdateFailedEvent": On(
+        {**_SOURCE, "failed_event": {"failed_event_id": "{absent}"}},
+        "0-+++",
+        "SOURCE_NOT_FOUND",
+        ("FAILED_EVENT_NOT_FOUND",),
+    ),
+    "analytics.v1.FailedEventService.RetryFailedEvents": On(
+        {**_SOURCE, "failed_event_ids": ["{absent}"]}, "0-+++", "SOURCE_NOT_FOUND"
+    ),
+    "analytics.v1.FailedEventService.DiscardFailedEvents": On(
+        {**_SOURCE, "failed_event_ids": ["{absent}"]}, "0-+++", "SOURCE_NOT_FOUND"
+    ),
     "analytics.v1.InternalQueryService.RunWidgetQuery": Services(
         {**_W, **QUERY}, frozenset({"dashboard"}), (OK,)
     ),

@@ -92,6 +92,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: too many streams of live events of the workspace are open. Close one."""
     COHORT_NOT_FOUND: _ErrorReason.ValueType  # 43
     """NOT_FOUND: the cohort does not exist, or the caller may not see it."""
+    FAILED_EVENT_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """NOT_FOUND: the source has no such failed event, or no longer."""
+    FAILED_EVENT_RETRYING: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION: the failed event is on its way to the store. Wait until it is gone, or refused again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that analytics_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -166,4 +170,8 @@ TAILS_EXHAUSTED: ErrorReason.ValueType  # 56
 """RESOURCE_EXHAUSTED: too many streams of live events of the workspace are open. Close one."""
 COHORT_NOT_FOUND: ErrorReason.ValueType  # 43
 """NOT_FOUND: the cohort does not exist, or the caller may not see it."""
+FAILED_EVENT_NOT_FOUND: ErrorReason.ValueType  # 37
+"""NOT_FOUND: the source has no such failed event, or no longer."""
+FAILED_EVENT_RETRYING: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION: the failed event is on its way to the store. Wait until it is gone, or refused again."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

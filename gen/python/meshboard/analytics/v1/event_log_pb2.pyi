@@ -35,6 +35,7 @@ class LoggedBatch(_message.Message):
     RECEIVE_TIME_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     ROBOTS_FIELD_NUMBER: _builtins.int
+    RETRY_IDS_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace."""
     source_id: _builtins.str
@@ -51,6 +52,10 @@ class LoggedBatch(_message.Message):
     def receive_time(self) -> _timestamp_pb2.Timestamp:
         """When the events were received."""
 
+    @_builtins.property
+    def retry_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The retries of failed events that are among the events."""
+
     def __init__(
         self,
         *,
@@ -60,10 +65,11 @@ class LoggedBatch(_message.Message):
         receive_time: _timestamp_pb2.Timestamp | None = ...,
         sequence: _builtins.int = ...,
         robots: _source_pb2.Source.Robots.ValueType = ...,
+        retry_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receive_time", b"receive_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "retry_ids", b"retry_ids", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

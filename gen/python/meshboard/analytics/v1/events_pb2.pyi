@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from meshboard.analytics.v1 import catalogue_pb2 as _catalogue_pb2
 from meshboard.analytics.v1 import cohort_pb2 as _cohort_pb2
 from meshboard.analytics.v1 import source_pb2 as _source_pb2
@@ -326,6 +328,100 @@ class CataloguePropertyUpdated(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CataloguePropertyUpdated: _TypeAlias = CataloguePropertyUpdated  # noqa: Y015
+
+@_typing.final
+class FailedEventUpdated(_message.Message):
+    """A failed event was fixed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    FAILED_EVENT_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    source_id: _builtins.str
+    """The source."""
+    failed_event_id: _builtins.str
+    """The failed event."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        failed_event_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_event_id", b"failed_event_id", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedEventUpdated: _TypeAlias = FailedEventUpdated  # noqa: Y015
+
+@_typing.final
+class FailedEventsRetried(_message.Message):
+    """Failed events were sent to the store again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    FAILED_EVENT_IDS_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    source_id: _builtins.str
+    """The source."""
+    @_builtins.property
+    def failed_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The failed events."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        failed_event_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_event_ids", b"failed_event_ids", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedEventsRetried: _TypeAlias = FailedEventsRetried  # noqa: Y015
+
+@_typing.final
+class FailedEventsDiscarded(_message.Message):
+    """Failed events were given up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    FAILED_EVENT_IDS_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    source_id: _builtins.str
+    """The source."""
+    @_builtins.property
+    def failed_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The failed events."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        failed_event_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_event_ids", b"failed_event_ids", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedEventsDiscarded: _TypeAlias = FailedEventsDiscarded  # noqa: Y015
 
 @_typing.final
 class Tick(_message.Message):

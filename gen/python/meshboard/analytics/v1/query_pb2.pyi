@@ -25,10 +25,16 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Query(_message.Message):
     """A question about events: measures, by buckets of time and by values of properties.
 
-    A `property` is a built-in (`event`, `distinct_id`, `visit_id`, `url`, `path`, `host`, `referrer_host`, `browser`, `os`,
-    `device`, `is_robot`, `country`, `region`, `city`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`, `utm_content`), or
-    `properties.<name>` for one of the application's own. An unknown built-in fails with INVALID_ARGUMENT, reason
-    PROPERTY_UNKNOWN, and the nearest known names.
+    A `property` is a built-in (`event`, `distinct_id`, `person_id`, `visit_id`, `url`, `path`, `host`, `referrer_host`,
+    `browser`, `os`, `device`, `is_robot`, `country`, `region`, `city`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`,
+    `utm_content`), or `properties.<name>` for one of the application's own. An unknown built-in fails with INVALID_ARGUMENT,
+    reason PROPERTY_UNKNOWN, and the nearest known names.
+
+    A `person_id` stands for all ids of one person, those that events have linked as `distinct_id` and `previous_id`, whenever
+    they came: UNIQUE of `distinct_id` counts devices, UNIQUE of `person_id` people. In a query of one source the links of that
+    source count, and the id is one of the person's. In a query of several sources all links of the workspace count, and the id
+    of a person with more than one is a text of 32 hexadecimal digits. Ids that stand for nobody, such as `anonymous` or
+    `null`, are never linked.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
