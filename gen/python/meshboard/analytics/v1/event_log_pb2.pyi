@@ -33,12 +33,17 @@ class LoggedBatch(_message.Message):
     SOURCE_ID_FIELD_NUMBER: _builtins.int
     RECEIVE_TIME_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace."""
     source_id: _builtins.str
     """The source."""
     sequence: _builtins.int
     """The place of the batch in the log, from 1; filled in when it is read from there."""
+    retention_days: _builtins.int
+    """How many days after receipt the events may be removed, as the source said when they were received; 0: never. The
+    store lays together what is removed together.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoggedEvent]:
         """The events."""
@@ -55,10 +60,11 @@ class LoggedBatch(_message.Message):
         source_id: _builtins.str = ...,
         receive_time: _timestamp_pb2.Timestamp | None = ...,
         sequence: _builtins.int = ...,
+        retention_days: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receive_time", b"receive_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "retention_days", b"retention_days", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
