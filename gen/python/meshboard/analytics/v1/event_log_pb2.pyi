@@ -35,6 +35,7 @@ class LoggedBatch(_message.Message):
     RECEIVE_TIME_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     ROBOTS_FIELD_NUMBER: _builtins.int
+    RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     RETRY_IDS_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace."""
@@ -44,6 +45,10 @@ class LoggedBatch(_message.Message):
     """The place of the batch in the log, from 1; filled in when it is read from there."""
     robots: _source_pb2.Source.Robots.ValueType
     """What becomes of events of robots, as the source had it when they were received."""
+    retention_days: _builtins.int
+    """How many days after receipt the events may be removed, as the source said when they were received; 0: never. The
+    store lays together what is removed together.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoggedEvent]:
         """The events."""
@@ -65,11 +70,12 @@ class LoggedBatch(_message.Message):
         receive_time: _timestamp_pb2.Timestamp | None = ...,
         sequence: _builtins.int = ...,
         robots: _source_pb2.Source.Robots.ValueType = ...,
+        retention_days: _builtins.int = ...,
         retry_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receive_time", b"receive_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "retry_ids", b"retry_ids", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "retention_days", b"retention_days", "retry_ids", b"retry_ids", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
