@@ -82,7 +82,7 @@ class Traffic:
             except aiohttp.ClientError:  # the connection broke: the events may be there or not
                 answer = None
             if answer is not None and answer.status == 200:
-                assert answer.body == {"acceptedCount": len(events), "refused": []}
+                assert answer.body["acceptedCount"] == len(events)
                 return
             # What says "not now"; anything else is a fault of the mesh.
             assert answer is None or answer.status in {503, 504}, answer
