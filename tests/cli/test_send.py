@@ -374,3 +374,10 @@ def test_refuses_what_is_no_mapping(tmp_path: Path, wrong: str):
             main, ["send", str(tmp_path / "a"), option, wrong], env={KEY_VARIABLE: KEY}
         )
         assert (result.exit_code, "FIELD=" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("url", ["meshboard.example", "ftp://meshboard.example", "http://"])
+def test_refuses_what_is_no_address(tmp_path: Path, url: str):
+    (tmp_path / "a").write_text(lines(1))
+    result = CliRunner().invoke(main, ["send", str(tmp_path / "a"), "--url", url], env={KEY_VARIABLE: KEY})
+    assert (result.exit_code, "is no address" in result.stderr) == (2, True)
