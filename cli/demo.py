@@ -7,6 +7,7 @@ import gzip
 import json
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 
 import aiohttp
 
-from cli.access_log import LineRefused, event_of
+from cli.delivery import Gateway as Delivery
+from cli.delivery import Outcome, SendStopped, send_file
+from cli.records import Columns, Records
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "examples" / "apache_logs.gz"
 EMAIL = "demo@meshboard.example"
-BATCH = 500
 RETRY_SECONDS = 60.0
 
 
@@ -31,16 +33,16 @@ class Gateway:
     """JSON calls through the gateway, repeated while it says that a retry helps."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str) -> None:
-        self._http = http
-        self._url = url
+        self.http = http
+        self.url = url
         self.headers: dict[str, str] = {}
 
     async def call(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         """The answer's JSON. Raises DemoFailedError with the gateway's message."""
         deadline = time.monotonic() + RETRY_SECONDS
         while True:
-            request = self._http.request(
-                method, self._url + path, json=body, headers={**self.headers, **headers}
+            request = self.http.request(
+                method, self.url + path, json=body, headers={**self.headers, **headers}
             )
             async with request as response:
                 answer = await response.json(content_type=None)
@@ -57,39 +59,16 @@ def read_log(path: Path) -> Iterator[tuple[int, str]]:
         yield from enumerate((line.rstrip("\n") for line in lines), 1)
 
 
-async def send_log(gateway: Gateway, path: Path, write_key: str) -> tuple[int, list[str]]:
-    """Sends a log in batches; gives how many lines were accepted, and which were refused and why.
-
-    A line's number is part of its `insertId`, so that a batch can be sent again and equal lines still count.
-    """
-    accepted = 0
-    refused: list[str] = []
-    batch: list[dict[str, Any]] = []
-    numbers: list[int] = []
-
-    async def flush() -> None:
-        nonlocal accepted
-        answer = await gateway.call(
-            "POST", "/v1/events:ingest", {"events": batch}, **{"X-Write-Key": write_key}
-        )
-        accepted += answer["acceptedCount"]
-        refused.extend(f"line {numbers[r['index']]}: {r['message']}" for r in answer["refused"])
-        _progress(f"  {accepted:,} events sent")
-        batch.clear()
-        numbers.clear()
-
-    for number, line in read_log(path):
+async def send_log(gateway: Gateway, path: Path, write_key: str) -> Outcome:
+    """Sends a log, and gives what became of it; sent again, each line still counts once. Raises DemoFailedError."""
+    outcome = Outcome()
+    delivery = Delivery(gateway.http, gateway.url, write_key, patience=RETRY_SECONDS)
+    with tempfile.TemporaryDirectory() as state:
         try:
-            batch.append(event_of(line, f"{path.name}:{number}"))
-        except LineRefused as error:
-            refused.append(f"line {number}: {error}")
-            continue
-        numbers.append(number)
-        if len(batch) == BATCH:
-            await flush()
-    if batch:
-        await flush()
-    return accepted, refused
+            await send_file(lambda: Records(path, "combined", Columns()), delivery, Path(state), outcome)
+        except SendStopped as error:
+            raise DemoFailedError(f"{path.name}: {error}") from None
+    return outcome
 
 
 def widgets(source_id: str) -> list[dict[str, Any]]:
@@ -189,11 +168,11 @@ async def _make(gateway: Gateway, file: Path) -> dict[str, str]:
     source = await gateway.call("POST", "/v1/sources", {"title": "A web server's access log"})
     _say(f"Sending {LOG.name} through the gateway …")
     start = time.monotonic()
-    accepted, refused = await send_log(gateway, LOG, source["writeKey"])
-    _say(f"✓ {accepted:,} lines accepted in {time.monotonic() - start:.1f} s, {len(refused)} refused")
-    for why in refused:
-        _say(f"  {why}")
-    await _until_visible(gateway, source["source"]["sourceId"], accepted)
+    sent = await send_log(gateway, LOG, source["writeKey"])
+    _say(f"✓ {sent.accepted:,} lines accepted in {time.monotonic() - start:.1f} s, {sent.refused} refused")
+    for line, why in sent.refusals:
+        _say(f"  line {line}: {why}")
+    await _until_visible(gateway, source["source"]["sourceId"], sent.accepted)
     dashboard = (await gateway.call("POST", "/v1/dashboards", {"title": "Web traffic"}))["dashboard"]
     for widget in widgets(source["source"]["sourceId"]):
         await gateway.call("POST", f"/v1/dashboards/{dashboard['dashboardId']}/widgets", widget)
@@ -256,9 +235,3 @@ With buf:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _progress(line: str) -> None:
-    """Shows how far it is, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r{line}\r", end="", file=sys.stderr, flush=True)

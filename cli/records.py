@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
@@ -219,7 +220,7 @@ def _rows(lines: Iterator[Record], delimiter: str) -> Iterator[Record]:
         try:
             row = next(reader)
             value = (header, row) if header and row else None
-            header = header or row
+            header = header or _checked(row)
         except StopIteration:
             return
         except csv.Error as error:
@@ -227,6 +228,13 @@ def _rows(lines: Iterator[Record], delimiter: str) -> Iterator[Record]:
             reader = csv.reader(feed(), delimiter=delimiter, strict=True)
         content = b"\n".join(line.content for line in taken)
         yield Record(taken[0].line, content, value, taken[-1].whole)
+
+
+def _checked(header: list[str]) -> list[str]:
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise FileRefused(f"two columns are named {twice[0]}")
+    return header
 
 
 def _parquet(file: io.BufferedReader, size: int) -> tuple[Iterator[Record], Callable[[], int]]:
@@ -283,6 +291,7 @@ def _cells(row: tuple[Sequence[str], Sequence[str]], texts: frozenset[str]) -> d
     return {
         column: cell if column in texts or column in _FIELD_OF_NAME else _guess(cell)
         for column, cell in zip(header, cells, strict=False)
+        if column  # tables that were written with their index have a column without a name
     }
 
 

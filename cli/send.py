@@ -11,9 +11,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -90,7 +91,7 @@ def send(
     """
     records = importlib.import_module("cli.records")
     write_key = _write_key(key_file)
-    url = url or _gateway_url(data)
+    url = _checked(url or _gateway_url(data))
     columns = records.Columns(
         _pairs(named, "--map", records.FIELD_NAMES),
         _pairs(fixed, "--set", records.FIELD_NAMES),
@@ -116,7 +117,7 @@ class _Sending:
     """Where files are sent to, and the folder that remembers it."""
 
     url: str
-    write_key: str
+    write_key: str = field(repr=False)
     folder: Path
     name: str
     patience: float
@@ -237,6 +238,17 @@ def _gateway_url(data: Path) -> str:
     return str(state["gateway_url"]) if state else f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
+def _checked(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise click.BadParameter(
+            f"{url!r} is no address such as https://meshboard.example.", param_hint="--url"
+        )
+    if parts.scheme == "http" and parts.hostname not in {"localhost", "127.0.0.1", "::1"}:
+        _say(f"Warning: the write key travels to {parts.hostname} unencrypted. Better use https.")
+    return url
+
+
 def _state_folder(url: str, write_key: str) -> Path:
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     # The key is random: its digest tells nothing of it.
@@ -246,12 +258,12 @@ def _state_folder(url: str, write_key: str) -> Path:
 def _pairs(texts: tuple[str, ...], option: str, known: tuple[str, ...]) -> dict[str, str]:
     pairs = {}
     for text in texts:
-        field, equals, value = text.partition("=")
-        if field not in known or not equals or not value:
+        name, equals, value = text.partition("=")
+        if name not in known or not equals or not value:
             raise click.BadParameter(
                 f"{text!r} is not of the form FIELD=…, with one of {', '.join(known)}.", param_hint=option
             )
-        pairs[field] = value
+        pairs[name] = value
     return pairs
 
 

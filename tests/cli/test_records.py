@@ -180,8 +180,10 @@ def test_maps_columns_and_sets_fields(tmp_path: Path):
             "properties": {"event": "2"},
         }
     ]
-    path = written(tmp_path / "b.csv", "event;distinct_id\nview;ada\n")
+    path = written(tmp_path / "b.csv", ";event;distinct_id\n0;view;ada\n")
     assert read(path, delimiter=";") == [ADA]
+    with pytest.raises(FileRefused, match="two columns are named event"):
+        read(written(tmp_path / "c.csv", "event,event\na,b\n"))
 
 
 def test_says_why_a_row_is_refused_and_goes_on(tmp_path: Path):
