@@ -82,7 +82,9 @@ def compile_query(
     TIME_ZONE_UNKNOWN and the path of the field.
     """
     start, end = resolve_range(query.time_range, now)
-    return _Compilation(query, Selection(workspace_id, query.source_ids, start, end, cohorts)).compile()
+    return _Compilation(
+        query, Selection(workspace_id, query.source_ids, start, end, cohorts=cohorts)
+    ).compile()
 
 
 @dataclass(slots=True)

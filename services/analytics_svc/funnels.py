@@ -48,7 +48,7 @@ def compile_funnel(query: FunnelQuery, workspace_id: str, now: datetime, cohorts
     start, end = resolve_range(query.time_range, now)
     window = (query.window_seconds or DEFAULT_WINDOW_SECONDS) * 1000
     latest = None if end is None else end + window
-    events = Selection(workspace_id, query.source_ids, start, latest, cohorts)
+    events = Selection(workspace_id, query.source_ids, start, latest, cohorts=cohorts)
     return _Funnel(query, events, end, window).compile()
 
 

@@ -22,7 +22,7 @@ def compile_lifecycle(
 
     Raises INVALID_ARGUMENT (QUERY_INVALID, PROPERTY_UNKNOWN, TIME_ZONE_UNKNOWN), naming the field.
     """
-    events = Selection(workspace_id, query.source_ids, None, None, cohorts)
+    events = Selection(workspace_id, query.source_ids, None, None, cohorts=cohorts)
     periods = periods_of(events, query.time_range, query.period, query.time_zone, now)
     events.end = periods.end
     conditions = [

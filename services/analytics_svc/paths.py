@@ -26,7 +26,7 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
     Raises INVALID_ARGUMENT (QUERY_INVALID, PROPERTY_UNKNOWN), naming the field.
     """
     start, end = resolve_range(query.time_range, now)
-    events = Selection(workspace_id, query.source_ids, start, end, cohorts)
+    events = Selection(workspace_id, query.source_ids, start, end, cohorts=cohorts)
     node = events.property(query.property or "event", "query.property")
     conditions = [node.exists, *events.filters(query.filters, "query.filters")]
     actor = actor_of(events, query.actor, "query.actor")

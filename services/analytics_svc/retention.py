@@ -23,7 +23,7 @@ def compile_retention(
 
     Raises INVALID_ARGUMENT (QUERY_INVALID, PROPERTY_UNKNOWN, TIME_ZONE_UNKNOWN), naming the field.
     """
-    events = Selection(workspace_id, query.source_ids, None, None, cohorts)
+    events = Selection(workspace_id, query.source_ids, None, None, cohorts=cohorts)
     periods = periods_of(events, query.time_range, query.period, query.time_zone, now)
     count = query.period_count or DEFAULT_PERIODS
     every = query.entry == RetentionQuery.EVERY

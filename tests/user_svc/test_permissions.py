@@ -20,6 +20,11 @@ def test_says_what_a_permission_opens_and_who_has_it():
         name="sources.query",
         resource_types=["source"],
         methods=[
+            "meshboard.analytics.v1.CohortService.PreviewCohort",
+            "meshboard.analytics.v1.InsightService.RunFunnel",
+            "meshboard.analytics.v1.InsightService.RunLifecycle",
+            "meshboard.analytics.v1.InsightService.RunPaths",
+            "meshboard.analytics.v1.InsightService.RunRetention",
             "meshboard.analytics.v1.QueryService.RunQuery",
             "meshboard.analytics.v1.QueryService.ValidateQuery",
         ],
