@@ -4,7 +4,8 @@
 """
 # ruff: noqa: S608 - this is where SQL is put together, of expressions written here
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -17,6 +18,10 @@ from services.analytics_svc.selection import BUCKETS, OWN, Selection, invalid, r
 
 DEFAULT_LIMIT = 1000
 MAX_FILLED_BUCKETS = 50_000
+# The engine plans a statement of this length in seconds, and cannot be stopped meanwhile.
+MAX_SQL_LENGTH = 64 << 10
+# Values travel in the address of a request.
+MAX_VALUE_BYTES = 256 << 10
 
 # Steps that hit every bucket; shorter than any of its kind, also where a clock moves.
 _STEP_SECONDS = {Query.MINUTE: 60, Query.HOUR: 1800, Query.DAY: 3600, Query.WEEK: 3600, Query.MONTH: 3600}
@@ -60,9 +65,19 @@ class Compiled:
     limit: int
 
 
-def columns_of(*names: str) -> list[Column]:
-    """Columns of an answer that is made into a message of its own."""
-    return [Column(name=name) for name in names]
+def compiled(sql: str, events: Selection, names: Iterable[str], limit: int) -> Compiled:
+    """A question whose answer is made into a message of its own, with the names of the columns.
+
+    Raises INVALID_ARGUMENT (QUERY_INVALID) when it is longer than a statement can be.
+    """
+    if len(sql) > MAX_SQL_LENGTH:
+        invalid("query", "The query has too many conditions.")
+    if (
+        sum(len(json.dumps(value, ensure_ascii=False).encode()) for value in events.params.values())
+        > MAX_VALUE_BYTES
+    ):
+        invalid("query", f"All values and names together have more than {MAX_VALUE_BYTES} bytes.")
+    return Compiled(sql, events.params, [Column(name=name) for name in names], limit)
 
 
 def cells_of(row: Any) -> list[Any]:

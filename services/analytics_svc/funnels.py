@@ -8,7 +8,7 @@ from meshboard.analytics.v1.insight_service_pb2 import FunnelGroup, FunnelQuery,
 from meshboard.analytics.v1.query_pb2 import Result
 
 from services.analytics_svc.actors import ORDER, actor_of, matching, time_of
-from services.analytics_svc.compiler import Compiled, cells_of, columns_of
+from services.analytics_svc.compiler import Compiled, cells_of, compiled
 from services.analytics_svc.memberships import Memberships
 from services.analytics_svc.selection import Selection, invalid, resolve_range
 
@@ -75,7 +75,7 @@ class _Funnel:
         columns += [f"step{k}" for k in self.steps] + ["conversion_times"]
         limit = (query.limit or DEFAULT_LIMIT) + 1
         sql = f"{self._groups(attempts)} LIMIT {limit + 1}"
-        return Compiled(sql, self.events.params, columns_of(*columns), limit)
+        return compiled(sql, self.events, columns, limit)
 
     def _actors(self) -> str:
         """For each actor who does the first step: arrays of the times and of the masks of its events, and the values of

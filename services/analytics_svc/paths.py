@@ -7,7 +7,7 @@ from meshboard.analytics.v1.insight_service_pb2 import PathsQuery, PathsResult
 from meshboard.analytics.v1.query_pb2 import Result
 
 from services.analytics_svc.actors import ORDER, actor_of, time_of
-from services.analytics_svc.compiler import Compiled, cells_of, columns_of
+from services.analytics_svc.compiler import Compiled, cells_of, compiled
 from services.analytics_svc.memberships import Memberships
 from services.analytics_svc.selection import Selection, resolve_range
 
@@ -83,8 +83,8 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
         ORDER BY about DESC, paths DESC, place, node, next
         LIMIT {limit + 1} BY about
     """
-    columns = columns_of("about", "place", "node", "next", "paths", "actors", "exits", "seconds")
-    return Compiled(sql, events.params, columns, 2 * limit + 3)
+    columns = ("about", "place", "node", "next", "paths", "actors", "exits", "seconds")
+    return compiled(sql, events, columns, 2 * limit + 3)
 
 
 def read_paths(query: PathsQuery, found: Result) -> PathsResult:

@@ -7,7 +7,7 @@ from meshboard.analytics.v1.insight_service_pb2 import RetentionQuery, Retention
 from meshboard.analytics.v1.query_pb2 import Result
 
 from services.analytics_svc.actors import actor_of, matching
-from services.analytics_svc.compiler import Compiled, cells_of, columns_of
+from services.analytics_svc.compiler import Compiled, cells_of, compiled
 from services.analytics_svc.memberships import Memberships
 from services.analytics_svc.periods import MAX_PERIODS, Periods, periods_of
 from services.analytics_svc.selection import Selection
@@ -74,7 +74,7 @@ def compile_retention(
         )
         GROUP BY period ORDER BY period
     """
-    return Compiled(sql, events.params, columns_of("period", "size", "counts"), MAX_PERIODS), periods
+    return compiled(sql, events, ("period", "size", "counts"), MAX_PERIODS), periods
 
 
 def read_retention(query: RetentionQuery, periods: Periods, found: Result, now: datetime) -> RetentionResult:

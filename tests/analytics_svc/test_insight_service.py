@@ -349,6 +349,21 @@ async def test_refuses_what_does_not_fit_together(
     assert await refusal(call) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
 
 
+async def test_refuses_more_than_a_statement_can_hold(analytics: Analytics) -> None:
+    member = analytics.identity.member("editor")
+    source, _ = await analytics.source(member)
+    condition = {"property": "properties.plan", "operator": "NOT_CONTAINS", "values": ["x"]}
+    many = [{"filters": [condition] * 20}] * 20
+    for query in (
+        {"steps": many},
+        {"steps": STEPS, "filters": [{**condition, "operator": "IN", "values": ["x" * 1000] * 300}]},
+    ):
+        call = run(analytics, member, source, "RunFunnel", **query)
+        assert await refusal(call) == (grpc.StatusCode.INVALID_ARGUMENT, "QUERY_INVALID")
+    few = [{"event": "view", "filters": [condition] * 2}] * 20
+    assert await counts(analytics, member, source, steps=few) == [0] * 20
+
+
 @pytest.mark.parametrize("name", REQUESTS)
 async def test_sources_of_others_are_absent(analytics: Analytics, name: str) -> None:
     source, _ = await analytics.source(analytics.identity.member("editor"))
