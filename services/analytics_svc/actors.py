@@ -10,8 +10,9 @@ from services.analytics_svc.selection import Selection
 
 _PROPERTIES = {DISTINCT_ID: "distinct_id", PERSON_ID: "person_id", VISIT_ID: "visit_id"}
 
-# A tuple that sorts events: by time, at one millisecond by when they were received.
-ORDER = "(toUnixTimestamp64Milli(time), sequence, position)"
+# A number that sorts events: by time, at one millisecond by when they were received; a batch has at most 5,000. Arrays
+# of numbers are built and sorted in a fifth of the time that arrays of tuples take.
+ORDER = "(bitShiftLeft(toUInt128(toUnixTimestamp64Milli(time)), 64) + bitShiftLeft(toUInt128(sequence), 16) + position)"
 
 
 class Selector(Protocol):
@@ -22,6 +23,11 @@ class Selector(Protocol):
     @property
     def filters(self) -> RepeatedCompositeFieldContainer[Filter]:
         """Conditions on them."""
+
+
+def time_of(order: str) -> str:
+    """SQL of the time, in milliseconds since 1970, of an event with this ORDER."""
+    return f"toInt64(bitShiftRight({order}, 64))"
 
 
 def actor_of(events: Selection, actor: Actor.ValueType, path: str) -> str:

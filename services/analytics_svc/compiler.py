@@ -5,7 +5,7 @@
 # ruff: noqa: S608 - this is where SQL is put together, of expressions written here
 
 from calendar import monthrange
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -20,6 +20,8 @@ from services.analytics_svc.selection import BUCKETS, OWN, Selection, invalid, r
 
 DEFAULT_LIMIT = 1000
 MAX_FILLED_BUCKETS = 50_000
+# The engine plans a statement of this length in seconds, and cannot be stopped meanwhile.
+MAX_SQL_LENGTH = 64 << 10
 # Before the names of columns of the earlier period.
 PREVIOUS = "previous_"
 
@@ -68,13 +70,16 @@ class Compiled:
 
     @classmethod
     def of(cls, sql: str, events: Selection, columns: list[Column], limit: int) -> "Compiled":
-        """The SQL of a question about a selection."""
+        """The SQL of a question. Raises INVALID_ARGUMENT (QUERY_INVALID) when it is longer than a statement can be."""
+        events.check_size()
+        if len(sql) > MAX_SQL_LENGTH:
+            invalid("query", "The query has too many conditions and measures.")
         return cls(sql, events.params, columns, limit, events.looks_beyond_sources)
 
 
-def columns_of(*names: str) -> list[Column]:
-    """Columns of an answer that is made into a message of its own."""
-    return [Column(name=name) for name in names]
+def compiled(sql: str, events: Selection, names: Iterable[str], limit: int) -> Compiled:
+    """A question whose answer is made into a message of its own, with the names of the columns. Raises as `of` does."""
+    return Compiled.of(sql, events, [Column(name=name) for name in names], limit)
 
 
 def cells_of(row: Any) -> list[Any]:
@@ -158,7 +163,6 @@ class _Compilation:
         sql = f"SELECT {shown} FROM ({rows})"
         if order:
             sql += f" ORDER BY {order}"
-        events.check_size()
         return Compiled.of(f"{sql} LIMIT {limit + 1}", events, columns, limit)
 
     # Rows

@@ -7,8 +7,8 @@ from typing import Any
 from meshboard.analytics.v1.insight_service_pb2 import FunnelGroup, FunnelQuery, FunnelResult
 from meshboard.analytics.v1.query_pb2 import Result
 
-from services.analytics_svc.actors import ORDER, actor_of, matching
-from services.analytics_svc.compiler import Compiled, cells_of, columns_of
+from services.analytics_svc.actors import ORDER, actor_of, matching, time_of
+from services.analytics_svc.compiler import Compiled, cells_of, compiled
 from services.analytics_svc.memberships import Memberships
 from services.analytics_svc.selection import Selection, invalid, resolve_range
 
@@ -34,25 +34,21 @@ BUCKETS = (
     90 * _DAY,
 )
 
-# The place of an attempt: when its first step was, the index of that event, and the index of its last one. Indexes
-# count from 1; 0 is no attempt.
-_NONE = "(toInt64(0), toUInt32(0), toUInt32(0))"
-
 
 def compile_funnel(query: FunnelQuery, workspace_id: str, now: datetime, cohorts: Memberships) -> Compiled:
     """One row for all actors and one for each group: whether it is all, the values, and the numbers of each step.
 
     Raises INVALID_ARGUMENT (QUERY_INVALID, PROPERTY_UNKNOWN), naming the field.
 
-    For each actor all events that matter are in arrays, in their order. `c<k>` has for each event the attempt that
-    reaches step k with it: of those possible the one that started last, since it has the most time left. `b<k>` has the
-    best attempt that stands at step k after each event. Each step is one pass over the arrays, so that an actor with a
-    hundred thousand events costs as much as that many actors with one.
+    For each actor the events that matter are in arrays, in their order; an attempt is the index of its first event.
+    `c<k>` has for each event the attempt that reaches step k with it, or 0: of those possible the one that started
+    last, since it has the most time left. Each step is one pass over the arrays, so that one actor with a hundred
+    thousand events costs as much as that many actors with one.
     """
     start, end = resolve_range(query.time_range, now)
     window = (query.window_seconds or DEFAULT_WINDOW_SECONDS) * 1000
     latest = None if end is None else end + window
-    events = Selection(workspace_id, query.source_ids, start, latest, cohorts)
+    events = Selection(workspace_id, query.source_ids, start, latest, cohorts=cohorts)
     return _Funnel(query, events, end, window).compile()
 
 
@@ -79,7 +75,7 @@ class _Funnel:
         columns += [f"step{k}" for k in self.steps] + ["conversion_times"]
         limit = (query.limit or DEFAULT_LIMIT) + 1
         sql = f"{self._groups(attempts)} LIMIT {limit + 1}"
-        return Compiled.of(sql, self.events, columns_of(*columns), limit)
+        return compiled(sql, self.events, columns, limit)
 
     def _actors(self) -> str:
         """For each actor who does the first step: arrays of the times and of the masks of its events, and the values of
@@ -102,65 +98,75 @@ class _Funnel:
             for i, b in enumerate(query.breakdowns)
         ]
         actor = actor_of(events, query.actor, "query.actor")
-        cells = ", ".join([ORDER, "mask", *values])
-        arrays = "".join(f", arrayMap(e -> e.{i + 3}, events) AS v{i}" for i in range(len(values)))
         only = "" if self.strict else "WHERE mask != 0"
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        arrays = [
+            "groupArray(mask) AS masks",
+            *(f"groupArray({value}) AS v{i}" for i, value in enumerate(values)),
+        ]
+        names = ["masks", *(f"v{i}" for i in range(len(values)))]
+        in_order = ", ".join(f"arraySort((e, o) -> o, {name}, orders) AS {name}" for name in names)
         return f"""
-            SELECT
-                arrayMap(e -> e.1.1, events) AS times, arrayMap(e -> e.2, events) AS masks,
-                arrayEnumerate(times) AS places{arrays}
+            SELECT *, {_floors(self.window)} AS floors, arrayEnumerate(times) AS places
             FROM (
-                SELECT arraySort(groupArray(({cells}))) AS events
-                FROM (SELECT *, {actor} AS who, {bits} AS mask FROM {events.rows()} {where})
-                {only}
-                GROUP BY who HAVING max(bitTest(mask, 0))
+                SELECT arrayMap(o -> {time_of("o")}, arraySort(orders)) AS times, {in_order}
+                FROM (
+                    SELECT groupArray({ORDER}) AS orders, {", ".join(arrays)}
+                    FROM (SELECT *, {actor} AS who, {bits} AS mask FROM {events.rows()} {where})
+                    {only}
+                    GROUP BY who HAVING max(bitTest(mask, 0))
+                )
             )
         """
 
     def _attempts(self, actors: str) -> str:
-        """The same with `c<k>` and `b<k>` for each step."""
+        """The same with `c<k>` for each step, and `f<k>`, the index of the event that first reaches it."""
         sql = f"""
-            SELECT *, arrayMap((m, t, i) -> if(bitTest(m, 0), (t, i, i), {_NONE}), masks, times, places) AS c1
-            FROM ({actors})
+            SELECT *, arrayMap((m, i) -> if(bitTest(m, 0), i, toUInt32(0)), masks, places) AS c1 FROM ({actors})
         """
         for k in self.steps[1:]:
+            before = f"arrayPushFront(arrayPopBack({self._standing(k - 1)}), toUInt32(0))"
             sql = f"""
-                SELECT *, arrayMap(
-                    (p, m, t, i) -> if(p.2 > 0 AND bitTest(m, {k - 1}) AND t - p.1 <= {self.window},
-                        (p.1, p.2, i), {_NONE}),
-                    {_before(f"b{k - 1}")}, masks, times, places) AS c{k}
-                FROM (SELECT *, {self._best(k - 1)} AS b{k - 1} FROM ({sql}))
+                SELECT *, arrayMap((a, m, floor) -> if(a >= floor AND bitTest(m, {k - 1}), a, toUInt32(0)),
+                    {before}, masks, floors) AS c{k}
+                FROM ({sql})
             """
-        return sql
+        firsts = ", ".join(f"arrayFirstIndex(c -> c > 0, c{k}) AS f{k}" for k in self.steps)
+        return f"SELECT *, {firsts} FROM ({sql})"
 
-    def _best(self, k: int) -> str:
-        """The best attempt at step k after each event; for STRICT, at exactly this event."""
+    def _standing(self, k: int) -> str:
+        """The attempt that stands at step k after each event; for STRICT, that has reached it with this event."""
         if self.strict:
             return f"c{k}"
+        if ends := self._ends(k):
+            return f"arrayFill((c, m) -> c > 0 OR {ends}, c{k}, masks)"
+        return f"arrayFill(c -> c > 0, c{k})"
+
+    def _ends(self, k: int) -> str:
+        """Whether an event, by its mask m, ends attempts that stand at step k; "" when none does."""
         bits = sum(
             1 << (len(self.steps) + i)
             for i, (after, before) in enumerate(self.excluded)
             if after <= k < before
         )
-        ends = f"bitAnd(m, {bits}) != 0" if bits else "0"
-        reached = f"arrayFill((c, m) -> c.2 > 0 OR {ends}, c{k}, masks)"
-        # One that started with the same event stands there already: its steps are the earlier ones.
-        fresh = f"arrayMap((c, b, m) -> if(c.2 = b.2 AND NOT {ends}, {_NONE}, c), c{k}, {_before(reached)}, masks)"
-        return f"arrayFill((c, m) -> c.2 > 0 OR {ends}, {fresh}, masks)"
+        return f"bitAnd(m, {bits}) != 0" if bits else ""
 
     def _indexes(self, attempts: str) -> str:
         """For each actor how many steps it gets through, and `i<k>`, the index of the event that is step k."""
-        reached = " + ".join(f"arrayExists(c -> c.2 > 0, c{k})" for k in self.steps)
-        sql = f"SELECT *, {reached} AS depth FROM ({attempts})"
+        depth = " + ".join(f"(f{k} > 0)" for k in self.steps)
+        first = ", ".join(f"depth = {k}, c{k}[f{k}]" for k in self.steps)
+        sql = f"SELECT *, {depth} AS depth, multiIf({first}, 0) AS a FROM ({attempts})"
         for k in reversed(self.steps):
-            first = f"arrayFirstIndex(c -> c.2 > 0, c{k})"
-            # Later steps came from the best attempt that stood here just before them.
-            earlier = f"b{k}[i{k + 1} - 1].3" if k < len(self.steps) else "0"
-            sql = f"""
-                SELECT *, multiIf(depth = {k}, toUInt32({first}), depth > {k}, toUInt32({earlier}), toUInt32(0)) AS i{k}
-                FROM ({sql})
-            """
+            if k == len(self.steps):
+                earlier = "0"
+            elif self.strict:
+                earlier = f"i{k + 1} - 1"
+            elif ends := self._ends(k):
+                ended = f"arrayLastIndex((m, i) -> {ends} AND i < i{k + 1}, masks, places)"
+                earlier = f"arrayFirstIndex((c, i) -> c = a AND i >= {ended}, c{k}, places)"
+            else:
+                earlier = f"arrayFirstIndex(c -> c = a, c{k})"
+            sql = f"SELECT *, multiIf(depth = {k}, f{k}, depth > {k}, toUInt32({earlier}), 0) AS i{k} FROM ({sql})"
         return sql
 
     def _groups(self, attempts: str) -> str:
@@ -193,9 +199,16 @@ class _Funnel:
         """
 
 
-def _before(array: str) -> str:
-    """The array, each element in the place of the one after it."""
-    return f"arrayPushFront(arrayPopBack({array}), {_NONE})"
+def _floors(window: str) -> str:
+    """For each of `times` the index of the first that is not more than the window before it.
+
+    By a merge: odd numbers are times, even ones times less the window; what counts is how many odd ones are before.
+    """
+    merged = (
+        f"arraySort(arrayConcat(arrayMap(t -> t * 2 + 1, times), arrayMap(t -> (t - {window}) * 2, times)))"
+    )
+    counts = f"arrayCumSum(n -> bitAnd(n, 1), {merged})"
+    return f"arrayFilter((c, n) -> bitAnd(n, 1) = 0, arrayMap(c -> toUInt32(c + 1), {counts}), {merged})"
 
 
 def read_funnel(query: FunnelQuery, found: Result) -> FunnelResult:

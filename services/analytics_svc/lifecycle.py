@@ -7,7 +7,7 @@ from meshboard.analytics.v1.insight_service_pb2 import LifecycleQuery, Lifecycle
 from meshboard.analytics.v1.query_pb2 import Result
 
 from services.analytics_svc.actors import actor_of, matching
-from services.analytics_svc.compiler import Compiled, cells_of, columns_of
+from services.analytics_svc.compiler import Compiled, cells_of, compiled
 from services.analytics_svc.memberships import Memberships
 from services.analytics_svc.periods import MAX_PERIODS, Periods, periods_of
 from services.analytics_svc.selection import Selection
@@ -22,7 +22,7 @@ def compile_lifecycle(
 
     Raises INVALID_ARGUMENT (QUERY_INVALID, PROPERTY_UNKNOWN, TIME_ZONE_UNKNOWN), naming the field.
     """
-    events = Selection(workspace_id, query.source_ids, None, None, cohorts)
+    events = Selection(workspace_id, query.source_ids, None, None, cohorts=cohorts)
     periods = periods_of(events, query.time_range, query.period, query.time_zone, now)
     events.end = periods.end
     conditions = [
@@ -48,7 +48,7 @@ def compile_lifecycle(
         WHERE seen.1 BETWEEN {first} AND {last}
         GROUP BY period ORDER BY period
     """
-    return Compiled.of(sql, events, columns_of("period", *_KINDS), MAX_PERIODS), periods
+    return compiled(sql, events, ("period", *_KINDS), MAX_PERIODS), periods
 
 
 def read_lifecycle(periods: Periods, found: Result, now: datetime) -> LifecycleResult:

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.actors import actor_of, matching
-from services.analytics_svc.compiler import Compiled, columns_of
+from services.analytics_svc.compiler import Compiled, compiled
 from services.analytics_svc.models import Cohort
 from services.analytics_svc.selection import Selection, invalid, resolve_range
 from services.chassis import auth, errors
@@ -94,7 +94,7 @@ def compile_preview(
     check_definition(definition, now)
     events = Selection(workspace_id, list(source_ids), None, None)
     sql = _Definition(definition, events, now, "definition").preview()
-    return Compiled.of(sql, events, columns_of("member_count", "actor_count", "members"), 1)
+    return compiled(sql, events, ("member_count", "actor_count", "members"), 1)
 
 
 class _Definition:

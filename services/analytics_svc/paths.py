@@ -6,8 +6,8 @@ from datetime import datetime
 from meshboard.analytics.v1.insight_service_pb2 import PathsQuery, PathsResult
 from meshboard.analytics.v1.query_pb2 import Result
 
-from services.analytics_svc.actors import ORDER, actor_of
-from services.analytics_svc.compiler import Compiled, cells_of, columns_of
+from services.analytics_svc.actors import ORDER, actor_of, time_of
+from services.analytics_svc.compiler import Compiled, cells_of, compiled
 from services.analytics_svc.memberships import Memberships
 from services.analytics_svc.selection import Selection, resolve_range
 
@@ -26,22 +26,27 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
     Raises INVALID_ARGUMENT (QUERY_INVALID, PROPERTY_UNKNOWN), naming the field.
     """
     start, end = resolve_range(query.time_range, now)
-    events = Selection(workspace_id, query.source_ids, start, end, cohorts)
+    events = Selection(workspace_id, query.source_ids, start, end, cohorts=cohorts)
     node = events.property(query.property or "event", "query.property")
     conditions = [node.exists, *events.filters(query.filters, "query.filters")]
     actor = actor_of(events, query.actor, "query.actor")
     gap = events.bind((query.gap_seconds or DEFAULT_GAP_SECONDS) * 1000, "Int64")
     depth, limit = query.depth or DEFAULT_DEPTH, query.limit or DEFAULT_LIMIT
-    # An event is (its order, its node).
+    # An event of a path is (its time, its node).
     runs = f"""
         SELECT who, arrayFilter((e, before, i) -> i = 1 OR e.2 != before.2,
             run, arrayPushFront(arrayPopBack(run), run[1]), arrayEnumerate(run)) AS path
         FROM (
-            SELECT who, arraySort(groupArray(({ORDER}, {node.text}))) AS events
-            FROM (SELECT *, {actor} AS who FROM {events.rows()} WHERE {" AND ".join(conditions)})
-            GROUP BY who
+            SELECT who, arrayZip(arrayMap(o -> {time_of("o")}, arraySort(orders)),
+                arraySort((e, o) -> o, nodes, orders)) AS events
+            FROM (
+                SELECT reinterpretAsUInt128(sipHash128(actor)) AS who,
+                    groupArray({ORDER}) AS orders, groupArray({node.text}) AS nodes
+                FROM (SELECT *, {actor} AS actor FROM {events.rows()} WHERE {" AND ".join(conditions)})
+                GROUP BY actor
+            )
         )
-        ARRAY JOIN arraySplit((e, before) -> e.1.1 - before.1.1 >= {gap},
+        ARRAY JOIN arraySplit((e, before) -> e.1 - before.1 >= {gap},
             events, arrayPushFront(arrayPopBack(events), events[1])) AS run
     """
     if query.start_node:
@@ -68,7 +73,7 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
         FROM (
             SELECT who, {place} AS place, part[i].2 AS node, i = 1 AS is_first,
                 i < length(part) AS has_next, if(has_next, part[i + 1].2, '') AS next,
-                if(has_next, (part[i + 1].1.1 - part[i].1.1) / 1000, 0) AS seconds,
+                if(has_next, (part[i + 1].1 - part[i].1) / 1000, 0) AS seconds,
                 NOT has_next AND {"1" if query.end_node else "length(path) = length(part)"} AS is_exit
             FROM (SELECT who, path, {part} AS part FROM ({runs}))
             ARRAY JOIN arrayEnumerate(part) AS i
@@ -78,8 +83,8 @@ def compile_paths(query: PathsQuery, workspace_id: str, now: datetime, cohorts: 
         ORDER BY about DESC, paths DESC, place, node, next
         LIMIT {limit + 1} BY about
     """
-    columns = columns_of("about", "place", "node", "next", "paths", "actors", "exits", "seconds")
-    return Compiled.of(sql, events, columns, 2 * limit + 3)
+    columns = ("about", "place", "node", "next", "paths", "actors", "exits", "seconds")
+    return compiled(sql, events, columns, 2 * limit + 3)
 
 
 def read_paths(query: PathsQuery, found: Result) -> PathsResult:

@@ -4,12 +4,13 @@ from meshboard.user.v1.events_pb2 import WorkspaceDeleted
 from sqlalchemy import func, select
 
 from services.analytics_svc.consumers import on_workspace_deleted
-from services.analytics_svc.models import Source
+from services.analytics_svc.models import Cohort, Source
 from services.analytics_svc.write_keys import WriteKeys
 from services.chassis.cache import Cache
 from services.chassis.db import GrantRow, OutboxRow
 from services.chassis.times import now
 from tests.analytics_svc.conftest import Analytics
+from tests.analytics_svc.test_cohorts import create
 from tests.conditions import eventually
 from tests.harness import refused
 from tests.parts import Parts
@@ -20,6 +21,8 @@ async def test_a_deleted_workspace_accepts_no_events(analytics: Analytics, parts
     sources = {member.workspace_id: await analytics.source(member) for member in (gone, spared)}
     for _, write_key in sources.values():  # so that it is remembered
         await analytics.send(write_key, [{}])
+    for member in (gone, spared):
+        await create(analytics, member)
     cache = await Cache.connect(parts.redis_url, analytics.bus, "analytics")
     write_keys = WriteKeys(analytics.db, cache, now)
     for _ in range(2):
@@ -38,7 +41,7 @@ async def test_a_deleted_workspace_accepts_no_events(analytics: Analytics, parts
     await analytics.send(sources[spared.workspace_id][1], [{}])
     await cache.close()
     async with analytics.db() as session:
-        for table in (Source, GrantRow):
+        for table in (Source, GrantRow, Cohort):
             for member, count in ((gone, 0), (spared, 1)):
                 left = (
                     select(func.count()).select_from(table).where(table.workspace_id == member.workspace_id)
