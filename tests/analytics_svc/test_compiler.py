@@ -222,7 +222,9 @@ def queries(draw: st.DrawFn) -> Query:
         longest = 72 if query.granularity == Query.MINUTE else 1500  # the oracle looks at every bucket
         start = draw(st.sampled_from(MOMENTS)) + draw(st.integers(-30, 30)) * 1800
         query.time_range.start_time.FromSeconds(start)
-        query.time_range.end_time.FromSeconds(start + draw(st.integers(0, 72) | st.integers(0, longest)) * 1800)
+        query.time_range.end_time.FromSeconds(
+            start + draw(st.integers(0, 72) | st.integers(0, longest)) * 1800
+        )
         query.fill_gaps = bool(query.granularity) and draw(st.booleans())
     columns = (["time"] if query.granularity else []) + [b.property for b in query.breakdowns] + ["m0"]
     query.order_by.extend(
