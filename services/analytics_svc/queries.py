@@ -38,7 +38,7 @@ CACHED_BYTES = 64 << 20
 # How many queries of a workspace may wait in one process, for each that may be under way.
 WAITING_FOR_EACH = 50
 # What the engine bounds by default is too little for the longest queries that the contract allows.
-_SQL_BYTES = 16 << 20
+_SQL_BYTES = 1 << 20
 _EXCEEDED = {158: "rows", 159: "time", 160: "time", 307: "rows", 396: "rows", 241: "memory", 394: "time"}
 _WORDS = {
     "time": "The query needs more time than a query may have",
@@ -119,9 +119,9 @@ class Queries:
         Raises INVALID_ARGUMENT, RESOURCE_EXHAUSTED or UNAVAILABLE.
         """
         compiled = compile_query(query, workspace_id, self.now())
-        return await self.remembered(compiled, workspace_id, query.source_ids)
+        return await self.run(compiled, workspace_id, query.source_ids)
 
-    async def remembered(self, compiled: Compiled, workspace_id: str, source_ids: Sequence[str]) -> Result:
+    async def run(self, compiled: Compiled, workspace_id: str, source_ids: Sequence[str]) -> Result:
         """The answer to a compiled question about these sources: remembered, or computed now. Raises as `answer`."""
         # Read before the query runs: the answer has all events up to it, and maybe more, never less.
         watermarks = await self.watermarks(workspace_id, source_ids)

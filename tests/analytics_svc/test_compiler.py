@@ -441,11 +441,11 @@ def test_refuses_patterns_that_the_store_cannot_read(pattern: str) -> None:
     )
 
 
-async def test_the_largest_query_runs(store: EventStore, sample: Sample) -> None:
-    """As many parts as the contract allows, each of the costliest kind."""
+def large(source_ids: list[str], conditions: int) -> Query:
+    """A query with all that there is, and with so many of the costliest conditions at each place."""
     condition = Filter(property="properties.mixed", operator=Filter.IN)
     condition.values.add().number_value = 404
-    query = Query(source_ids=sample.source_ids, granularity=Query.DAY, fill_gaps=True, top=1000, others=True)
+    query = Query(source_ids=source_ids, granularity=Query.DAY, fill_gaps=True, top=1000, others=True)
     query.time_range.start_time.FromSeconds(MOMENTS[0])
     query.time_range.end_time.FromSeconds(MOMENTS[0] + 864_000)
     query.comparison.period = Comparison.YEAR
@@ -453,21 +453,28 @@ async def test_the_largest_query_runs(store: EventStore, sample: Sample) -> None
         Breakdown(property=name)
         for name in ("event", "visit_id", "properties.plan", "browser", "properties.mixed")
     )
-    query.filters.extend([condition] * 20)
-    for _ in range(10):
-        query.any_of.add(filters=[condition] * 20)
+    query.filters.extend([condition] * conditions)
+    query.any_of.add(filters=[condition] * conditions)
     for number in range(10):
+        some = [condition] * (conditions // 4)
         query.measures.add(
-            aggregation=Measure.P95,
-            property="properties.latency",
-            alias=f"m{number}",
-            filters=[condition] * 20,
+            aggregation=Measure.P95, property="properties.latency", alias=f"m{number}", filters=some
         )
         names = [f"m{i}" for i in range(number + 1)] + [f"f{i}" for i in range(number)]
         query.measures.add(alias=f"f{number}", formula=" + ".join(names))
-    compiled = compile_query(query, sample.workspace_id, NOW)
+    return query
+
+
+async def test_a_large_query_runs(store: EventStore, sample: Sample) -> None:
+    compiled = compile_query(large(sample.source_ids, 8), sample.workspace_id, NOW)
     settings = Limits().settings
     assert (await store.query(compiled.sql, compiled.params, settings=settings, timeout=60)).rows is not None
+
+
+def test_refuses_a_query_that_would_take_long_to_plan() -> None:
+    with pytest.raises(Error) as caught:
+        compile_query(large([new_id()], 20), new_id(), NOW)
+    assert (caught.value.reason, caught.value.violations[0][0]) == ("QUERY_INVALID", "query")
 
 
 def test_pairs_periods_by_the_calendar() -> None:
