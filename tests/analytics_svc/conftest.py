@@ -264,7 +264,7 @@ async def analytics(
     queries = Queries(db, store, now)
     tails = Tails(queries, per_workspace=5, at_most=50)
     await tails.listen(bus)
-    events = EventServicer(queries, pages, tails, Span(0.2, 30.0), lambda: False)
+    events = EventServicer(queries, pages, tails, Span(0.2, 600.0), lambda: False)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),
         lambda server: add_IngestServiceServicer_to_server(ingest, server),

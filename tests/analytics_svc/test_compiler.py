@@ -454,7 +454,8 @@ def large(source_ids: list[str], conditions: int) -> Query:
         for name in ("event", "visit_id", "properties.plan", "browser", "properties.mixed")
     )
     query.filters.extend([condition] * conditions)
-    query.any_of.add(filters=[condition] * conditions)
+    for _ in range(conditions // 4):
+        query.any_of.add(filters=[condition] * conditions)
     for number in range(10):
         some = [condition] * (conditions // 4)
         query.measures.add(
