@@ -267,6 +267,32 @@ async def test_visits_end_after_half_an_hour_and_may_begin_before_the_range(stor
     assert sorted(part) == sorted([[whole[0][0], 1], [whole[1][0], 2]])
 
 
+@pytest.mark.parametrize("fill_gaps", [False, True])
+async def test_what_the_earlier_period_has_no_bucket_for_is_null(store: EventStore, fill_gaps: bool) -> None:
+    """March has three days more than February; and February's are compared with the first of January's."""
+    workspace_id, source_id = new_id(), new_id()
+    days = range(int(datetime(2015, 1, 1, 12, tzinfo=UTC).timestamp()), 1_427_889_600, 86_400)
+    rows = [
+        Row(source_id, 1000 * day, {"event": "view", "distinct_id": f"u{number % 3}"}, {})
+        for number, day in enumerate(days)
+        for _ in range(1 + number % 4)
+    ]
+    await insert_events(store, [batch_of(workspace_id, source_id, rows)], token=source_id)
+    query = Query(source_ids=[source_id], granularity=Query.DAY, fill_gaps=fill_gaps)
+    query.comparison.period = Comparison.MONTH
+    query.measures.add(alias="all")
+    query.measures.add(alias="change", formula="all - previous_all")
+    for month, missing in ((3, 3), (2, 0)):
+        query.time_range.start_time.FromDatetime(datetime(2015, month, 1))  # noqa: DTZ001 - UTC
+        query.time_range.end_time.FromDatetime(datetime(2015, month + 1, 1))  # noqa: DTZ001
+        found = await run(store, query, workspace_id)
+        assert found == oracle.answer(query, rows)
+        assert len(found) == (31 if month == 3 else 28)
+        assert [cells[2:] for cells in found].count([None, None]) == missing
+        if missing:
+            assert all(cells[2:] == [None, None] for cells in found[-missing:])
+
+
 def test_names_columns_by_default() -> None:
     query = Query(
         source_ids=[new_id()],
