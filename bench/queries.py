@@ -26,7 +26,7 @@ from bench.figures import Figure, percentile, ratios
 from bench.load import LIMIT_SECONDS, LoadFailedError
 from bench.mesh import Account, Mesh
 from services.analytics_svc.compiler import compile_query
-from services.analytics_svc.event_store import EventStore, Value
+from services.analytics_svc.event_store import EventStore, Value, parameter
 from services.analytics_svc.tables import create_tables
 
 METHOD = "/meshboard.analytics.v1.QueryService/RunQuery"
@@ -192,7 +192,7 @@ class _Alone:
     def ask(self, query: Query) -> float:
         """Milliseconds of the query's SQL."""
         compiled = compile_query(query, self._workspace_id, datetime.now(UTC))
-        self._pipe.send((compiled.sql, compiled.params))
+        self._pipe.send((compiled.sql, {name: parameter(value) for name, value in compiled.params.items()}))
         return float(self._receive())
 
     def _receive(self) -> Any:

@@ -26,13 +26,17 @@ MAX_SQL_LENGTH = 64 << 10
 PREVIOUS = "previous_"
 
 # Steps that hit every bucket; shorter than any of its kind, also where a clock moves.
-_STEP_SECONDS = {Query.MINUTE: 60, Query.HOUR: 1800, Query.DAY: 3600, Query.WEEK: 3600, Query.MONTH: 3600}
+_STEP_SECONDS = {Query.MINUTE: 60, Query.HOUR: 1800} | dict.fromkeys(
+    (Query.DAY, Query.WEEK, Query.MONTH, Query.QUARTER, Query.YEAR), 3600
+)
 _SHORTEST_SECONDS = {
     Query.MINUTE: 60,
     Query.HOUR: 3600,
     Query.DAY: 82_800,
     Query.WEEK: 601_200,
     Query.MONTH: 2_415_600,
+    Query.QUARTER: 7_772_400,
+    Query.YEAR: 31_532_400,
 }
 
 # Percentiles are exact and interpolated linearly between neighbours (NIST's R-7: PERCENTILE.INC, numpy's default).
@@ -151,11 +155,14 @@ class _Compilation:
         for index, alternatives in enumerate(query.any_of):
             one_of = events.filters(alternatives.filters, f"query.any_of[{index}].filters")
             conditions.append(f"({' OR '.join(one_of)})")
-        breakdowns = self._top(breakdowns, aggregates, conditions)
-        groups = _Groups([*keys, *breakdowns], aggregates, conditions)
-        rows = self._compared(groups) if query.HasField("comparison") else groups.rows(events)
+        groups = _Groups(keys, breakdowns, aggregates, conditions)
+        compared = query.HasField("comparison")
+        source = self._both_periods() if compared else events.rows()
+        if query.top or query.others:
+            source, groups = self._top(source, groups)
+        rows = self._compared(source, groups) if compared else groups.rows(source)
         if query.fill_gaps:
-            rows = self._filled(rows, len(groups.keys), list(aggregates))
+            rows = self._filled(rows, len(keys) + len(breakdowns), list(aggregates))
         for letter, index, formula in formulas:
             rows = f"SELECT *, {formula} AS {letter}{index} FROM ({rows})"
         limit = query.limit or DEFAULT_LIMIT
@@ -167,66 +174,64 @@ class _Compilation:
 
     # Rows
 
-    def _top(self, breakdowns: list[str], aggregates: dict[int, str], conditions: list[str]) -> list[str]:
-        """The breakdowns, of the groups only that have most of the first measure; all others are null, or left out."""
+    def _top(self, source: str, groups: "_Groups") -> tuple[str, "_Groups"]:
+        """The groups that have most of the first measure; all others are null, or left out."""
         if not self.query.top:
-            if self.query.others:
-                invalid("query.others", "There are others in a query with a top.")
-            return breakdowns
-        if not breakdowns:
+            invalid("query.others", "There are others in a query with a top.")
+        if not groups.breakdowns:
             invalid("query.top", "There is a top of the breakdowns: name one.")
-        names = [f"b{i}" for i in range(len(breakdowns))]
-        first = next(iter(aggregates.values()), "count()")
-        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-        expressions = [f"{sql} AS {name}" for sql, name in zip(breakdowns, names, strict=True)]
-        best = f"""(
-            SELECT {", ".join(names)} FROM (
-                SELECT {", ".join([*expressions, f"{first} AS first"])}
-                FROM {self.events.rows()} {where} GROUP BY {", ".join(names)}
-            )
-            ORDER BY first DESC NULLS LAST, {", ".join(names)} LIMIT {self.query.top}
-        )"""
-        kept = f"tuple({', '.join(breakdowns)}) IN (SELECT tuple({', '.join(names)}) FROM {best})"
-        if self.query.others:
-            return [f"if({kept}, toNullable({breakdown}), NULL)" for breakdown in breakdowns]
-        conditions.append(kept)
-        return breakdowns
+        names = [f"k{i}" for i in range(len(groups.breakdowns))]
+        first = next(iter(groups.aggregates.items()), (0, "count()"))
+        best = f"""
+            SELECT tuple({", ".join(names)})
+            FROM ({_Groups([], groups.breakdowns, dict([first]), groups.conditions).rows(self.events.rows())})
+            ORDER BY m{first[0]} DESC NULLS LAST, {", ".join(names)} LIMIT {self.query.top}
+        """
+        is_top = f"tuple({', '.join(groups.breakdowns)}) IN ({best})"
+        if not self.query.others:
+            return source, replace(groups, conditions=[*groups.conditions, is_top])
+        tagged = f"(SELECT *, {is_top} AS is_top FROM {source} {groups.where})"
+        nullable = [f"if(is_top, toNullable({breakdown}), NULL)" for breakdown in groups.breakdowns]
+        return tagged, replace(groups, breakdowns=nullable, conditions=[])
 
-    def _compared(self, groups: "_Groups") -> str:
-        """The rows, each with the numbers of the earlier period beside its own."""
+    def _earlier(self) -> Selection:
         events = self.events
         if events.start is None or events.end is None:
             invalid("query.comparison", "A range with a start and an end can be compared.")
         start, end = earlier_range(self.query, events.start, events.end)
-        earlier = replace(events, start=start, end=end)
+        return replace(events, start=start, end=end)
+
+    def _both_periods(self) -> str:
+        """The events of both; where the periods overlap, an event is there twice."""
+        return f"""(
+            SELECT *, 0 AS is_earlier FROM {self.events.rows()}
+            UNION ALL SELECT *, 1 AS is_earlier FROM {self._earlier().rows()}
+        )"""
+
+    def _compared(self, source: str, groups: "_Groups") -> str:
+        """The rows, each with the numbers of the earlier period beside its own."""
         keys = [f"k{i}" for i in range(len(groups.keys))]
         numbers = [f"m{index}" for index in groups.aggregates]
-        shifted, kept, missing = list(keys), "", ""
+        rows, missing = groups.rows(source, "is_earlier"), ""
         if self.query.granularity:
-            now, then = self._buckets(events, "query.comparison"), self._buckets(earlier, "query.comparison")
+            late = self._buckets(self.events, "query.comparison")
+            early = self._buckets(self._earlier(), "query.comparison")
             pairs = f"""(
                 SELECT (arrayResize(late, n), arrayResize(early, n))
-                FROM (SELECT {now} AS late, {then} AS early, least(length(late), length(early)) AS n)
+                FROM (SELECT {late} AS late, {early} AS early, least(length(late), length(early)) AS n)
             )"""
-            shifted[0] = f"transform(k0, {pairs}.2, {pairs}.1, toUInt32(0)) AS k0"
-            kept = "WHERE k0 != 0"
+            bucket = f"if(is_earlier, transform(k0, {pairs}.2, {pairs}.1, toUInt32(0)), k0) AS k0"
+            rows = f"SELECT {', '.join(['is_earlier', bucket, *keys[1:], *numbers])} FROM ({rows})"
+            rows = f"SELECT * FROM ({rows}) WHERE k0 != 0"
             missing = f"k0 > {pairs}.1[-1]"
-        inner = ", ".join([*keys, *numbers])
-        both = f"""
-            SELECT 0 AS earlier, {inner} FROM ({groups.rows(events)})
-            UNION ALL
-            SELECT 1 AS earlier, * FROM (
-                SELECT {", ".join([*shifted, *numbers])} FROM ({groups.rows(earlier)})
-            ) {kept}
-        """
         columns = list(keys)
         for index in groups.aggregates:
-            of_earlier = f"anyIf(m{index}, earlier)"
-            columns.append(f"anyIf(m{index}, NOT earlier) AS m{index}_")
+            of_earlier = f"anyIf(m{index}, is_earlier)"
+            columns.append(f"anyIf(m{index}, NOT is_earlier) AS m{index}_")
             columns.append(f"{f'if({missing}, NULL, {of_earlier})' if missing else of_earlier} AS e{index}")
         renamed = [f"m{index}_ AS m{index}, e{index}" for index in groups.aggregates]
         group_by = f"GROUP BY {', '.join(keys)}" if keys else ""
-        return f"SELECT {', '.join([*keys, *renamed])} FROM (SELECT {', '.join(columns)} FROM ({both}) {group_by})"
+        return f"SELECT {', '.join([*keys, *renamed])} FROM (SELECT {', '.join(columns)} FROM ({rows}) {group_by})"
 
     def _buckets(self, events: Selection, path: str) -> str:
         """A sorted array of the beginnings of all buckets in a range, in seconds since 1970."""
@@ -379,21 +384,28 @@ class _Compilation:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Expressions to group by, aggregates by the places of their measures, and conditions on events."""
+    """Expressions to group by, a bucket of time first; aggregates by the places of their measures; conditions."""
 
-    keys: list[str]
+    buckets: list[str]
+    breakdowns: list[str]
     aggregates: dict[int, str]
     conditions: list[str]
 
-    def rows(self, events: Selection) -> str:
-        expressions = [f"{sql} AS k{i}" for i, sql in enumerate(self.keys)]
+    @property
+    def keys(self) -> list[str]:
+        return [*self.buckets, *self.breakdowns]
+
+    @property
+    def where(self) -> str:
+        return f"WHERE {' AND '.join(self.conditions)}" if self.conditions else ""
+
+    def rows(self, source: str, *columns: str) -> str:
+        """SQL of a row for each group; `columns` of the source are grouped by too, and stand before all others."""
+        expressions = [*columns, *(f"{sql} AS k{i}" for i, sql in enumerate(self.keys))]
         expressions += [f"{sql} AS m{index}" for index, sql in self.aggregates.items()]
-        sql = f"SELECT {', '.join(expressions)} FROM {events.rows()}"
-        if self.conditions:
-            sql += f" WHERE {' AND '.join(self.conditions)}"
-        if self.keys:
-            sql += f" GROUP BY {', '.join(f'k{i}' for i in range(len(self.keys)))}"
-        return sql
+        names = [*columns, *(f"k{i}" for i in range(len(self.keys)))]
+        group_by = f"GROUP BY {', '.join(names)}" if names else ""
+        return f"SELECT {', '.join(expressions)} FROM {source} {self.where} {group_by}"
 
 
 def earlier_range(query: Query, start: int, end: int) -> tuple[int, int]:

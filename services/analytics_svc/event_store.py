@@ -144,7 +144,7 @@ class EventStore:
         timeout: float,
     ) -> bytes:
         query = {name: _setting(value) for name, value in settings.items()}
-        query |= {f"param_{name}": _parameter(value) for name, value in params.items()}
+        query |= {f"param_{name}": parameter(value) for name, value in params.items()}
         if data:
             query["query"] = sql
         with telemetry.span(f"event store {sql.split(None, 1)[0]}", "CLIENT", sql=sql[:2000]):
@@ -193,7 +193,8 @@ def _setting(value: Value) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _parameter(value: Value) -> str:
+def parameter(value: Value) -> str:
+    """A value as the protocol has it."""
     # A text travels in ClickHouse's escaped format (the one of TabSeparated), an array as it is written in SQL.
     if isinstance(value, str):
         for raw, escaped in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"), ("\0", "\\0")):

@@ -40,7 +40,7 @@ CACHED_BYTES = 64 << 20
 # How many queries of a workspace may wait in one process, for each that may be under way.
 WAITING_FOR_EACH = 50
 # What the engine bounds by default is too little for the longest queries that the contract allows.
-_SQL_BYTES = 16 << 20
+_SQL_BYTES = 1 << 20
 _EXCEEDED = {158: "rows", 159: "time", 160: "time", 307: "rows", 396: "rows", 241: "memory", 394: "time"}
 _WORDS = {
     "time": "The query needs more time than a query may have",

@@ -64,6 +64,8 @@ BUCKETS = {
     Query.DAY: "toStartOfDay(time, {zone:String})",
     Query.WEEK: "toDateTime(toStartOfWeek(time, 1, {zone:String}), {zone:String})",
     Query.MONTH: "toDateTime(toStartOfMonth(time, {zone:String}), {zone:String})",
+    Query.QUARTER: "toDateTime(toStartOfQuarter(time, {zone:String}), {zone:String})",
+    Query.YEAR: "toDateTime(toStartOfYear(time, {zone:String}), {zone:String})",
 }
 _COMPARISONS = {
     Filter.GREATER: ">",

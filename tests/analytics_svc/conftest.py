@@ -331,7 +331,7 @@ async def analytics(
     catalogue = CatalogueServicer(db, Summaries(db, store, now), pages, now)
     tails = Tails(queries, per_workspace=5, at_most=50)
     await tails.listen(bus)
-    events = EventServicer(queries, pages, tails, Span(0.2, 30.0), lambda: False)
+    events = EventServicer(queries, pages, tails, Span(0.2, 600.0), lambda: False)
     cohorts = CohortServicer(queries, pages, new_id=new_id)
     registrations = [
         lambda server: add_SourceServiceServicer_to_server(sources, server),

@@ -235,6 +235,10 @@ def bucket_start(granularity: int, time: int, zone: ZoneInfo) -> int:
         day -= timedelta(days=day.weekday())
     if granularity == Query.MONTH:
         day = day.replace(day=1)
+    if granularity == Query.QUARTER:
+        day = day.replace(day=1, month=(day.month - 1) // 3 * 3 + 1)
+    if granularity == Query.YEAR:
+        day = day.replace(day=1, month=1)
     # A day begins at its first instant: where clocks jump over midnight that is one o'clock.
     low = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) - 16 * 3600
     high = low + 32 * 3600

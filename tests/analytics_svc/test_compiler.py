@@ -267,6 +267,32 @@ async def test_visits_end_after_half_an_hour_and_may_begin_before_the_range(stor
     assert sorted(part) == sorted([[whole[0][0], 1], [whole[1][0], 2]])
 
 
+@pytest.mark.parametrize("fill_gaps", [False, True])
+async def test_what_the_earlier_period_has_no_bucket_for_is_null(store: EventStore, fill_gaps: bool) -> None:
+    """March has three days more than February; and February's are compared with the first of January's."""
+    workspace_id, source_id = new_id(), new_id()
+    days = range(int(datetime(2015, 1, 1, 12, tzinfo=UTC).timestamp()), 1_427_889_600, 86_400)
+    rows = [
+        Row(source_id, 1000 * day, {"event": "view", "distinct_id": f"u{number % 3}"}, {})
+        for number, day in enumerate(days)
+        for _ in range(1 + number % 4)
+    ]
+    await insert_events(store, [batch_of(workspace_id, source_id, rows)], token=source_id)
+    query = Query(source_ids=[source_id], granularity=Query.DAY, fill_gaps=fill_gaps)
+    query.comparison.period = Comparison.MONTH
+    query.measures.add(alias="all")
+    query.measures.add(alias="change", formula="all - previous_all")
+    for month, missing in ((3, 3), (2, 0)):
+        query.time_range.start_time.FromDatetime(datetime(2015, month, 1))  # noqa: DTZ001 - UTC
+        query.time_range.end_time.FromDatetime(datetime(2015, month + 1, 1))  # noqa: DTZ001
+        found = await run(store, query, workspace_id)
+        assert found == oracle.answer(query, rows)
+        assert len(found) == (31 if month == 3 else 28)
+        assert [cells[2:] for cells in found].count([None, None]) == missing
+        if missing:
+            assert all(cells[2:] == [None, None] for cells in found[-missing:])
+
+
 def test_names_columns_by_default() -> None:
     query = Query(
         source_ids=[new_id()],
@@ -441,11 +467,11 @@ def test_refuses_patterns_that_the_store_cannot_read(pattern: str) -> None:
     )
 
 
-async def test_the_largest_query_runs(store: EventStore, sample: Sample) -> None:
-    """As many parts as the contract allows, each of the costliest kind."""
+def large(source_ids: list[str], conditions: int) -> Query:
+    """A query with all that there is, and with so many of the costliest conditions at each place."""
     condition = Filter(property="properties.mixed", operator=Filter.IN)
     condition.values.add().number_value = 404
-    query = Query(source_ids=sample.source_ids, granularity=Query.DAY, fill_gaps=True, top=1000, others=True)
+    query = Query(source_ids=source_ids, granularity=Query.DAY, fill_gaps=True, top=1000, others=True)
     query.time_range.start_time.FromSeconds(MOMENTS[0])
     query.time_range.end_time.FromSeconds(MOMENTS[0] + 864_000)
     query.comparison.period = Comparison.YEAR
@@ -453,21 +479,29 @@ async def test_the_largest_query_runs(store: EventStore, sample: Sample) -> None
         Breakdown(property=name)
         for name in ("event", "visit_id", "properties.plan", "browser", "properties.mixed")
     )
-    query.filters.extend([condition] * 20)
-    for _ in range(10):
-        query.any_of.add(filters=[condition] * 20)
+    query.filters.extend([condition] * conditions)
+    for _ in range(conditions // 4):
+        query.any_of.add(filters=[condition] * conditions)
     for number in range(10):
+        some = [condition] * (conditions // 4)
         query.measures.add(
-            aggregation=Measure.P95,
-            property="properties.latency",
-            alias=f"m{number}",
-            filters=[condition] * 20,
+            aggregation=Measure.P95, property="properties.latency", alias=f"m{number}", filters=some
         )
         names = [f"m{i}" for i in range(number + 1)] + [f"f{i}" for i in range(number)]
         query.measures.add(alias=f"f{number}", formula=" + ".join(names))
-    compiled = compile_query(query, sample.workspace_id, NOW)
+    return query
+
+
+async def test_a_large_query_runs(store: EventStore, sample: Sample) -> None:
+    compiled = compile_query(large(sample.source_ids, 4), sample.workspace_id, NOW)
     settings = Limits().settings
-    assert (await store.query(compiled.sql, compiled.params, settings=settings, timeout=60)).rows is not None
+    assert (await store.query(compiled.sql, compiled.params, settings=settings, timeout=300)).rows
+
+
+def test_refuses_a_query_that_would_take_long_to_plan() -> None:
+    with pytest.raises(Error) as caught:
+        compile_query(large([new_id()], 20), new_id(), NOW)
+    assert (caught.value.reason, caught.value.violations[0][0]) == ("QUERY_INVALID", "query")
 
 
 def test_pairs_periods_by_the_calendar() -> None:

@@ -61,6 +61,7 @@ def test_reads(formula: str, sql: str) -> None:
         ("ｂuyers", 1),
         ("", 1),
         ("buyers -- 1 )", 13),
+        ('"buyers"(1)', 9),
     ],
 )
 def test_says_where_it_is_wrong(formula: str, position: int) -> None:

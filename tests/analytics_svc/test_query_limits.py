@@ -182,7 +182,7 @@ async def test_explains_what_a_query_takes(analytics: Analytics, crowd: Crowd) -
 async def test_remembers_no_more_than_it_may(
     analytics: Analytics, crowd: Crowd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queries_module, "CACHED_BYTES", 3000)
+    monkeypatch.setattr(queries_module, "CACHED_BYTES", 2500)
     queries = of_one(analytics)
 
     async def cached(limit: int) -> bool:
@@ -192,4 +192,4 @@ async def test_remembers_no_more_than_it_may(
     assert [await cached(limit) for limit in (40, 40, 41, 40, 41)] == [False, True, False, True, True]
     assert [await cached(limit) for limit in (42, 43, 40, 40)] == [False, False, False, True]
     assert [await cached(1000), await cached(1000)] == [False, False], "more than there is room for"
-    assert queries._bytes <= 3000
+    assert queries._bytes <= 2500

@@ -23,7 +23,8 @@ from services.analytics_svc.queries import Queries
 from services.analytics_svc.raw_events import windows
 from services.analytics_svc.selection import Selection
 from services.analytics_svc.tables import insert_events
-from services.analytics_svc.tails import Tails
+from services.analytics_svc.tails import Tails, stream
+from services.chassis.rechecks import Rechecks, Span
 from tests.analytics_svc.conftest import Analytics
 from tests.analytics_svc.oracle import Row
 from tests.analytics_svc.test_compiler import batch_of, random_rows
@@ -249,8 +250,8 @@ class Watcher:
         async with asyncio.timeout(PATIENCE):
             response = await self._call.read()
             if response is grpc.aio.EOF:
-                await self._call  # raises what the call ended with
-            assert isinstance(response, TailEventsResponse), "the stream ended without a word"
+                raise AssertionError(f"the stream ended without a word: {await self._call.code()}")
+            assert isinstance(response, TailEventsResponse)
         self.events += response.events
         self.skipped += response.skipped_count
         return response
@@ -365,6 +366,20 @@ async def test_a_tail_ends_with_its_reason(analytics: Analytics) -> None:
         request = DeleteSourceRequest(source_id=source.source_id)
         await analytics.sources.DeleteSource(request, metadata=admin.metadata)
         assert await other.ended() == "ACCESS_LOST"
+
+
+@pytest.mark.parametrize(("seconds", "draining", "reason"), [(0.0, False, "RENEW"), (60.0, True, "DRAINING")])
+async def test_a_tail_ends_when_its_time_or_the_service_does(
+    analytics: Analytics, seconds: float, draining: bool, reason: str
+) -> None:
+    queries = Queries(analytics.db, analytics.store, lambda: datetime.now(UTC))
+
+    async def allowed() -> None:
+        pass
+
+    with Tails(queries, per_workspace=1, at_most=1).open(new_id(), TailEventsRequest()) as tail:
+        sent = [one async for one in stream(tail, Span(15, seconds), Rechecks(allowed), lambda: draining)]
+    assert [End.Reason.Name(one.end.reason) for one in sent] == [reason]
 
 
 async def test_tails_of_a_workspace_are_limited(analytics: Analytics) -> None:

@@ -11,7 +11,7 @@ from aiohttp import web
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 
-from bench import events, ingest, reads, startup, visible
+from bench import events, ingest, queries, reads, startup, visible
 from bench.figures import Figure, document, percentile, table
 from bench.load import Generator, Load, LoadFailedError, Sent, h2load_rate
 
@@ -102,6 +102,16 @@ def test_start_up_and_delays_have_their_targets() -> None:
         (0.5, None),
         (0.5, True),
     ]
+
+
+def test_queries_are_held_to_the_same_sql_alone() -> None:
+    spent = {(name, who): [12.0, 30.0] for name in queries.QUERIES for who in ("", "alone")}
+    spent["days", "alone"] = [9.0, 20.0]
+    found = {figure.name: figure for figure in queries.figures(spent, [1.0] * 98 + [11.0] * 2)}
+    assert found["queries/number to chDB alone"].met
+    assert found["queries/days to chDB alone"].median == pytest.approx((12 / 9 + 30 / 20) / 2)
+    assert not found["queries/days to chDB alone"].met
+    assert (found["queries/remembered p99"].median, found["queries/remembered p99"].met) == (11.0, False)
 
 
 def test_every_event_that_is_sent_is_another() -> None:

@@ -67,7 +67,7 @@ def has_route(name: str) -> bool:
     return method_of(name).GetOptions().Extensions[annotations_pb2.http].WhichOneof("pattern") is not None
 
 
-def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str], str | bytes]:
+def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, str]], str | bytes]:
     """The verb, the path, the query and the body of a request."""
     rule = method_of(name).GetOptions().Extensions[annotations_pb2.http]
     verb = str(rule.WhichOneof("pattern"))
@@ -82,11 +82,11 @@ def http_of(name: str, body: Mapping[str, Any]) -> tuple[str, str, dict[str, str
 
     path = re.sub(r"{([\w.]+)}", take, getattr(rule, verb))
     if rule.body == "*":
-        return verb.upper(), path, {}, json.dumps([rest] if method_of(name).client_streaming else rest)
+        return verb.upper(), path, [], json.dumps([rest] if method_of(name).client_streaming else rest)
     if rule.body and _is_file(name, rule.body):
-        return verb.upper(), path, {}, base64.b64decode(rest[rule.body]["data"])
+        return verb.upper(), path, [], base64.b64decode(rest[rule.body]["data"])
     data = json.dumps(rest.pop(rule.body)) if rule.body else ""
-    return verb.upper(), path, dict(_flat(rest)), data
+    return verb.upper(), path, list(_flat(rest)), data
 
 
 def _is_file(name: str, field: str) -> bool:
@@ -99,6 +99,9 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
     for name, value in fields.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for item in value:
+                yield from _flat({name: item}, prefix)
         else:
             yield f"{prefix}{name}", str(value).lower() if isinstance(value, bool) else str(value)
 

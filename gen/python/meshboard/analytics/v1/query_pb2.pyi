@@ -28,7 +28,8 @@ class Query(_message.Message):
     A `property` is a built-in (`event`, `distinct_id`, `person_id`, `visit_id`, `url`, `path`, `host`, `referrer_host`,
     `browser`, `os`, `device`, `is_robot`, `country`, `region`, `city`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`,
     `utm_content`), or `properties.<name>` for one of the application's own. An unknown built-in fails with INVALID_ARGUMENT,
-    reason PROPERTY_UNKNOWN, and the nearest known names.
+    reason PROPERTY_UNKNOWN, and the nearest known names. More than about 100 conditions and measures together, or 256 KiB of
+    values, fail with INVALID_ARGUMENT, reason QUERY_INVALID.
 
     A `person_id` stands for all ids of one person, those that events have linked as `distinct_id` and `previous_id`, whenever
     they came: UNIQUE of `distinct_id` counts devices, UNIQUE of `person_id` people. In a query of one source the links of that
@@ -57,6 +58,10 @@ class Query(_message.Message):
         """A week of the time zone, from Monday."""
         MONTH: Query._Granularity.ValueType  # 5
         """A month of the time zone."""
+        QUARTER: Query._Granularity.ValueType  # 6
+        """A quarter of a year of the time zone."""
+        YEAR: Query._Granularity.ValueType  # 7
+        """A year of the time zone."""
 
     class Granularity(_Granularity, metaclass=_GranularityEnumTypeWrapper):
         """The length of a bucket of time."""
@@ -73,6 +78,10 @@ class Query(_message.Message):
     """A week of the time zone, from Monday."""
     MONTH: Query.Granularity.ValueType  # 5
     """A month of the time zone."""
+    QUARTER: Query.Granularity.ValueType  # 6
+    """A quarter of a year of the time zone."""
+    YEAR: Query.Granularity.ValueType  # 7
+    """A year of the time zone."""
 
     SOURCE_IDS_FIELD_NUMBER: _builtins.int
     TIME_RANGE_FIELD_NUMBER: _builtins.int
