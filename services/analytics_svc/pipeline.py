@@ -323,7 +323,9 @@ class Pipeline:
         except DataRefusedError as error:
             halves = _halves(batches)
             if halves is None:
-                log.error("event_refused", sequence=batches[0].sequence, error=str(error))
+                log.error(
+                    "event_refused", sequence=batches[0].sequence, code=error.code
+                )  # the text quotes the event
                 return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
             (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
             return one + other, refused + also_refused
