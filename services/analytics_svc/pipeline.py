@@ -207,8 +207,6 @@ class Pipeline:
             batches = await self._read(messages)
             sources = {(batch.workspace_id, batch.source_id) for batch in batches}
             retry_ids = [retry_id for batch in batches for retry_id in batch.retry_ids]
-            # Also of duplicates: after a crash the events may be in the store and their links not yet.
-            links = links_of(batches)
             crash_points.reached("read")
             if (duplicates := self.duplicates) is not None:
                 _duplicate.inc(await self._persist(lambda: duplicates.drop(batches)))
@@ -216,7 +214,8 @@ class Pipeline:
             crash_points.reached("drop")
             await self._persist(lambda: self._plan(end))
             crash_points.reached("plan")
-            # Before the events: who sees one also sees whose it is.
+            # Before the events: who sees one also sees whose it is, and what is dropped after a crash has been linked.
+            links = links_of(batches)
             await self._persist(lambda: self.persons.link(links, (self._epoch << 44) + end))
             crash_points.reached("link")
             await self._insert(batches, token, retry_ids)
@@ -327,7 +326,9 @@ class Pipeline:
         except DataRefusedError as error:
             halves = _halves(batches)
             if halves is None:
-                log.error("event_refused", sequence=batches[0].sequence, error=str(error))
+                log.error(
+                    "event_refused", sequence=batches[0].sequence, code=error.code
+                )  # the text quotes the event
                 return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
             (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
             return one + other, refused + also_refused

@@ -79,3 +79,14 @@ async def test_is_exact_when_everything_is_suspect(store: EventStore) -> None:
     await duplicates.drop([batch(workspace_id, source_id, NOW, insert_ids)])  # as if this had failed later
     assert await duplicates.drop(batches) == 1_500
     assert left(batches) == [insert_ids[1::2]]
+
+
+async def test_looks_up_the_longest_ids_too(store: EventStore) -> None:
+    """All of them at once would make a longer address than the store takes, and hold up the pipeline for ever."""
+    workspace_id, source_id = new_id(), new_id()
+    insert_ids = [f"{'🙂' * 190}\0\n\t'\\ {number}" for number in range(1_000)]
+    data = batch(workspace_id, source_id, NOW, insert_ids).SerializeToString()
+    await insert_events(store, [data], token=new_id())
+    duplicates = Duplicates(store)
+    await duplicates.remember(NOW)
+    assert await duplicates.drop([batch(workspace_id, source_id, NOW, [*insert_ids, "new"])]) == 1_000

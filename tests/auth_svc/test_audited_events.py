@@ -56,7 +56,7 @@ NOT_AUDITED = {
     "analytics.v1.CohortCreated": "cohorts are saved questions: they give nobody anything to see",
     "analytics.v1.CohortUpdated": "as above",
     "analytics.v1.CohortDeleted": "as above",
-    "analytics.v1.SourceUpdated": "titles of sources are no matter of security",
+    "analytics.v1.FailedEventsRetried": "stores what was accepted, unchanged",
     "analytics.v1.Tick": "tells of data, and is not stored",
     "auth.v1.AccountCreated": "auth_svc writes the entry where it happens",
     "auth.v1.AccountDiscarded": "nobody has ever used the account",
