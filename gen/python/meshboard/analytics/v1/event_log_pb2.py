@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&meshboard/analytics/v1/event_log.proto\x12\x16meshboard.analytics.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xeb\x01\n\x0bLoggedBatch\x12;\n\x06\x65vents\x18\x02 \x03(\x0b\x32#.meshboard.analytics.v1.LoggedEventR\x06\x65vents\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x04 \x01(\tR\x08sourceId\x12=\n\x0creceive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0breceiveTime\x12\x1a\n\x08sequence\x18\x06 \x01(\x03R\x08sequenceJ\x04\x08\x01\x10\x02\"\xe1\x03\n\x0bLoggedEvent\x12\x14\n\x05\x65vent\x18\x01 \x01(\tR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x01(\tR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x01(\tR\x08insertId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructR\nproperties\x12\x10\n\x03url\x18\x06 \x01(\tR\x03url\x12\x1a\n\x08referrer\x18\x07 \x01(\tR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x01(\tR\tuserAgent\x12\x18\n\x07\x62rowser\x18\t \x01(\tR\x07\x62rowser\x12\x0e\n\x02os\x18\n \x01(\tR\x02os\x12\x16\n\x06\x64\x65vice\x18\x0b \x01(\tR\x06\x64\x65vice\x12\x19\n\x08is_robot\x18\x0c \x01(\x08R\x07isRobot\x12\x18\n\x07\x63ountry\x18\r \x01(\tR\x07\x63ountry\x12\x1f\n\x0bprevious_id\x18\x0e \x01(\tR\npreviousId\x12\x16\n\x06region\x18\x10 \x01(\tR\x06region\x12\x12\n\x04\x63ity\x18\x11 \x01(\tR\x04\x63ityJ\x04\x08\x0f\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&meshboard/analytics/v1/event_log.proto\x12\x16meshboard.analytics.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf1\x01\n\x0bLoggedBatch\x12;\n\x06\x65vents\x18\x02 \x03(\x0b\x32#.meshboard.analytics.v1.LoggedEventR\x06\x65vents\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x04 \x01(\tR\x08sourceId\x12=\n\x0creceive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0breceiveTime\x12\x1a\n\x08sequence\x18\x06 \x01(\x03R\x08sequenceJ\x04\x08\x01\x10\x02J\x04\x08\x0f\x10\x10\"\xe1\x03\n\x0bLoggedEvent\x12\x14\n\x05\x65vent\x18\x01 \x01(\tR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x01(\tR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x01(\tR\x08insertId\x12.\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructR\nproperties\x12\x10\n\x03url\x18\x06 \x01(\tR\x03url\x12\x1a\n\x08referrer\x18\x07 \x01(\tR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x01(\tR\tuserAgent\x12\x18\n\x07\x62rowser\x18\t \x01(\tR\x07\x62rowser\x12\x0e\n\x02os\x18\n \x01(\tR\x02os\x12\x16\n\x06\x64\x65vice\x18\x0b \x01(\tR\x06\x64\x65vice\x12\x19\n\x08is_robot\x18\x0c \x01(\x08R\x07isRobot\x12\x18\n\x07\x63ountry\x18\r \x01(\tR\x07\x63ountry\x12\x1f\n\x0bprevious_id\x18\x0e \x01(\tR\npreviousId\x12\x16\n\x06region\x18\x10 \x01(\tR\x06region\x12\x12\n\x04\x63ity\x18\x11 \x01(\tR\x04\x63ityJ\x04\x08\x0f\x10\x10\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.analytics.v1.even
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOGGEDBATCH']._serialized_start=130
-  _globals['_LOGGEDBATCH']._serialized_end=365
-  _globals['_LOGGEDEVENT']._serialized_start=368
-  _globals['_LOGGEDEVENT']._serialized_end=849
+  _globals['_LOGGEDBATCH']._serialized_end=371
+  _globals['_LOGGEDEVENT']._serialized_start=374
+  _globals['_LOGGEDEVENT']._serialized_end=855
 # @@protoc_insertion_point(module_scope)
