@@ -1,6 +1,6 @@
 """Messages in the shape of Segment's tracking API (https://segment.com/docs/connections/spec), taken as events."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import grpc.aio
@@ -202,8 +202,7 @@ def _time(value: Value, name: str) -> Timestamp | None:
             case None | "null_value":
                 return None
             case "string_value":
-                said = datetime.fromisoformat(value.string_value)
-                time.FromDatetime(said if said.tzinfo else said.replace(tzinfo=UTC))
+                time.FromDatetime(datetime.fromisoformat(value.string_value))  # in UTC when it says nothing
                 return time
             case "number_value":
                 time.FromMicroseconds(round(value.number_value * 1000))

@@ -14,8 +14,10 @@ from meshboard.analytics.v1.ingest_service_pb2 import (
 
 from services.chassis import errors
 
-# Batches of a stream that are not acknowledged yet. They bound its memory; the sender waits meanwhile.
-MAX_UNDER_WAY = 4
+# What a stream may have under way before its sender has to wait: so many batches, or fewer large ones. So the memory of
+# a stream is bounded, and small batches still share the log's publishes.
+MAX_UNDER_WAY = 32
+BYTES_EACH = 256 << 10
 RECHECK_SECONDS = 1.0
 
 
@@ -23,6 +25,7 @@ class _Batch(NamedTuple):
     """A batch under way."""
 
     position: int
+    shares: int
     taken: asyncio.Task[IngestResponse]
 
 
@@ -50,13 +53,15 @@ async def acknowledged(
                         field="position",
                     )
                 position = request.position
-                await room.acquire()
+                shares = min(1 + request.ByteSize() // BYTES_EACH, MAX_UNDER_WAY)
+                for _ in range(shares):
+                    await room.acquire()
                 if time.monotonic() >= next_check:
                     await recheck()
                     next_check = time.monotonic() + RECHECK_SECONDS
                 task = asyncio.create_task(take(batch_of(request)))
                 tasks.add(task)
-                batches.put_nowait(_Batch(position, task))
+                batches.put_nowait(_Batch(position, shares, task))
         finally:
             batches.put_nowait(None)
 
@@ -66,7 +71,8 @@ async def acknowledged(
         while (batch := await batches.get()) is not None:
             answer = await batch.taken
             tasks.discard(batch.taken)
-            room.release()
+            for _ in range(batch.shares):
+                room.release()
             total += answer.accepted_count
             yield IngestStreamResponse(
                 position=batch.position,

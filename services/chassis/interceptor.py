@@ -57,7 +57,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
         stages = _Stages(path, rule, self)
         serializers = (_lenient(handler.request_deserializer), handler.response_serializer)
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
+            # gRPC itself would leave a call without any message unanswered until its deadline. So a request comes from
+            # the gateway whose JSON, after unpacking, ends too early.
+            return grpc.stream_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(stages.stream(handler.unary_stream), *serializers)
         if handler.stream_stream:
@@ -106,13 +108,16 @@ class _Stages:
     def unary(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         """Wraps a method that gives one answer."""
 
-        async def call(request: Any, context: Context) -> Any:
+        async def call(_: object, context: Context) -> Any:
             start = time.perf_counter()
             metadata = _metadata(context)
             with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
                 try:
                     with self._interceptor.admitted():
                         async with asyncio.timeout(self._deadline(context, self._interceptor.call_seconds)):
+                            request = await context.read()
+                            if request is grpc.aio.EOF:
+                                request = _Unreadable("it has no message")
                             await self._enter(request, metadata)
                             response = await method(request, context)
                 except BaseException as failure:

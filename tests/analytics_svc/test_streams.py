@@ -16,7 +16,7 @@ from meshboard.analytics.v1.ingest_service_pb2 import (
 )
 from meshboard.analytics.v1.source_service_pb2 import RotateWriteKeyRequest
 
-from services.analytics_svc.streams import MAX_UNDER_WAY, acknowledged
+from services.analytics_svc.streams import BYTES_EACH, MAX_UNDER_WAY, acknowledged
 from services.chassis import errors
 from services.chassis.bus import BusError
 from tests.analytics_svc.conftest import Analytics
@@ -209,6 +209,26 @@ async def test_few_batches_are_under_way_at_once() -> None:
     positions = [(await first).position, *[a.position async for a in answers]]
     assert positions == list(range(50))
     assert slow.most == MAX_UNDER_WAY
+
+
+async def test_fewer_large_batches_are_under_way_at_once() -> None:
+    async def large() -> AsyncIterator[IngestStreamRequest]:
+        for place in range(9):
+            request = batch(place)
+            request.events[0].url = "u" * (BYTES_EACH * MAX_UNDER_WAY // 4)
+            yield request
+
+    slow = Slow()
+    answers = acknowledged(large(), slow, allowed)
+    first = asyncio.ensure_future(anext(answers))
+
+    async def full() -> bool:
+        return slow.under_way == 3
+
+    await eventually(full)
+    slow.gate.set()
+    assert [(await first).position, *[a.position async for a in answers]] == list(range(9))
+    assert slow.most == 3
 
 
 async def test_who_goes_away_leaves_nothing_behind() -> None:

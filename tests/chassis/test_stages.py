@@ -425,6 +425,13 @@ async def test_a_request_that_cannot_be_read(running: Running, identity: Identit
     assert not [line for line in logs if line["log_level"] == "error"]
 
 
+async def test_a_call_without_a_message_is_refused_at_once(running: Running, identity: Identity):
+    """As the gateway sends one when the JSON in a packed body ends too early."""
+    method: Any = running.channel.stream_unary("/meshboard.analytics.v1.SourceService/CreateSource")
+    call = method(iter([]), metadata=identity.member("editor").metadata, timeout=10)
+    await fails(call, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED")
+
+
 async def test_a_fault_says_nothing_of_itself(running: Running, identity: Identity):
     member = identity.member("editor")
     with structlog.testing.capture_logs() as logs:

@@ -32,7 +32,8 @@ class CompatServiceStub:
     The write key is the user of HTTP basic authentication, or `writeKey` in the body. Messages become events: that of
     `track` has the name it brings, the others are called `identify`, `page`, `screen`, `group` and `alias`. `userId`, else
     `anonymousId`, is the `distinct_id`; `messageId` the `insert_id`; `properties` or `traits` the properties. Of `context`
-    `ip`, `userAgent`, `page.url` and `page.referrer` are used. Fields that are not named here are ignored.
+    `ip`, `userAgent`, `page.url` and `page.referrer` are used, `traits` is left out, and other texts, numbers and booleans
+    become properties such as `context.os.name`, at most 100. Fields that are not named here are ignored.
 
     Methods with one message fail with INVALID_ARGUMENT and the reason for which `SendBatch` lists a message in `refused`;
     all of them fail as `IngestService.Ingest` does.
@@ -88,7 +89,8 @@ class CompatServiceServicer:
     The write key is the user of HTTP basic authentication, or `writeKey` in the body. Messages become events: that of
     `track` has the name it brings, the others are called `identify`, `page`, `screen`, `group` and `alias`. `userId`, else
     `anonymousId`, is the `distinct_id`; `messageId` the `insert_id`; `properties` or `traits` the properties. Of `context`
-    `ip`, `userAgent`, `page.url` and `page.referrer` are used. Fields that are not named here are ignored.
+    `ip`, `userAgent`, `page.url` and `page.referrer` are used, `traits` is left out, and other texts, numbers and booleans
+    become properties such as `context.os.name`, at most 100. Fields that are not named here are ignored.
 
     Methods with one message fail with INVALID_ARGUMENT and the reason for which `SendBatch` lists a message in `refused`;
     all of them fail as `IngestService.Ingest` does.
@@ -199,7 +201,8 @@ class CompatService:
     The write key is the user of HTTP basic authentication, or `writeKey` in the body. Messages become events: that of
     `track` has the name it brings, the others are called `identify`, `page`, `screen`, `group` and `alias`. `userId`, else
     `anonymousId`, is the `distinct_id`; `messageId` the `insert_id`; `properties` or `traits` the properties. Of `context`
-    `ip`, `userAgent`, `page.url` and `page.referrer` are used. Fields that are not named here are ignored.
+    `ip`, `userAgent`, `page.url` and `page.referrer` are used, `traits` is left out, and other texts, numbers and booleans
+    become properties such as `context.os.name`, at most 100. Fields that are not named here are ignored.
 
     Methods with one message fail with INVALID_ARGUMENT and the reason for which `SendBatch` lists a message in `refused`;
     all of them fail as `IngestService.Ingest` does.

@@ -76,7 +76,7 @@ class IngestServiceServicer:
         Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
         withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
         DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
-        batches are the elements of one array, of at most 4 MiB.
+        batches are the elements of one array, of at most 4 MiB; the answer ends, without a reason, where one was not taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

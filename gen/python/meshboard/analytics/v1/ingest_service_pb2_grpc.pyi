@@ -37,7 +37,7 @@ class IngestServiceStub:
     Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
     withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
     DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
-    batches are the elements of one array, of at most 4 MiB.
+    batches are the elements of one array, of at most 4 MiB; the answer ends, without a reason, where one was not taken.
     """
 
 class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -75,7 +75,7 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
         Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
         withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
         DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
-        batches are the elements of one array, of at most 4 MiB.
+        batches are the elements of one array, of at most 4 MiB; the answer ends, without a reason, where one was not taken.
         """
 
 def add_IngestServiceServicer_to_server(servicer: IngestServiceServicer, server: _aio.Server) -> None: ...
