@@ -94,7 +94,11 @@ class EventLog:
         del self._waiting[source.source_id]
 
     async def _publish(self, source: Source, events: list[bytes]) -> None:
-        head = LoggedBatch(workspace_id=source.workspace_id, source_id=source.source_id)
+        head = LoggedBatch(
+            workspace_id=source.workspace_id,
+            source_id=source.source_id,
+            retention_days=getattr(source, "retention_days", 0),
+        )
         head.receive_time.FromDatetime(self._now())
         subject = f"events.{source.workspace_id}.{source.source_id}"
         payload = b"".join([*events, head.SerializeToString()])
