@@ -22,7 +22,7 @@ _DATA_REFUSED = frozenset({6, 25, 26, 27, 32, 33, 38, 41, 53, 69, 70, 72, 117, 1
 
 # On a cluster: an insert is answered when most replicas of each shard have it, queries see what has been answered, and
 # a subquery finds what it names on all shards.
-_ON_CLUSTER: Mapping[str, Value] = {
+ON_CLUSTER: Mapping[str, Value] = {
     "distributed_foreground_insert": 1,
     "insert_quorum": "auto",
     "insert_quorum_parallel": 0,
@@ -69,7 +69,7 @@ class EventStore:
 
     def __init__(self, url: str, *, cluster: str = "", connections: int = 16) -> None:
         self.cluster = cluster
-        self._settings = _ON_CLUSTER if cluster else {}
+        self._settings = ON_CLUSTER if cluster else {}
         parts = urlsplit(url)
         connector: aiohttp.BaseConnector
         if parts.scheme == "http+unix":

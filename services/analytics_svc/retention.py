@@ -1,9 +1,9 @@
 """Removes events whose time is over: those of a source with `retention_days`, and all of a deleted source.
 
 The time counts from receipt. Partitions lie as tables.py says, so that what ends together is dropped together, which
-costs nothing. Where a partition also has events that stay (a source that ends sooner than its neighbours, a setting that
-was changed, a table from before there were such partitions), the events of a source are deleted from it by a rewrite,
-once, when all that it has there are over: up to a day, a week or a month late, as long as the partition's stretch is.
+costs nothing. Where a partition also has events that stay (a source that ends sooner than its neighbours, a setting
+that was changed, a table from before there were such partitions), the events of a source are deleted from it by a
+rewrite, once, when all that it has there are over: up to a day, a week or a month late, as the partition is long.
 """
 
 import asyncio
