@@ -184,7 +184,9 @@ class Pipeline:
                 if inserting is not None:
                     await inserting
                     inserting = None
-                if following is not None:
+                if following is None:
+                    await self._make_room()  # the log may have filled up while the store was away
+                else:
                     inserting = asyncio.create_task(self._insert_alone(following))
         except LogReplacedError:
             if inserting is not None:

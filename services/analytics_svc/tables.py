@@ -56,6 +56,8 @@ ORDER BY (workspace_id, source_id, toDate(time), event, time)
 """
 # How many tokens of inserts are remembered.
 _TOKENS = 10_000
+# An insert that would leave less is not made, so that merges have room, and the queries that wait for them.
+_KEPT_FREE_BYTES = 256 << 20
 
 _EMBEDDED = f"""
 CREATE TABLE IF NOT EXISTS events ({_COLUMNS})
@@ -79,6 +81,7 @@ ENGINE = Distributed('%(cluster)s', currentDatabase(), events_shard, sipHash64(s
 )
 
 # Columns that came later, for tables that were made without them. Such tables keep their partitions of months.
+_SETTING = f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES}"
 _CHANGES = (
     "ADD COLUMN IF NOT EXISTS previous_id String,"
     " ADD COLUMN IF NOT EXISTS region LowCardinality(String),"
@@ -167,9 +170,13 @@ _INSERT_SETTINGS: Mapping[str, Value] = {
 def statements(cluster: str) -> list[str]:
     """The statements that make the tables, for one server or for a cluster of that name. They may run again."""
     if not cluster:
-        return [_EMBEDDED, f"ALTER TABLE events {_CHANGES}"]
+        return [_EMBEDDED, f"ALTER TABLE events {_CHANGES}", f"ALTER TABLE events {_SETTING}"]
     on_cluster = f"ON CLUSTER '{cluster}'"
-    changes = [f"ALTER TABLE {table} {on_cluster} {_CHANGES}" for table in ("events_shard", "events")]
+    changes = [
+        f"ALTER TABLE events_shard {on_cluster} {_CHANGES}",
+        f"ALTER TABLE events_shard {on_cluster} {_SETTING}",
+        f"ALTER TABLE events {on_cluster} {_CHANGES}",
+    ]
     return [statement % {"cluster": cluster} for statement in _CLUSTER] + changes
 
 

@@ -199,14 +199,19 @@ class Analytics:
 
 @asynccontextmanager
 async def running_pipeline(
-    database_url: str, nats_url: str, store_url: str, *, deduplicate: bool = True
+    database_url: str,
+    nats_url: str,
+    store_url: str,
+    *,
+    deduplicate: bool = True,
+    max_log_bytes: int = LOG_BYTES,
 ) -> AsyncIterator[None]:
     """A pipeline with connections of its own; it must not end by itself."""
     db = chassis_db.connect(database_url)
     store = EventStore(store_url)
     bus = await Bus.connect(nats_url, "pipeline")
     pipeline = Pipeline(
-        db, bus, store, lambda: datetime.now(UTC), max_log_bytes=LOG_BYTES, deduplicate=deduplicate
+        db, bus, store, lambda: datetime.now(UTC), max_log_bytes=max_log_bytes, deduplicate=deduplicate
     )
     running = asyncio.create_task(pipeline.run())
     try:

@@ -11,7 +11,7 @@ async def test_may_run_again(store: EventStore) -> None:
     await create_tables(store)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(len(statements("meshboard"))))
 async def test_is_understood_for_a_cluster(store: EventStore, number: int) -> None:
     """There is no cluster here: what can be seen is that each statement is one, and that nothing is left to fill in."""
     statement = statements("meshboard")[number]
