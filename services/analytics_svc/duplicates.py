@@ -26,7 +26,8 @@ WINDOW = timedelta(days=7)
 CAPACITY = 1 << 20
 _BITS_PER_KEY = 24
 _MASK = (1 << 64) - 1
-_LOOK_UP_AT_ONCE = 1000
+# Of one look-up, which is part of a URL of at most 1 MiB: bytes of ids, each of which may become six.
+_LOOK_UP_BYTES = 150_000
 # The two bits of a word that twelve bits of a key stand for.
 _BITS = [1 << (bits & 63) | 1 << (bits >> 6) for bits in range(1 << 12)]
 
@@ -124,7 +125,8 @@ class Duplicates:
         if not suspects:
             return 0
         wanted = {_identity(batches, place) for place in suspects}
-        stored = await self._stored([batches[place.batch] for place in suspects], wanted)
+        concerned = [batch for batch, places in zip(batches, suspected, strict=True) if places]
+        stored = await self._stored(concerned, wanted)
         # The first of several equal ones in these batches stays, unless it is in the store.
         first: dict[tuple[str, str], _Place] = {}
         for number, batch in enumerate(batches):
@@ -133,10 +135,11 @@ class Duplicates:
                 if identity in wanted:
                     first.setdefault(identity, _Place(number, index))
         dropped = 0
+        received = [batch.receive_time.ToDatetime() for batch in batches]
         for place in reversed(suspects):
             identity = _identity(batches, place)
-            received = batches[place.batch].receive_time.ToDatetime()
-            if first[identity] != place or (identity in stored and received - stored[identity] < WINDOW):
+            known = identity in stored and received[place.batch] - stored[identity] < WINDOW
+            if known or first[identity] != place:
                 del batches[place.batch].events[place.event]
                 dropped += 1
         return dropped
@@ -148,7 +151,8 @@ class Duplicates:
         since = min(batch.receive_time.ToDatetime() for batch in batches) - WINDOW
         found: dict[tuple[str, str], datetime] = {}
         insert_ids = sorted({insert_id for _, insert_id in wanted})
-        for start in range(0, len(insert_ids), _LOOK_UP_AT_ONCE):
+        at_once = _LOOK_UP_BYTES // max(len(insert_id.encode()) + 3 for insert_id in insert_ids)
+        for start in range(0, len(insert_ids), at_once):
             rows = await self._store.query(
                 "SELECT toString(source_id), insert_id, max(receive_time) FROM events"
                 " WHERE workspace_id IN {workspaces:Array(UUID)} AND source_id IN {sources:Array(UUID)}"
@@ -157,7 +161,7 @@ class Duplicates:
                 {
                     "workspaces": sorted({batch.workspace_id for batch in batches}),
                     "sources": sorted({batch.source_id for batch in batches}),
-                    "insert_ids": insert_ids[start : start + _LOOK_UP_AT_ONCE],
+                    "insert_ids": insert_ids[start : start + at_once],
                     "since": since.isoformat(" ", "milliseconds"),
                 },
             )

@@ -64,8 +64,9 @@ async def test_events_wait_in_the_log_while_the_disk_of_the_store_is_full(log: L
 
 async def test_a_full_log_takes_no_more_until_the_store_is_back(log: Log) -> None:
     accepted = ["before"]
-    async with small_log(log.bus, 400_000) as limit, running_pipeline(
-        log.database_url, log.parts.nats_url, log.process.url, max_log_bytes=limit
+    async with (
+        small_log(log.bus, 400_000) as limit,
+        running_pipeline(log.database_url, log.parts.nats_url, log.process.url, max_log_bytes=limit),
     ):
         await log.append(accepted)
         await log.until(1)
