@@ -10,12 +10,12 @@ It is a Bloom filter (Bloom 1970) in its blocked form (Putze, Sanders and Single
 import asyncio
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from hashlib import md5
 from typing import NamedTuple
 
 import structlog
+import xxhash
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 
 from services.analytics_svc.event_store import EventStore, pieces
@@ -26,6 +26,8 @@ WINDOW = timedelta(days=7)
 CAPACITY = 1 << 20
 _BITS_PER_KEY = 24
 _MASK = (1 << 64) - 1
+# The two bits of a word that twelve bits of a key stand for.
+_BITS = [1 << (bits & 63) | 1 << (bits >> 6) for bits in range(1 << 12)]
 
 
 class SeenKeys:
@@ -38,13 +40,7 @@ class SeenKeys:
 
     def add(self, key: int) -> bool:
         """Adds a key; says whether it may have been there. False is certain."""
-        mask = (
-            1 << (key & 63)
-            | 1 << (key >> 6 & 63)
-            | 1 << (key >> 12 & 63)
-            | 1 << (key >> 18 & 63)
-            | 1 << (key >> 24 & 63)
-        )
+        mask = _BITS[key & 4095] | _BITS[key >> 12 & 4095] | 1 << (key >> 24 & 63)
         place = (key >> 30) * 0x9E3779B97F4A7C15 & _MASK  # spreads what is left of the key over all words
         for words in self._parts:
             if words[place % len(words)] & mask == mask:
@@ -68,9 +64,11 @@ class SeenKeys:
 
 
 def key_of(source_id: str, insert_id: str) -> int:
-    """The same as halfMD5(concat(source_id, insert_id)) in the store; no secret depends on it."""
-    digest = md5(f"{source_id}{insert_id}".encode(), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:8], "big")
+    """The same as xxh3(concat(source_id, insert_id)) in the store.
+
+    Who makes keys collide has theirs looked up, which costs what a repeated event costs; they count all the same.
+    """
+    return xxhash.xxh3_64_intdigest((source_id + insert_id).encode())
 
 
 class _Place(NamedTuple):
@@ -96,7 +94,7 @@ class Duplicates:
             keys = array("Q")
             keys.frombytes(
                 await self._store.scan(
-                    "SELECT halfMD5(concat(toString(source_id), insert_id)) FROM events"
+                    "SELECT xxh3(concat(toString(source_id), insert_id)) FROM events"
                     " WHERE receive_time >= fromUnixTimestamp64Milli({begin:Int64}, 'UTC')"
                     " AND receive_time < fromUnixTimestamp64Milli({end:Int64}, 'UTC') FORMAT RowBinary",
                     {"begin": int(begin.timestamp() * 1000), "end": int(end.timestamp() * 1000)},
@@ -109,17 +107,24 @@ class Duplicates:
                     await asyncio.sleep(0)  # lets others run, such as the private HTTP port
         log.info("duplicates_remembered", events=count, seconds=round(time.monotonic() - start, 2))
 
-    async def drop(self, batches: Sequence[LoggedBatch]) -> int:
+    def suspects(self, batch: LoggedBatch) -> list[int]:
+        """The places of events that may have been there before; the others are surely new. Call it once for a batch."""
+        source_id, add = batch.source_id, self._seen.add
+        return [index for index, event in enumerate(batch.events) if add(key_of(source_id, event.insert_id))]
+
+    async def drop(self, batches: Sequence[LoggedBatch], suspected: Sequence[Sequence[int]]) -> int:
         """Removes the events that were there before, in the store or in these batches; says how many.
 
-        Raises UnavailableError or EventStoreError, having removed nothing: call it again.
+        `suspected` has the suspects of each batch; all that was before them is in the store. Raises UnavailableError or
+        EventStoreError, having removed nothing: call it again.
         """
         self._seen.forget(WINDOW.total_seconds())
-        suspects = list(self._suspects(batches))
+        suspects = [_Place(number, index) for number, places in enumerate(suspected) for index in places]
         if not suspects:
             return 0
         wanted = {_identity(batches, place) for place in suspects}
-        stored = await self._stored([batches[place.batch] for place in suspects], wanted)
+        concerned = [batch for batch, places in zip(batches, suspected, strict=True) if places]
+        stored = await self._stored(concerned, wanted)
         # The first of several equal ones in these batches stays, unless it is in the store.
         first: dict[tuple[str, str], _Place] = {}
         for number, batch in enumerate(batches):
@@ -128,21 +133,14 @@ class Duplicates:
                 if identity in wanted:
                     first.setdefault(identity, _Place(number, index))
         dropped = 0
+        received = [batch.receive_time.ToDatetime() for batch in batches]
         for place in reversed(suspects):
             identity = _identity(batches, place)
-            received = batches[place.batch].receive_time.ToDatetime()
-            if first[identity] != place or (identity in stored and received - stored[identity] < WINDOW):
+            known = identity in stored and received[place.batch] - stored[identity] < WINDOW
+            if known or first[identity] != place:
                 del batches[place.batch].events[place.event]
                 dropped += 1
         return dropped
-
-    def _suspects(self, batches: Sequence[LoggedBatch]) -> Iterator[_Place]:
-        add = self._seen.add
-        for number, batch in enumerate(batches):
-            source_id = batch.source_id
-            for index, event in enumerate(batch.events):
-                if add(key_of(source_id, event.insert_id)):
-                    yield _Place(number, index)
 
     async def _stored(
         self, batches: Sequence[LoggedBatch], wanted: set[tuple[str, str]]

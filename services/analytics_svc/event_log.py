@@ -97,7 +97,12 @@ class EventLog:
         del self._waiting[source.source_id]
 
     async def _publish(self, source: Source, events: list[bytes]) -> None:
-        head = LoggedBatch(workspace_id=source.workspace_id, source_id=source.source_id, robots=source.robots)
+        head = LoggedBatch(
+            workspace_id=source.workspace_id,
+            source_id=source.source_id,
+            robots=source.robots,
+            retention_days=source.retention_days,
+        )
         head.receive_time.FromDatetime(self._now())
         subject = f"events.{source.workspace_id}.{source.source_id}"
         payload = b"".join([*events, head.SerializeToString()])

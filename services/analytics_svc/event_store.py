@@ -22,6 +22,16 @@ _DATA_REFUSED = frozenset({6, 25, 26, 27, 32, 33, 38, 41, 53, 69, 70, 72, 117, 1
 
 # Of the URL, which may have 1 MiB, for one list of texts.
 _PIECE_BYTES = 1 << 18
+# On a cluster: an insert is answered when most replicas of each shard have it, queries see what has been answered, and
+# a subquery finds what it names on all shards.
+ON_CLUSTER: Mapping[str, Value] = {
+    "distributed_foreground_insert": 1,
+    "insert_quorum": "auto",
+    "insert_quorum_parallel": 0,
+    "select_sequential_consistency": 1,
+    "distributed_product_mode": "global",
+    "prefer_localhost_replica": 0,
+}
 
 
 class EventStoreError(Exception):
@@ -56,9 +66,15 @@ class Rows:
 
 
 class EventStore:
-    """One pool of connections to the store at `url`: `http://host:8123` or `http+unix:///path/of.sock`."""
+    """One pool of connections to the store at `url`: `http://host:8123` or `http+unix:///path/of.sock`.
 
-    def __init__(self, url: str, *, connections: int = 16) -> None:
+    `cluster` is the name that a cluster has in the configuration of its servers; `url` is one of them, or stands for
+    all.
+    """
+
+    def __init__(self, url: str, *, cluster: str = "", connections: int = 16) -> None:
+        self.cluster = cluster
+        self._settings = ON_CLUSTER if cluster else {}
         parts = urlsplit(url)
         connector: aiohttp.BaseConnector
         if parts.scheme == "http+unix":
@@ -66,6 +82,10 @@ class EventStore:
         else:
             connector, self._url = aiohttp.TCPConnector(limit=connections), url
         self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
+
+    def table_of(self, table: str) -> str:
+        """What ALTER TABLE names to change the rows of a table: on a cluster, the table of each shard."""
+        return f"{table}_shard ON CLUSTER '{self.cluster}'" if self.cluster else table
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -143,7 +163,7 @@ class EventStore:
         settings: Mapping[str, Value],
         timeout: float,
     ) -> bytes:
-        query = {name: _setting(value) for name, value in settings.items()}
+        query = {name: _setting(value) for name, value in {**self._settings, **settings}.items()}
         query |= {f"param_{name}": parameter(value) for name, value in params.items()}
         if data:
             query["query"] = sql

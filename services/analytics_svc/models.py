@@ -116,6 +116,16 @@ class Cohort(Table):
     update_time: Mapped[Time]
 
 
+class DeletedSource(Table):
+    """A source that was deleted; a trigger writes it. Its events are removed from the store, also late ones."""
+
+    __tablename__ = "deleted_sources"
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    source_id: Mapped[Id] = mapped_column(primary_key=True)
+    delete_time: Mapped[Time] = mapped_column(server_default=func.now())
+
+
 class Watermark(Table):
     """How far the event log has been read for a source: the highest sequence with an event of it in the store."""
 

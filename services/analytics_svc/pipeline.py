@@ -35,7 +35,9 @@ from services.analytics_svc.event_store import DataRefusedError, EventStore, Eve
 from services.analytics_svc.failures import Failure, forget_stored, note_failures
 from services.analytics_svc.models import LogPosition, Watermark
 from services.analytics_svc.persons import Persons, links_of
+from services.analytics_svc.removals import Retention
 from services.analytics_svc.settings import AnalyticsSettings
+from services.analytics_svc.store_metrics import follow_store
 from services.analytics_svc.tables import check_events, create_tables, insert_events, prepare_check
 from services.analytics_svc.user_agents import parse_user_agent
 from services.chassis import db, telemetry
@@ -44,9 +46,10 @@ from services.chassis.process import private_http, until_stopped
 
 log = structlog.get_logger(__name__)
 
-MAX_BYTES = 8 << 20
-# How long the first message waits for company: it bounds the number of parts that the store has to merge.
+# How long the first message of a range waits for company, which bounds the number of parts that the store has to merge:
+# for a moment; longer when much has come in that moment, because an insert costs the store 20 ms and 3 µs an event.
 LINGER_SECONDS = 0.05
+_MUCH_BYTES = 256 << 10
 # How often the size of the log is looked at.
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -55,7 +58,9 @@ _events = Counter("meshboard_pipeline_events_total", "Events by what became of t
 _inserted, _duplicate, _failed, _robot = (
     _events.labels(outcome) for outcome in ("inserted", "duplicate", "failed", "robot")
 )
-_insert_seconds = Histogram("meshboard_pipeline_insert_seconds", "Seconds from reading a range to its tick.")
+_insert_seconds = Histogram(
+    "meshboard_pipeline_insert_seconds", "Seconds from having read a range to its tick."
+)
 _place = Gauge("meshboard_pipeline_position", "Sequence of the last message of the log that is in the store.")
 
 T = TypeVar("T")
@@ -71,8 +76,19 @@ class _Message(NamedTuple):
     headers: dict[str, str]
 
 
+class _Range(NamedTuple):
+    """What one insert puts into the store: the messages up to `end`, and the places of events that may be known."""
+
+    end: int
+    traces: list[dict[str, str]]
+    batches: list[LoggedBatch]
+    suspected: list[list[int]]
+
+
 class Pipeline:
-    """`enriching` is what finds out what events tell of themselves; absent: `enrich`.
+    """Inserts a range when it has `flush_bytes`, or `flush_seconds` after its first message at the latest.
+
+    `enriching` is what finds out what events tell of themselves; absent: `enrich`.
 
     `deduplicate` is switched off by the fault test only, to see that it would notice.
     """
@@ -85,10 +101,14 @@ class Pipeline:
         now: Callable[[], datetime],
         *,
         max_log_bytes: int,
+        flush_bytes: int = 8 << 20,
+        flush_seconds: float = 0.15,
         enriching: Callable[[LoggedBatch], None] | None = None,
         deduplicate: bool = True,
     ) -> None:
         self.max_log_bytes = max_log_bytes
+        self.flush_bytes = flush_bytes
+        self.flush_seconds = flush_seconds
         self.db = db
         self.bus = bus
         self.store = store
@@ -96,6 +116,7 @@ class Pipeline:
         self.enrich = enriching or enrich
         self.persons = Persons(store)
         self.duplicates = Duplicates(store) if deduplicate else None
+        self.alone = asyncio.Lock()  # held by who changes the store
         self._held: deque[_Message] = deque()
         self._next_look = 0.0
         self._epoch = 0
@@ -111,10 +132,9 @@ class Pipeline:
                 planned = await self._open()
                 reader = LogReader(self.bus, self._position)
                 if planned > self._position:
-                    await self._insert_range(await self._collect_again(reader, planned), planned)
-                while True:
-                    if messages := await self._collect(reader):
-                        await self._insert_range(messages, messages[-1].sequence)
+                    messages = await self._collect_again(reader, planned)
+                    await self._insert_alone(await self._prepare(messages, planned))
+                await self._follow(reader)
             except LogReplacedError as error:
                 log.error("event_log_replaced", error=str(error))
                 await self._begin_again()
@@ -166,15 +186,39 @@ class Pipeline:
 
     # A range
 
+    async def _follow(self, reader: LogReader) -> None:
+        """Inserts range after range; reads, parses and judges the next while the store is busy with the one before."""
+        inserting: asyncio.Task[None] | None = None
+        try:
+            while True:
+                messages = await self._collect(reader)
+                following = await self._prepare(messages, messages[-1].sequence) if messages else None
+                if inserting is not None:
+                    await inserting
+                    inserting = None
+                if following is None:
+                    await self._make_room()  # the log may have filled up while the store was away
+                else:
+                    inserting = asyncio.create_task(self._insert_alone(following))
+        except LogReplacedError:
+            if inserting is not None:
+                await inserting  # it is of the log that was there before
+            raise
+        finally:
+            if inserting is not None and inserting.cancel():
+                await asyncio.wait([inserting])
+
     async def _collect(self, reader: LogReader) -> list[_Message]:
         """The messages of a new range: what arrives within a moment of the first; [] after a second without any."""
         loop = asyncio.get_running_loop()
         message = await self._next(reader, 1.0)
-        messages, size, deadline = [], 0, loop.time() + LINGER_SECONDS
+        messages, size, began = [], 0, loop.time()
         while message is not None:
             messages.append(message)
             size += len(message.payload)
-            message = await self._next(reader, deadline - loop.time()) if size < MAX_BYTES else None
+            patience = self.flush_seconds if size >= _MUCH_BYTES else min(LINGER_SECONDS, self.flush_seconds)
+            left = began + patience - loop.time()
+            message = await self._next(reader, left) if size < self.flush_bytes else None
         return messages
 
     async def _collect_again(self, reader: LogReader, end: int) -> list[_Message]:
@@ -189,6 +233,15 @@ class Pipeline:
                 messages.append(message)
         return messages
 
+    async def _prepare(self, messages: Sequence[_Message], end: int) -> _Range:
+        """All that can be found out about a range without the store."""
+        crash_points.reached("fetch")
+        batches = await self._read(messages)
+        crash_points.reached("read")
+        duplicates = self.duplicates
+        suspected = [duplicates.suspects(batch) for batch in batches] if duplicates else []
+        return _Range(end, [message.headers for message in messages], batches, suspected)
+
     async def _next(self, reader: LogReader, timeout: float) -> _Message | None:
         if not self._held and timeout > 0:
             try:
@@ -199,17 +252,18 @@ class Pipeline:
                 await asyncio.sleep(_RETRY_SECONDS[-1])
         return self._held.popleft() if self._held else None
 
-    async def _insert_range(self, messages: Sequence[_Message], end: int) -> None:
+    async def _insert_alone(self, prepared: _Range) -> None:
+        async with self.alone:
+            await self._insert_range(prepared)
+
+    async def _insert_range(self, prepared: _Range) -> None:
+        end, batches = prepared.end, prepared.batches
         token = f"{STREAM} {self._epoch} {self._position + 1}-{end}" if self.duplicates else ""
-        traces = [message.headers for message in messages]
-        crash_points.reached("fetch")
-        with _insert_seconds.time(), telemetry.span("pipeline", "CONSUMER", links=traces):
-            batches = await self._read(messages)
-            sources = {(batch.workspace_id, batch.source_id) for batch in batches}
-            retry_ids = [retry_id for batch in batches for retry_id in batch.retry_ids]
-            crash_points.reached("read")
+        sources = {(batch.workspace_id, batch.source_id) for batch in batches}
+        retry_ids = [retry_id for batch in batches for retry_id in batch.retry_ids]
+        with _insert_seconds.time(), telemetry.span("pipeline", "CONSUMER", links=prepared.traces):
             if (duplicates := self.duplicates) is not None:
-                _duplicate.inc(await self._persist(lambda: duplicates.drop(batches)))
+                _duplicate.inc(await self._persist(lambda: duplicates.drop(batches, prepared.suspected)))
             batches = [batch for batch in batches if batch.events]
             crash_points.reached("drop")
             await self._persist(lambda: self._plan(end))
@@ -412,7 +466,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     crash_points.arm(settings.crash_at)
     await db.migrate(settings.postgres_url, "services.analytics_svc")
     sessions = db.connect(settings.postgres_url, pool_size=4)
-    store = EventStore(settings.event_store_url)
+    store = EventStore(settings.event_store_url, cluster=settings.event_store_cluster)
     await create_tables(store)
     bus = await Bus.connect(settings.nats_url, "pipeline")
     await ensure_log(bus, settings.event_log_bytes)
@@ -422,15 +476,18 @@ async def serve(settings: AnalyticsSettings) -> None:
         store,
         lambda: datetime.now(UTC),
         max_log_bytes=settings.event_log_bytes,
+        flush_bytes=settings.flush_bytes,
+        flush_seconds=settings.flush_seconds,
         deduplicate=not settings.unsafe_no_deduplication,
     )
+    retention = Retention(sessions, store, pipeline.now, pipeline.alone)
 
     async def ready() -> bool:
         return bus.connected and await store.ready() and await db.ready(sessions)
 
     private = await private_http(settings.private_listen, ready)
     try:
-        await until_stopped(pipeline.run(), bus.beat("beat.pipeline"))
+        await until_stopped(pipeline.run(), bus.beat("beat.pipeline"), retention.run(), follow_store(store))
     finally:
         await private.cleanup()
         await bus.close()

@@ -65,7 +65,7 @@ async def serve(settings: AnalyticsSettings) -> None:
     crash_points.arm(settings.crash_at)
     await db.migrate(settings.postgres_url, "services.analytics_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
-    store = EventStore(settings.event_store_url)
+    store = EventStore(settings.event_store_url, cluster=settings.event_store_cluster)
     await create_tables(store)
     bus = await Bus.connect(settings.nats_url, "analytics")
     await ensure_log(bus, settings.event_log_bytes)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import FilePath
+from pydantic import Field, FilePath
 
 from services.chassis.settings import Settings
 
@@ -11,9 +11,14 @@ class AnalyticsSettings(Settings):
     """Beside the shared ones: where the event store is, and for the store process its directory."""
 
     event_store_url: str
+    # The name of the ClickHouse cluster behind it; empty: one server, or the store process.
+    event_store_cluster: str = Field("", pattern=r"^[A-Za-z0-9_.-]{0,100}$")
     store_dir: Path = Path(".data/store")
     # What the event log may take of the disk; what is in it can be read into a new store.
     event_log_bytes: int = 8 << 30
+    # An insert waits for so many bytes of the event log, or so many seconds after the first of them.
+    flush_bytes: int = Field(8 << 20, ge=1 << 16, le=64 << 20)
+    flush_seconds: float = Field(0.15, ge=0, le=10)
     # A file in MaxMind's format that tells where addresses are. Without it no event has a country, region or city.
     geo_database: FilePath | None = None
     # What one query may take of the event store, and how many of a workspace each process runs at the same time.

@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterable, Mapping
 
 from services.analytics_svc.event_store import EventStore, UnavailableError, Value
-from services.analytics_svc.persons import PERSONS
 
-# Partitions follow the time of receipt: a batch falls into one (two, once a month), however old its events are, and
-# the look-up of duplicates reads the newest only. The key serves queries: one source, a stretch of days, an event.
-_EVENTS = """
-CREATE TABLE IF NOT EXISTS events (
+# Partitions follow the time of receipt: a batch falls into one (two, when one ends), however old its events are, and
+# the look-up of duplicates reads the newest only. What is kept for about as long lies together, in stretches that are
+# short beside that: days up to a month, weeks up to a year, months beyond. So it is removed by dropping partitions, see
+# removals.py. The key serves queries: one source, a stretch of days, an event.
+_COLUMNS = """
     workspace_id UUID,
     source_id UUID,
     event LowCardinality(String),
@@ -41,20 +41,52 @@ CREATE TABLE IF NOT EXISTS events (
     previous_id String,
     region LowCardinality(String),
     city LowCardinality(String),
+    retention_days UInt16,
     INDEX insert_ids insert_id TYPE bloom_filter(0.001)
+"""
+_ORDER = """
+PARTITION BY (
+    multiIf(retention_days = 0, 0, retention_days <= 31, 1, retention_days <= 366, 2, 3),
+    multiIf(
+        retention_days BETWEEN 1 AND 31, toDate(receive_time),
+        retention_days BETWEEN 32 AND 366, toMonday(receive_time),
+        toStartOfMonth(receive_time))
 )
-ENGINE = MergeTree
-PARTITION BY toYYYYMM(receive_time)
 ORDER BY (workspace_id, source_id, toDate(time), event, time)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, non_replicated_deduplication_window = 10000
+"""
+# How many tokens of inserts are remembered.
+_TOKENS = 10_000
+# An insert that would leave less is not made, so that merges have room, and the queries that wait for them.
+_KEPT_FREE_BYTES = 256 << 20
+
+_EMBEDDED = f"""
+CREATE TABLE IF NOT EXISTS events ({_COLUMNS})
+ENGINE = MergeTree {_ORDER}
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, non_replicated_deduplication_window = {_TOKENS}
 """
 
-# Columns that came later, for tables that were made without them.
+# On a cluster each shard has the events of some people, all of them, and each of its replicas has a copy. What asks for
+# `events` asks all shards. `{shard}`, `{database}` and `{replica}` are filled in by the servers.
+_CLUSTER = (
+    f"""
+CREATE TABLE IF NOT EXISTS events_shard ON CLUSTER '%(cluster)s' ({_COLUMNS})
+ENGINE = ReplicatedMergeTree('/clickhouse/tables/{{shard}}/{{database}}/events_shard', '{{replica}}') {_ORDER}
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, replicated_deduplication_window = {_TOKENS},
+    replicated_deduplication_window_seconds = 604800
+""",
+    """
+CREATE TABLE IF NOT EXISTS events ON CLUSTER '%(cluster)s' AS events_shard
+ENGINE = Distributed('%(cluster)s', currentDatabase(), events_shard, sipHash64(source_id, distinct_id))
+""",
+)
+
+# Columns that came later, for tables that were made without them. Such tables keep their partitions of months.
+_SETTING = f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES}"
 _CHANGES = (
-    "ALTER TABLE events"
-    " ADD COLUMN IF NOT EXISTS previous_id String,"
+    "ADD COLUMN IF NOT EXISTS previous_id String,"
     " ADD COLUMN IF NOT EXISTS region LowCardinality(String),"
-    " ADD COLUMN IF NOT EXISTS city LowCardinality(String)",
+    " ADD COLUMN IF NOT EXISTS city LowCardinality(String),"
+    " ADD COLUMN IF NOT EXISTS retention_days UInt16"
 )
 
 # What is read of `LoggedBatch`, in the engine's words: `optional` makes what a property is not come as NULL.
@@ -71,7 +103,7 @@ message LoggedEvent {
 }
 message LoggedBatch {
   repeated LoggedEvent events = 2; string workspace_id = 3; string source_id = 4; Timestamp receive_time = 5;
-  int64 sequence = 6;
+  int64 sequence = 6; int32 retention_days = 8;
 }
 """
 
@@ -81,7 +113,7 @@ INSERT INTO events (
     workspace_id, source_id, event, distinct_id, insert_id, time, receive_time,
     url, path, host, referrer, referrer_host, user_agent, browser, os, device, is_robot, country,
     utm_source, utm_medium, utm_campaign, utm_term, utm_content, strings, numbers, sequence, position,
-    previous_id, region, city
+    previous_id, region, city, retention_days
 )
 WITH
     tupleElement(e, 'url') AS address,
@@ -105,9 +137,9 @@ SELECT
     mapApply((k, v) -> (k, ifNull(v.2, if(assumeNotNull(v.3), 'true', 'false'))), string_fields),
     mapApply((k, v) -> (k, assumeNotNull(v.1)), number_fields),
     sequence, position,
-    tupleElement(e, 'previous_id'), tupleElement(e, 'region'), tupleElement(e, 'city')
+    tupleElement(e, 'previous_id'), tupleElement(e, 'region'), tupleElement(e, 'city'), retention_days
 FROM (
-    SELECT workspace_id, source_id, receive_time, sequence, e, position
+    SELECT workspace_id, source_id, receive_time, sequence, retention_days, e, position
     FROM input('
         events Array(Tuple(
             event String, distinct_id String, insert_id String, time Tuple(seconds Int64, nanos Int32),
@@ -116,7 +148,8 @@ FROM (
             url String, referrer String, user_agent String,
             browser String, os String, device String, is_robot Bool, country String,
             previous_id String, region String, city String)),
-        workspace_id String, source_id String, receive_time Tuple(seconds Int64, nanos Int32), sequence UInt64')
+        workspace_id String, source_id String, receive_time Tuple(seconds Int64, nanos Int32), sequence UInt64,
+        retention_days UInt16')
     ARRAY JOIN events AS e, arrayEnumerate(events) AS position
 )
 FORMAT Protobuf
@@ -136,6 +169,19 @@ _INSERT_SETTINGS: Mapping[str, Value] = {
 }
 
 
+def statements(cluster: str) -> list[str]:
+    """The statements that make the tables, for one server or for a cluster of that name. They may run again."""
+    if not cluster:
+        return [_EMBEDDED, f"ALTER TABLE events {_CHANGES}", f"ALTER TABLE events {_SETTING}"]
+    on_cluster = f"ON CLUSTER '{cluster}'"
+    changes = [
+        f"ALTER TABLE events_shard {on_cluster} {_CHANGES}",
+        f"ALTER TABLE events_shard {on_cluster} {_SETTING}",
+        f"ALTER TABLE events {on_cluster} {_CHANGES}",
+    ]
+    return [statement % {"cluster": cluster} for statement in _CLUSTER] + changes
+
+
 async def create_tables(store: EventStore, *, timeout: float = 60) -> None:
     """Creates what is missing; waits up to `timeout` seconds for the store. Several processes may call it at once.
 
@@ -144,7 +190,7 @@ async def create_tables(store: EventStore, *, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            for statement in (_EVENTS, *_CHANGES, PERSONS):
+            for statement in statements(store.cluster):
                 await store.execute(statement)
             return
         except UnavailableError:

@@ -263,7 +263,12 @@ def enrich_but_poison(batch: LoggedBatch) -> None:
 
 @asynccontextmanager
 async def running_pipeline(
-    database_url: str, nats_url: str, store_url: str, *, deduplicate: bool = True
+    database_url: str,
+    nats_url: str,
+    store_url: str,
+    *,
+    deduplicate: bool = True,
+    max_log_bytes: int = LOG_BYTES,
 ) -> AsyncIterator[None]:
     """A pipeline with connections of its own; it must not end by itself."""
     db = chassis_db.connect(database_url)
@@ -274,7 +279,7 @@ async def running_pipeline(
         bus,
         store,
         lambda: datetime.now(UTC),
-        max_log_bytes=LOG_BYTES,
+        max_log_bytes=max_log_bytes,
         enriching=enrich_but_poison,
         deduplicate=deduplicate,
     )

@@ -148,6 +148,27 @@ async def test_begins_again_with_the_range_that_was_being_inserted(log: Log) -> 
     await chassis_db.engine(db).dispose()
 
 
+async def test_drops_what_the_insert_under_way_has(log: Log) -> None:
+    """The next range is read while the store is busy: what is in both must wait for the first."""
+    db = chassis_db.connect(log.database_url)
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.append(["first"])
+        await log.until(1)
+        insert_ids = [str(number) for number in range(500)]
+        for _ in range(20):  # more than a range: each is inserted as soon as the one before has ended
+            await log.append(insert_ids)
+            await asyncio.sleep(0.02)
+        await log.append(["last"])
+        await log.until(502)
+
+        async def at_rest() -> bool:
+            return await _position(db) == (await log.bus.sequences(STREAM))[1]
+
+        await eventually(at_rest)
+        assert await log.counts() == (502, 502)
+    await chassis_db.engine(db).dispose()
+
+
 async def _position(db: Any) -> int:
     async with db() as session:
         return int(await session.scalar(select(LogPosition.last_sequence)))
