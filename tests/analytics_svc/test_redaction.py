@@ -125,7 +125,7 @@ def test_a_text_full_of_it_is_hidden_whole() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    "piece", ["a", "a@", "a@b.", "1", "1 ", "4111 ", ":", "a:", "1.", "+1 ", "AA00 ", "%41", "+", "("]
+    "piece", ["a", "a@", "a@b.", "1", "1 ", "4111 ", ":", "a:", "1.", "+1 ", "DE00 ", "%41", "+", "("]
 )
 def test_no_text_is_slow(piece: str) -> None:
     """Quadratic time would be minutes."""

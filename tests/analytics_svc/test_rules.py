@@ -154,7 +154,8 @@ async def test_refuses_events_and_types_one_by_one(analytics: Analytics) -> None
 )
 def test_each_type_is_only_itself(wanted: str, good: object) -> None:
     found = rules(propertyTypes=[{"name": "p", "type": wanted}])
-    for value in ("x", 1.5, False, [], {}):
+    values: list[object] = ["x", 1.5, False, [], {}]
+    for value in values:
         refusal = found.refusal_of(event(properties={"p": value}))
         assert (refusal is None) is (value == good and type(value) is type(good))
 
