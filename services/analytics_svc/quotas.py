@@ -1,12 +1,12 @@
 """How many events a source has taken, and how many it may.
 
 A process sets room aside in Postgres, a hundredth of the quota at a time but no more than 100,000 events, and counts
-down in memory; every second it gives back what it has not used. So Postgres is asked a few times a second at most for a source, and no quota is ever
-exceeded while Postgres answers; while it does not, events are taken and counted later.
+down in memory; every second it gives back what it has not used. So Postgres is asked a few times a second at most for a
+source, and no quota is ever exceeded while Postgres answers; while it does not, events are taken and counted later.
 
 A batch may be refused too early: by what other processes have set aside, for a second, or by what a process that was
-killed had set aside, until the day and the month end. Sources
-without a quota are counted in the same way, without asking first: a process that is killed forgets its last second.
+killed had set aside, until the day and the month end. Sources without a quota are counted in the same way, without
+asking first: a process that is killed forgets its last second.
 """
 
 import asyncio
@@ -154,11 +154,10 @@ class Quotas:
             SourceUsage.source_id == account.source_id,
         )
         async with self.db.begin() as session:
+            # Counting none makes the row and locks it: who else wants room waits, and then sees what is taken here.
             await session.execute(_COUNT, _parameters([account], [0]))
             today = await session.scalar(
-                select(SourceUsage.event_count)
-                .where(*where, SourceUsage.day == account.day)
-                .with_for_update()
+                select(SourceUsage.event_count).where(*where, SourceUsage.day == account.day)
             )
             if today is None:
                 raise errors.unauthenticated("WRITE_KEY_INVALID", "The source of this write key is gone.")
