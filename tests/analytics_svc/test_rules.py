@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.timestamp_pb2 import Timestamp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest
@@ -267,6 +267,7 @@ FIELDS = ("event", "distinctId", "insertId", "previousId", "url", "referrer")
 marks = ["", " ", "?a=", "&b=", "#", "/", '"', "(", "[", "\n", "%20", "+"]
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(SECRETS)),
     st.sampled_from([*FIELDS, "text", "name", "list", "object", "deep"]),
