@@ -44,7 +44,7 @@ class GeoDatabase:
         @lru_cache(maxsize=_REMEMBERED)
         def find(address: str) -> bytes:
             try:
-                found = reader.get(address)
+                found = reader.get(address.removeprefix("::ffff:"))  # IPv4 written as IPv6
             except ValueError:  # no address, or one of IPv6 in a database of IPv4
                 return b""
             return _place(found).SerializeToString() if isinstance(found, dict) else b""

@@ -25,8 +25,8 @@ from services.analytics_svc.event_store import EventStore, Value, pieces
 
 T = TypeVar("T")
 
-PERSONS = """
-CREATE TABLE IF NOT EXISTS persons (
+_TABLE = """
+CREATE TABLE IF NOT EXISTS persons %s(
     workspace_id UUID,
     scope_id UUID,
     distinct_id String,
@@ -34,10 +34,19 @@ CREATE TABLE IF NOT EXISTS persons (
     version UInt64,
     INDEX person_ids person_id TYPE bloom_filter(0.001)
 )
-ENGINE = ReplacingMergeTree(version)
+ENGINE = %s
 ORDER BY (workspace_id, scope_id, distinct_id)
 SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
 """
+
+
+def persons_table(cluster: str) -> str:
+    """The statement that makes the table. On a cluster each server has all of it, for the join with its own events."""
+    if not cluster:
+        return _TABLE % ("", "ReplacingMergeTree(version)")
+    path = "'/clickhouse/tables/{database}/persons', '{shard}-{replica}'"
+    return _TABLE % (f"ON CLUSTER '{cluster}' ", f"ReplicatedReplacingMergeTree({path}, version)")
+
 
 _INSERT = (
     "INSERT INTO persons (workspace_id, scope_id, distinct_id, person_id, version) FORMAT JSONCompactEachRow"

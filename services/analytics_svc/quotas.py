@@ -1,12 +1,12 @@
 """How many events a source has taken, and how many it may.
 
-A process sets room aside in Postgres, a hundredth of the quota at a time, and counts down in memory; every second it
-gives back what it has not used. So Postgres is asked a few times a second at most for a source, and no quota is ever
-exceeded while Postgres answers; while it does not, events are taken and counted later.
+A process sets room aside in Postgres, a hundredth of the quota at a time but no more than 100,000 events, and counts
+down in memory; every second it gives back what it has not used. So Postgres is asked a few times a second at most for a
+source, and no quota is ever exceeded while Postgres answers; while it does not, events are taken and counted later.
 
-A batch may be refused too early: by what other processes have set aside (a hundredth of the quota each, for a second),
-or by what a process that was killed had set aside (a hundredth of the quota, until the day and the month end). Sources
-without a quota are counted in the same way, without asking first: a process that is killed forgets its last second.
+A batch may be refused too early: by what other processes have set aside, for a second, or by what a process that was
+killed had set aside, until the day and the month end. Sources without a quota are counted in the same way, without
+asking first: a process that is killed forgets its last second.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ SETTLE_SECONDS = 1.0
 # Once there is no room, Postgres is not asked again for so long.
 FULL_SECONDS = 1.0
 _HUNDREDTH = 100
+_AT_ONCE = 100_000
 
 # A source that is gone is not counted. The order keeps processes from waiting for each other in a circle.
 _COUNT = text("""
@@ -153,11 +154,10 @@ class Quotas:
             SourceUsage.source_id == account.source_id,
         )
         async with self.db.begin() as session:
+            # Counting none makes the row and locks it: who else wants room waits, and then sees what is taken here.
             await session.execute(_COUNT, _parameters([account], [0]))
             today = await session.scalar(
-                select(SourceUsage.event_count)
-                .where(*where, SourceUsage.day == account.day)
-                .with_for_update()
+                select(SourceUsage.event_count).where(*where, SourceUsage.day == account.day)
             )
             if today is None:
                 raise errors.unauthenticated("WRITE_KEY_INVALID", "The source of this write key is gone.")
@@ -174,7 +174,8 @@ class Quotas:
             }
             room = min(rooms.values())
             if room >= needed:
-                aside = min(room, max(needed, min(filter(None, limits)) // _HUNDREDTH))
+                spare = min(min(filter(None, limits)) // _HUNDREDTH, _AT_ONCE)
+                aside = min(room, max(needed, spare))
                 await session.execute(_COUNT, _parameters([account], [aside]))
         if room >= needed:
             account.left += aside

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from urllib.parse import unquote_plus
+from urllib.parse import unquote, unquote_plus
 
 import re2
 from meshboard.analytics.v1.source_pb2 import RedactedPattern
@@ -21,8 +21,8 @@ MAX_MATCHES = 20
 _REGEX_BYTES = 2 << 20
 
 # Where two values of a URL's query, or two parts of its path, meet.
-_SEPARATORS = re.compile(r"[/?&#=;\s]+")
-_ENCODED_PIECE = re.compile(r"[^/?&#=;\s%+]*+[%+][^/?&#=;\s]*+")
+_SEPARATORS = re.compile(r"[/?&#=;]+")
+_ENCODED_PIECE = re.compile(r"[^/?&#=;%+]*+[%+][^/?&#=;]*+")
 
 
 class BadPatternError(ValueError):
@@ -34,15 +34,22 @@ class BadPatternError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What something looks like, and `end`: where in the text it ends if the match is one indeed, else 0."""
+    """What something looks like. The search for it is quick where a pattern begins with a set of characters.
+
+    `end` says where in the text it ends if the match is one indeed, else 0. `sign` is in every text that has it.
+    `before` is the number of characters that belong to it and stand before the match.
+    """
 
     pattern: re.Pattern[str]
     end: Callable[[re.Match[str]], int] = re.Match.end
+    sign: str = ""
+    before: int = 0
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        for match in self.pattern.finditer(text):
-            if end := self.end(match):
-                yield match.start(), end
+        if self.sign in text:
+            for match in self.pattern.finditer(text):
+                if end := self.end(match):
+                    yield match.start() - self.before, end
 
 
 def _end_of_card(match: re.Match[str]) -> int:
@@ -55,7 +62,8 @@ def _end_of_card(match: re.Match[str]) -> int:
 
 def _end_of_iban(match: re.Match[str]) -> int:
     """The check digits are those of ISO 13616. What follows is left out, though it may look like one more group."""
-    text = match[0]
+    start = match.start() - 2
+    text = match.string[start : match.end()]
     left = _IBAN_LENGTHS.get(text[:2].upper(), 99)
     end = 0
     for end, character in enumerate(text, 1):  # noqa: B007 - read after the loop
@@ -65,7 +73,7 @@ def _end_of_iban(match: re.Match[str]) -> int:
     plain = text[:end].replace(" ", "")
     if left or int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 != 1:
         return 0
-    return match.start() + end
+    return start + end
 
 
 def _end_of_address(match: re.Match[str]) -> int:
@@ -106,28 +114,37 @@ _IBAN_LENGTHS = {
     for country in countries.split()
 }
 _IPV4 = r"(?:\d{1,3}\.){3}\d{1,3}"
-_CARD = r"(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
 _KNOWN = {
-    RedactedPattern.EMAIL: _Known(re.compile(r"(?<![\w.%+'-])[\w.%+'-]++@[\w-]++(?:\.[\w-]++)++")),
+    RedactedPattern.EMAIL: _Known(re.compile(r"(?<![\w.%+'-])[\w.%+'-]++@[\w-]++(?:\.[\w-]++)++"), sign="@"),
     RedactedPattern.PAYMENT_CARD: _Known(
-        re.compile(rf"(?<![\d.])(?=[2-6]){_CARD}(?!\d)", re.ASCII), _end_of_card
+        re.compile(
+            r"[2-6](?<![\d.].)"
+            r"(?:\d{12,18}|\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{3}([ -])\d{6}\2\d{4,5})(?!\d)",
+            re.ASCII,
+        ),
+        _end_of_card,
     ),
     RedactedPattern.IP_ADDRESS: _Known(
         re.compile(
-            rf"(?<![\w.:])(?:{_IPV4}|(?:[0-9a-f]{{0,4}}:){{2,7}}(?:{_IPV4}|[0-9a-f]{{1,4}})?)(?![\w:]|\.\d)",
-            re.ASCII | re.IGNORECASE,
+            rf"(?=[0-9A-Fa-f:])(?<![\w.:])"
+            rf"(?:{_IPV4}|(?:[0-9A-Fa-f]{{0,4}}:){{2,7}}(?:{_IPV4}|[0-9A-Fa-f]{{1,4}})?)(?![\w:]|\.\d)",
+            re.ASCII,
         ),
         _end_of_address,
     ),
     RedactedPattern.PHONE: _Known(
-        re.compile(r"(?<![\w+])\+\d{1,3}(?:[ ./-]?\(?\d{1,4}\)?){2,7}(?!\d)", re.ASCII), _end_of_phone
+        re.compile(r"\+(?<!\w.)\d{1,3}(?:[ ./-]?\(?\d{1,4}\)?){2,7}(?!\d)", re.ASCII),
+        _end_of_phone,
+        sign="+",
     ),
     RedactedPattern.IBAN: _Known(
         re.compile(
-            r"(?<!\w)[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,4})?)(?!\w)",
-            re.ASCII | re.IGNORECASE,
+            r"\d(?<=[A-Za-z]{2}.)(?<!\w...)\d"
+            r"(?:[A-Za-z0-9]{11,30}|(?: [A-Za-z0-9]{4}){2,7}(?: [A-Za-z0-9]{1,4})?)(?!\w)",
+            re.ASCII,
         ),
         _end_of_iban,
+        before=2,
     ),
 }
 
@@ -191,7 +208,7 @@ class Patterns:
         """False when nothing is found in any of the texts: one look for all of them."""
         lines = "\n".join(texts)
         if _is_encoded(lines):
-            lines += "\n" + unquote_plus(_SEPARATORS.sub("\n", lines))
+            lines = "\n".join([lines, *_decoded(_SEPARATORS.sub("\n", lines))])
         return _any(known.spans(lines) for known in self._known) or any(
             own.may_be_in(lines.encode()) for own in self._regexes
         )
@@ -207,7 +224,7 @@ class Patterns:
         pieces = list(islice(_ENCODED_PIECE.finditer(text), MAX_MATCHES + 1))
         if len(pieces) > MAX_MATCHES:
             return REDACTED if self.may_be_in([text]) else text
-        return _ENCODED_PIECE.sub(lambda m: REDACTED if self._is_in(unquote_plus(m[0])) else m[0], text)
+        return _ENCODED_PIECE.sub(lambda m: REDACTED if any(map(self._is_in, _decoded(m[0]))) else m[0], text)
 
     def _is_in(self, text: str) -> bool:
         return _any(known.spans(text) for known in self._known) or _any(
@@ -217,6 +234,11 @@ class Patterns:
 
 def _is_encoded(text: str) -> bool:
     return "%" in text or "+" in text
+
+
+def _decoded(text: str) -> set[str]:
+    """The text with a plus as a space, as in queries, and as itself."""
+    return {unquote_plus(text), unquote(text)}
 
 
 def _any(found: Iterable[Iterator[object]]) -> bool:

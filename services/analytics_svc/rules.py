@@ -20,7 +20,8 @@ from services.analytics_svc.redaction import REDACTED, Patterns
 # Rules are made ready once for a version of a source; this many are remembered.
 MAX_REMEMBERED = 1000
 
-_QUERY_VALUE = re.compile(r"(?<=[?&;#])([^=&;#]*+)=([^&;#]*+)")
+_QUERY_VALUE = re.compile(r"([?&;#])([^=&;#]*+)=([^&;#]*+)")
+_BRACKET = re.compile(r"[\[\]]")
 _TYPES = {
     "string_value": PropertyType.STRING,
     "number_value": PropertyType.NUMBER,
@@ -107,8 +108,10 @@ class Rules:
         """Hides what is not to be kept. Lists and objects must not have become text yet."""
         if self._names:
             self._drop_named(event.properties)
-            event.url = self._hide_values(event.url)
-            event.referrer = self._hide_values(event.referrer)
+            if "=" in event.url:
+                event.url = self._hide_values(event.url)
+            if "=" in event.referrer:
+                event.referrer = self._hide_values(event.referrer)
         if self._patterns is None or not self._patterns.may_be_in(_texts(event)):
             return
         event.event = self._patterns.replace(event.event)
@@ -134,20 +137,21 @@ class Rules:
         return name in self._names or name.rpartition(".")[2] in self._names
 
     def _drop_named_in(self, value: Value) -> None:
-        if value.HasField("struct_value"):
-            self._drop_named(value.struct_value)
-        elif value.HasField("list_value"):
-            for inner in value.list_value.values:
-                self._drop_named_in(inner)
+        match value.WhichOneof("kind"):
+            case "struct_value":
+                self._drop_named(value.struct_value)
+            case "list_value":
+                for inner in value.list_value.values:
+                    self._drop_named_in(inner)
 
     def _hide_values(self, url: str) -> str:
         """`?user[email]=…` is a value of the name `email`, and of the name `user`."""
 
         def hide(match: re.Match[str]) -> str:
-            names = re.split(r"[\[\]]", unquote_plus(match[1]).casefold())
-            return f"{match[1]}={REDACTED}" if self._names.intersection(names) else match[0]
+            names = _BRACKET.split(unquote_plus(match[2]).casefold())
+            return match[0] if self._names.isdisjoint(names) else f"{match[1]}{match[2]}={REDACTED}"
 
-        return _QUERY_VALUE.sub(hide, url) if "=" in url else url
+        return _QUERY_VALUE.sub(hide, url)
 
     # By pattern
 

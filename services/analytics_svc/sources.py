@@ -292,6 +292,7 @@ async def _end_keys(session: AsyncSession, source: Source, now: datetime, end: d
             select(WriteKey)
             .where(WriteKey.workspace_id == source.workspace_id, WriteKey.source_id == source.source_id)
             .order_by(WriteKey.create_time.desc(), WriteKey.write_key_id.desc())
+            .with_for_update()
         )
     ).all()
     for key in keys:

@@ -172,14 +172,19 @@ _INSERT_SETTINGS: Mapping[str, Value] = {
 def statements(cluster: str) -> list[str]:
     """The statements that make the tables, for one server or for a cluster of that name. They may run again."""
     if not cluster:
-        return [_EMBEDDED, f"ALTER TABLE events {_CHANGES}", f"ALTER TABLE events {_SETTING}"]
+        return [
+            _EMBEDDED,
+            f"ALTER TABLE events {_CHANGES}",
+            f"ALTER TABLE events {_SETTING}",
+            persons_table(cluster),
+        ]
     on_cluster = f"ON CLUSTER '{cluster}'"
     changes = [
         f"ALTER TABLE events_shard {on_cluster} {_CHANGES}",
         f"ALTER TABLE events_shard {on_cluster} {_SETTING}",
         f"ALTER TABLE events {on_cluster} {_CHANGES}",
     ]
-    return [statement % {"cluster": cluster} for statement in _CLUSTER] + changes
+    return [statement % {"cluster": cluster} for statement in _CLUSTER] + changes + [persons_table(cluster)]
 
 
 async def create_tables(store: EventStore, *, timeout: float = 60) -> None:

@@ -93,4 +93,4 @@ async def test_looks_up_the_longest_ids_too(store: EventStore) -> None:
     await insert_events(store, [data], token=new_id())
     duplicates = Duplicates(store)
     await duplicates.remember(NOW)
-    assert await duplicates.drop([batch(workspace_id, source_id, NOW, [*insert_ids, "new"])]) == 1_000
+    assert await drop(duplicates, [batch(workspace_id, source_id, NOW, [*insert_ids, "new"])]) == 1_000

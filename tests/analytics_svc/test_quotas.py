@@ -23,7 +23,9 @@ async def limited(analytics: Analytics, **limits: int) -> tuple[Member, Source, 
     """A source with quotas."""
     member = analytics.identity.member("editor")
     source, secret = await analytics.source(member)
-    wanted = Source(source_id=source.source_id, **limits)
+    wanted = Source(source_id=source.source_id)
+    for name, limit in limits.items():
+        setattr(wanted, name, limit)
     changed = await analytics.sources.UpdateSource(
         UpdateSourceRequest(source=wanted), metadata=member.metadata
     )

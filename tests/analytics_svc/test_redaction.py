@@ -1,7 +1,7 @@
 """What is found in texts and hidden, what is left alone, and that no text makes it slow."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshboard.analytics.v1.source_pb2 import RedactedPattern
 
@@ -98,6 +98,7 @@ def test_one_look_at_many_texts_misses_nothing(regex: str, text: str, found: boo
         assert patterns.may_be_in(["other", text, "more"])
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.text("ab1@. +%4\n-", max_size=12), max_size=5),
     st.sampled_from([r"^a", r"b$", r"\ba1\b", r"a\n?b", r"[^ab]{3}", r"\A1", r"@\z", "%4|4 "]),
@@ -125,7 +126,7 @@ def test_a_text_full_of_it_is_hidden_whole() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    "piece", ["a", "a@", "a@b.", "1", "1 ", "4111 ", ":", "a:", "1.", "+1 ", "AA00 ", "%41", "+", "("]
+    "piece", ["a", "a@", "a@b.", "1", "1 ", "4111 ", ":", "a:", "1.", "+1 ", "DE00 ", "%41", "+", "("]
 )
 def test_no_text_is_slow(piece: str) -> None:
     """Quadratic time would be minutes."""

@@ -1,18 +1,22 @@
 """What a source takes, samples and hides: judged while the sender waits, and never written to a disk."""
 
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest
 from meshboard.analytics.v1.source_pb2 import Source
 from meshboard.analytics.v1.source_service_pb2 import GetSourceRequest, UpdateSourceRequest
 
 from services.analytics_svc.event_log import STREAM
-from services.analytics_svc.ingest import judge
+from services.analytics_svc.ingest import complete, judge
 from services.analytics_svc.rules import Rulebook, Rules
 from tests.analytics_svc.conftest import Analytics
 from tests.harness import Member, new_id, reason_of, refused
@@ -154,7 +158,8 @@ async def test_refuses_events_and_types_one_by_one(analytics: Analytics) -> None
 )
 def test_each_type_is_only_itself(wanted: str, good: object) -> None:
     found = rules(propertyTypes=[{"name": "p", "type": wanted}])
-    for value in ("x", 1.5, False, [], {}):
+    values: list[object] = ["x", 1.5, False, [], {}]
+    for value in values:
         refusal = found.refusal_of(event(properties={"p": value}))
         assert (refusal is None) is (value == good and type(value) is type(good))
 
@@ -248,6 +253,46 @@ def test_hides_patterns_wherever_they_are() -> None:
             "deep": {"list": ["[redacted]", {"n": 2.0}]},
         },
     }
+
+
+SECRETS = {
+    "ada.l@mail.example": "ada.l",
+    "4111 1111 1111 1111": "4111",
+    "192.0.2.77": "192.0.2",
+    "+49 30 9876543": "9876543",
+    "DE89 3704 0044 0532 0130 00": "0532",
+    "ticket-7777": "7777",
+}
+FIELDS = ("event", "distinctId", "insertId", "previousId", "url", "referrer")
+marks = ["", " ", "?a=", "&b=", "#", "/", '"', "(", "[", "\n", "%20", "+"]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(list(SECRETS)),
+    st.sampled_from([*FIELDS, "text", "name", "list", "object", "deep"]),
+    st.sampled_from([*marks, "x ", "é "]),
+    st.sampled_from([*marks, " y", "."]),
+    st.booleans(),
+)
+def test_no_place_is_forgotten(secret: str, place: str, before: str, behind: str, encoded: bool) -> None:
+    """Wherever it stands, nothing of it is in what is logged."""
+    text = before + (quote(secret) if encoded else secret) + behind
+    properties: dict[str, Any] = {
+        "text": {"p": text},
+        "name": {text: 1},
+        "list": {"p": [1, text]},
+        "object": {"p": {"q": text}},
+        "deep": {"p": [{text: [{"q": [text]}]}]},
+    }
+    found = rules(
+        redactedPatterns=[*({"known": known} for known in range(1, 6)), {"regex": r"(?i)ticket-\d+"}]
+    )
+    fields = {place: text} if place in FIELDS else {"properties": properties[place]}
+    request = IngestRequest(events=[event(**fields)])
+    assert judge(request, 1_700_000_000, found) == ([], 0)
+    complete(request, Timestamp(seconds=1_700_000_000))
+    assert SECRETS[secret].encode() not in request.SerializeToString()
 
 
 def test_a_version_is_no_address() -> None:

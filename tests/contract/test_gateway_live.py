@@ -309,7 +309,11 @@ async def test_large_answers_pass(gateway: Gateway) -> None:
 
 
 async def test_zero_values_are_in_the_answer(gateway: Gateway) -> None:
-    assert (await ingest(gateway, batch(100))).json == {"acceptedCount": 0, "refused": [], "droppedCount": 0}
+    assert (await ingest(gateway, batch(100))).json == {
+        "acceptedCount": 0,
+        "refused": [],
+        "droppedCount": 0,
+    }
 
 
 # --- limits -----------------------------------------------------------------------------------------------

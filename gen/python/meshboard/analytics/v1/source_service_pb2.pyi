@@ -358,8 +358,9 @@ class SourceUsage(_message.Message):
     date: _builtins.str
     """The day of UTC, such as `2026-11-28`."""
     event_count: _builtins.int
-    """The accepted events, also those that turn out to be duplicates. A second behind. After a crash it can be wrong by what
-    the process took in its last second or, under a quota, by what it had set aside: too high by 1 in 100 of the quota.
+    """The accepted events, also those that turn out to be duplicates. A second behind; under a quota it is too high by what
+    is set aside for the next second: for each process a hundredth of the quota, at most 100,000. A process that is killed
+    leaves it so, or, where there is no quota, loses its last second.
     """
     def __init__(
         self,
