@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from services.analytics_svc.event_store import EventStore, UnavailableError, Value
+from services.analytics_svc.persons import persons_table
 
 # Partitions follow the time of receipt: a batch falls into one (two, when one ends), however old its events are, and
 # the look-up of duplicates reads the newest only. What is kept for about as long lies together, in stretches that are
