@@ -116,6 +116,29 @@ async def test_a_cancelled_call_ends_its_query_in_the_store(analytics: Analytics
     await eventually(ended)
 
 
+async def test_what_nobody_waits_for_ends_in_the_store(analytics: Analytics) -> None:
+    """A statement that would never end by itself."""
+    queries = of_one(analytics, seconds=600.0, rows=0)
+    endless = "SELECT count() AS m19 FROM numbers(1000000000000)"
+    waiting = [
+        asyncio.create_task(queries.shared(("endless",), lambda: queries.rows(endless, {}, "a workspace")))
+        for _ in range(2)
+    ]
+
+    async def runs() -> bool:
+        return await under_way(analytics.store) == 1
+
+    async def ended() -> bool:
+        return await under_way(analytics.store) == 0
+
+    await eventually(runs)
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    assert await runs(), "the other one still waits for it"
+    waiting[1].cancel()
+    await eventually(ended)
+
+
 async def test_a_call_past_its_deadline_ends_its_query_in_the_store(
     analytics: Analytics, crowd: Crowd
 ) -> None:
