@@ -24,7 +24,7 @@ from meshboard.analytics.v1.compat_service_pb2 import (
     SendTrackResponse,
 )
 from meshboard.analytics.v1.compat_service_pb2_grpc import CompatServiceServicer
-from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest, RefusedEvent
+from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest, IngestResponse, RefusedEvent
 
 from services.analytics_svc.ingest import IngestServicer
 from services.chassis import errors
@@ -55,15 +55,17 @@ class CompatServicer(CompatServiceServicer):
             else:
                 places.append(index)
         _set_send_time(batch, request.sent_at)
-        accepted = 0
-        if places:
-            answer = await self.ingest.Ingest(batch, context)
-            accepted = answer.accepted_count
-            for refusal in answer.refused:
-                refusal.index = places[refusal.index]
-                refused.append(refusal)
+        answer = await self.ingest.Ingest(batch, context) if places else IngestResponse()
+        for refusal in answer.refused:
+            refusal.index = places[refusal.index]
+            refused.append(refusal)
         refused.sort(key=lambda refusal: refusal.index)
-        return SendBatchResponse(success=not refused, accepted_count=accepted, refused=refused)
+        return SendBatchResponse(
+            success=not refused,
+            accepted_count=answer.accepted_count,
+            refused=refused,
+            dropped_count=answer.dropped_count,
+        )
 
     async def SendTrack(self, request: SendTrackRequest, context: Context) -> SendTrackResponse:
         await self._take(request.message, "track", context)

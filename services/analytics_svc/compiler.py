@@ -214,12 +214,7 @@ class _Compilation:
         numbers = [f"m{index}" for index in groups.aggregates]
         rows, missing = groups.rows(source, "is_earlier"), ""
         if self.query.granularity:
-            late = self._buckets(self.events, "query.comparison")
-            early = self._buckets(self._earlier(), "query.comparison")
-            pairs = f"""(
-                SELECT (arrayResize(late, n), arrayResize(early, n))
-                FROM (SELECT {late} AS late, {early} AS early, least(length(late), length(early)) AS n)
-            )"""
+            pairs = self._pairs()
             bucket = f"if(is_earlier, transform(k0, {pairs}.2, {pairs}.1, toUInt32(0)), k0) AS k0"
             rows = f"SELECT {', '.join(['is_earlier', bucket, *keys[1:], *numbers])} FROM ({rows})"
             rows = f"SELECT * FROM ({rows}) WHERE k0 != 0"
@@ -232,6 +227,15 @@ class _Compilation:
         renamed = [f"m{index}_ AS m{index}, e{index}" for index in groups.aggregates]
         group_by = f"GROUP BY {', '.join(keys)}" if keys else ""
         return f"SELECT {', '.join([*keys, *renamed])} FROM (SELECT {', '.join(columns)} FROM ({rows}) {group_by})"
+
+    def _pairs(self) -> str:
+        """Two arrays: the buckets of the range that have one of the earlier period beside them, and those."""
+        late = self._buckets(self.events, "query.comparison")
+        early = self._buckets(self._earlier(), "query.comparison")
+        return f"""(
+            SELECT (arrayResize(late, n), arrayResize(early, n))
+            FROM (SELECT {late} AS late, {early} AS early, least(length(late), length(early)) AS n)
+        )"""
 
     def _buckets(self, events: Selection, path: str) -> str:
         """A sorted array of the beginnings of all buckets in a range, in seconds since 1970."""
@@ -256,13 +260,12 @@ class _Compilation:
             invalid("query.fill_gaps", "Gaps can be filled in a query with a granularity.")
         buckets = self._buckets(self.events, "query.fill_gaps")
         keys = [f"k{i}" for i in range(1, key_count)]
-        numbers, empty = [], []
-        for letter, places in (
-            ("m", aggregates),
-            ("e", aggregates if self.query.HasField("comparison") else []),
-        ):
-            numbers += [f"{letter}{index}" for index in places]
-            empty += ["toUInt64(0)" if _counts(self.measures[index]) else "NULL" for index in places]
+        numbers = [f"m{index}" for index in aggregates]
+        empty = ["toUInt64(0)" if _counts(self.measures[index]) else "NULL" for index in aggregates]
+        if self.query.HasField("comparison"):
+            numbers += [f"e{index}" for index in aggregates]
+            # What has no bucket of the earlier period beside it is null, not nothing.
+            empty += [f"if(bucket > {self._pairs()}.1[-1], NULL, {nothing})" for nothing in empty]
         kept = [f"cell.{i + 2} AS {name}" for i, name in enumerate(numbers)]
         group_by = f"GROUP BY {', '.join(keys)}" if keys else ""
         return f"""

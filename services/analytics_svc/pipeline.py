@@ -416,7 +416,9 @@ class Pipeline:
             except DataRefusedError:
                 raise
             except (UnavailableError, EventStoreError, OSError, exc.SQLAlchemyError) as error:
-                log.warning("pipeline_waits", error=str(error)[:300], failures=failures)
+                # Not the text of the store's errors, which may quote events.
+                why = f"{error.code}" if isinstance(error, EventStoreError) else str(error)[:300]
+                log.warning("pipeline_waits", error=f"{type(error).__name__}: {why}", failures=failures)
                 await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
                 failures += 1
 

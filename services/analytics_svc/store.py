@@ -44,6 +44,7 @@ _INSERT = re.compile(r"\s*INSERT\s+INTO\b", re.IGNORECASE)
 _FORMAT = re.compile(r"\bFORMAT\s+(\w+)\s*;?\s*$", re.IGNORECASE)
 _INPUT = re.compile(r"\binput\s*\(", re.IGNORECASE)
 _ERROR = re.compile(r"Code: (\d+)\. ")
+_NAME = re.compile(r"\(([A-Z][A-Z_]+)\)")
 _SETTING = re.compile(r"\w+")
 
 
@@ -206,7 +207,9 @@ async def serve(settings: AnalyticsSettings) -> None:
 def _failure(text: str) -> web.Response:
     found = _ERROR.search(text)
     code = found[1] if found else "1002"  # UNKNOWN_EXCEPTION
-    log.warning("statement failed", code=int(code), error=text[:500])
+    # By its name: the text may quote events, and values of parameters.
+    names = _NAME.findall(text)
+    log.warning("statement failed", code=int(code), error=names[-1] if names else "")
     return web.Response(status=500, text=text, headers={"X-ClickHouse-Exception-Code": code})
 
 

@@ -79,6 +79,7 @@ async def acknowledged(
                 accepted_count=answer.accepted_count,
                 refused=answer.refused,
                 total_accepted_count=total,
+                dropped_count=answer.dropped_count,
             )
         await reader  # for what it failed with
     finally:

@@ -293,6 +293,17 @@ async def test_what_the_earlier_period_has_no_bucket_for_is_null(store: EventSto
             assert all(cells[2:] == [None, None] for cells in found[-missing:])
 
 
+async def test_a_filled_bucket_that_no_earlier_one_stands_beside_is_null(store: EventStore) -> None:
+    query = Query(source_ids=[new_id()], granularity=Query.DAY, fill_gaps=True, comparison=Comparison())
+    query.comparison.period = Comparison.MONTH
+    query.measures.add(alias="all")
+    query.time_range.start_time.FromDatetime(datetime(2015, 3, 1))  # noqa: DTZ001 - UTC
+    query.time_range.end_time.FromDatetime(datetime(2015, 4, 1))  # noqa: DTZ001
+    found = await run(store, query, new_id())
+    assert found == oracle.answer(query, [])
+    assert [cells[1:] for cells in found] == [[0, 0]] * 28 + [[0, None]] * 3
+
+
 def test_names_columns_by_default() -> None:
     query = Query(
         source_ids=[new_id()],

@@ -171,10 +171,13 @@ class SendBatchResponse(_message.Message):
     SUCCESS_FIELD_NUMBER: _builtins.int
     ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
     success: _builtins.bool
     """Whether nothing was refused."""
     accepted_count: _builtins.int
     """How many messages were accepted."""
+    dropped_count: _builtins.int
+    """How many messages were left out because their people are not in the sample of the source."""
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[_ingest_service_pb2.RefusedEvent]:
         """The messages that were refused."""
@@ -185,10 +188,11 @@ class SendBatchResponse(_message.Message):
         success: _builtins.bool = ...,
         accepted_count: _builtins.int = ...,
         refused: _abc.Iterable[_ingest_service_pb2.RefusedEvent] | None = ...,
+        dropped_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "refused", b"refused", "success", b"success"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "dropped_count", b"dropped_count", "refused", b"refused", "success", b"success"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -242,12 +242,15 @@ class IngestStreamResponse(_message.Message):
     ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     TOTAL_ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """The batch's `position`."""
     accepted_count: _builtins.int
     """How many of its events were accepted."""
     total_accepted_count: _builtins.int
     """How many events of this stream were accepted until now."""
+    dropped_count: _builtins.int
+    """How many of its events were left out because their people are not in the sample of the source."""
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedEvent]:
         """Those of its events that were refused."""
@@ -259,10 +262,11 @@ class IngestStreamResponse(_message.Message):
         accepted_count: _builtins.int = ...,
         refused: _abc.Iterable[Global___RefusedEvent] | None = ...,
         total_accepted_count: _builtins.int = ...,
+        dropped_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "position", b"position", "refused", b"refused", "total_accepted_count", b"total_accepted_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "dropped_count", b"dropped_count", "position", b"position", "refused", b"refused", "total_accepted_count", b"total_accepted_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,8 +34,9 @@ class IngestServiceStub:
     After a break the caller goes on behind the last `position` that was acknowledged. Events that have no `insert_id` get
     one from `stream_id`, `position` and their place in the batch: a batch that is sent again at its position counts once.
 
-    Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
-    withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
+    Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID or WRITE_KEY_EXPIRED,
+    also when that happens while it is open; with PERMISSION_DENIED, reason ORIGIN_NOT_ALLOWED; with RESOURCE_EXHAUSTED,
+    reason QUOTA_EXHAUSTED and `RetryInfo`; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
     DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
     batches are the elements of one array, of at most 4 MiB; the answer ends, without a reason, where one was not taken.
     """
@@ -72,8 +73,9 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
         After a break the caller goes on behind the last `position` that was acknowledged. Events that have no `insert_id` get
         one from `stream_id`, `position` and their place in the batch: a batch that is sent again at its position counts once.
 
-        Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID, also when the key is
-        withdrawn while it is open; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
+        Events are judged as by `Ingest`. The stream ends with UNAUTHENTICATED, reason WRITE_KEY_INVALID or WRITE_KEY_EXPIRED,
+        also when that happens while it is open; with PERMISSION_DENIED, reason ORIGIN_NOT_ALLOWED; with RESOURCE_EXHAUSTED,
+        reason QUOTA_EXHAUSTED and `RetryInfo`; with INVALID_ARGUMENT, reason POSITION_INVALID; with UNAVAILABLE, reason
         DEPENDENCY_UNAVAILABLE and `RetryInfo`, when the event log cannot take more. What was acknowledged stays. As JSON the
         batches are the elements of one array, of at most 4 MiB; the answer ends, without a reason, where one was not taken.
         """
