@@ -50,6 +50,7 @@ class _Directory(EventStore):
         from services.analytics_svc.store import Engine, Request  # noqa: PLC0415 - takes seconds, in one process only
 
         self._engine, self._request = Engine(folder), Request
+        self.cluster = ""
 
     async def execute(
         self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = LIMIT_SECONDS
