@@ -31,7 +31,7 @@ from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.event_store import EventStore, Rows, TooExpensiveError, UnavailableError, Value
 from services.analytics_svc.memberships import Memberships, check_visible, memberships, named_in
 from services.analytics_svc.models import Source, Watermark
-from services.chassis import auth, errors
+from services.chassis import auth, errors, telemetry
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -159,8 +159,14 @@ class Queries:
         flight = self._flights.get(key)
         if flight is None:
             _answers.labels("store").inc()
-            # In an empty context: it runs for several calls, and has none's deadline.
-            flight = self._flights[key] = _Flight(asyncio.create_task(compute(), context=ContextVars()))
+            carrier = telemetry.trace_headers()
+
+            async def in_trace() -> T:
+                with telemetry.span("shared answer", carrier=carrier):
+                    return await compute()
+
+            # In an empty context: it runs for several calls, in the trace of the first, and has none's deadline.
+            flight = self._flights[key] = _Flight(asyncio.create_task(in_trace(), context=ContextVars()))
             flight.task.add_done_callback(lambda _: self._land(key, flight))
         else:
             _answers.labels("shared").inc()

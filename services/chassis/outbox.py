@@ -44,8 +44,6 @@ _INTERRUPTIONS = (
     asyncpg.InternalClientError,
 )
 _BATCH = 256
-# Events of a burst share a publish and a mark; the first one waits for nothing.
-_REST_SECONDS = 0.05
 _MEASURE_SECONDS = 5
 _SWEEP_SECONDS = 600
 
@@ -101,7 +99,6 @@ class Relay:
         self._service = service
         self._next_measure = 0.0
         self._next_sweep = 0.0
-        self._rest_until = 0.0
 
     async def run(self) -> None:
         """Works until it is cancelled, through restarts of Postgres and NATS."""
@@ -134,7 +131,6 @@ class Relay:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(BEAT_SECONDS):
                         await committed.wait()
-                await asyncio.sleep(self._rest_until - time.monotonic())
         finally:
             connection.terminate()
 
@@ -171,7 +167,6 @@ class Relay:
                     "publish_failed", service=self._service, count=len(failures), error=str(failures[0])
                 )
                 return False
-            self._rest_until = time.monotonic() + _REST_SECONDS
             if len(rows) < _BATCH:
                 return True
 

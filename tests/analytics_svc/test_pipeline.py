@@ -192,6 +192,7 @@ async def test_a_token_stands_for_all_of_an_insert(store: EventStore) -> None:
 
 async def test_keeps_what_the_store_refuses_and_goes_on(log: Log) -> None:
     await log.store.execute("ALTER TABLE events ADD CONSTRAINT no_poison CHECK event != 'poison'")
+    _, last = await log.bus.sequences(STREAM)  # what other tests have put there fails here as well
     await log.append([f"before {n}" for n in range(40)])
     await log.append(["bad 1"], event="poison")
     await log.bus.publish(f"events.x.{log.source.source_id}", b"\xff no protobuf")
@@ -204,19 +205,19 @@ async def test_keeps_what_the_store_refuses_and_goes_on(log: Log) -> None:
         db = chassis_db.connect(log.database_url)
 
         async def all_failed() -> bool:
-            return len(await _failed(db)) == 4
+            return len(await _failed(db, last)) == 4
 
         await eventually(all_failed)
-        failed = await _failed(db)
+        failed = await _failed(db, last)
         await chassis_db.engine(db).dispose()
     kept = [LoggedBatch.FromString(row.batch) for row in failed if row.source_id == log.source.source_id]
     assert sorted(event.insert_id for batch in kept for event in batch.events) == ["bad 1", "bad 2"]
     assert all("no_poison" in row.error for row in failed if row.source_id)
 
 
-async def _failed(db: Any) -> list[FailedEvent]:
+async def _failed(db: Any, after: int) -> list[FailedEvent]:
     async with db() as session:
-        return list(await session.scalars(select(FailedEvent)))
+        return list(await session.scalars(select(FailedEvent).where(FailedEvent.sequence > after)))
 
 
 async def test_goes_on_with_a_log_that_was_replaced(log: Log) -> None:
