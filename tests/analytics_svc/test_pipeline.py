@@ -215,7 +215,7 @@ async def test_keeps_what_the_store_refuses_and_goes_on(log: Log) -> None:
     assert all("no_poison" in row.error for row in failed if row.source_id)
 
 
-async def _failed(db: Any, after: int) -> list[FailedEvent]:
+async def _failed(db: Any, after: int = 0) -> list[FailedEvent]:
     async with db() as session:
         return list(await session.scalars(select(FailedEvent).where(FailedEvent.sequence > after)))
 
