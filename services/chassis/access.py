@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from google.api import annotations_pb2
 from google.protobuf import message
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from meshboard.options.v1 import access_pb2
@@ -56,7 +57,7 @@ class Need:
 class Rule:
     """The access of one method. `kind` is the name of the oneof's field, `path` the resource field's path.
 
-    `also` are needed beside `permission`.
+    `also` are needed beside `permission`. `has_body` says that the message may be the body of an HTTP request.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Rule:
     recent: bool = False
     or_workspace: bool = False
     also: tuple[Need, ...] = ()
+    has_body: bool = False
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -82,6 +84,7 @@ class MissingAccessError(Exception):
 def rule_of(method: MethodDescriptor) -> Rule:
     """Reads the option of a method. Raises MissingAccessError."""
     option = method.GetOptions().Extensions[access_pb2.access]
+    http = method.GetOptions().Extensions[annotations_pb2.http]
     kind = option.WhichOneof("rule")
     if kind is None:
         raise MissingAccessError(f"{method.full_name} has no access option")
@@ -95,6 +98,7 @@ def rule_of(method: MethodDescriptor) -> Rule:
         recent=option.recent,
         or_workspace=option.or_workspace,
         also=tuple(Need(need.permission, _path(need.resource), need.or_workspace) for need in option.also),
+        has_body=any(binding.body for binding in (http, *http.additional_bindings)),
     )
 
 

@@ -56,10 +56,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, path: str, rule: Rule, handler: Any) -> Any:
         stages = _Stages(path, rule, self)
         serializers = (_lenient(handler.request_deserializer), handler.response_serializer)
-        if handler.unary_unary:
+        if handler.unary_unary and rule.has_body:
             # gRPC itself would leave a call without any message unanswered until its deadline. So a request comes from
             # the gateway whose JSON, after unpacking, ends too early.
-            return grpc.stream_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
+            return grpc.stream_unary_rpc_method_handler(
+                stages.unary(handler.unary_unary, reads=True), *serializers
+            )
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(stages.unary(handler.unary_unary), *serializers)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(stages.stream(handler.unary_stream), *serializers)
         if handler.stream_stream:
@@ -105,17 +109,20 @@ class _Stages:
         self._seconds = telemetry.SECONDS.labels(rule.method)
         self._ok = telemetry.CALLS.labels(rule.method, "OK")
 
-    def unary(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        """Wraps a method that gives one answer."""
+    def unary(
+        self, method: Callable[..., Awaitable[Any]], *, reads: bool = False
+    ) -> Callable[..., Awaitable[Any]]:
+        """Wraps a method that gives one answer; with `reads` its request is read here, and may be missing."""
 
-        async def call(_: object, context: Context) -> Any:
+        async def call(request: Any, context: Context) -> Any:
             start = time.perf_counter()
             metadata = _metadata(context)
             with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
                 try:
                     with self._interceptor.admitted():
                         async with asyncio.timeout(self._deadline(context, self._interceptor.call_seconds)):
-                            request = await context.read()
+                            if reads:
+                                request = await context.read()
                             if request is grpc.aio.EOF:
                                 request = _Unreadable("it has no message")
                             await self._enter(request, metadata)
