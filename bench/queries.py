@@ -27,7 +27,7 @@ from bench.load import LIMIT_SECONDS, LoadFailedError
 from bench.mesh import Account, Mesh
 from services.analytics_svc.compiler import compile_query
 from services.analytics_svc.event_store import EventStore, Value, parameter
-from services.analytics_svc.tables import create_tables
+from services.analytics_svc.tables import statements
 
 METHOD = "/meshboard.analytics.v1.QueryService/RunQuery"
 TARGET_RATIO = 1.2
@@ -69,7 +69,7 @@ FROM (SELECT number, cityHash64(number) AS hash FROM numbers({first:UInt64}, {si
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Which events both have."""
 
     workspace_id: str
@@ -105,11 +105,11 @@ def measure(
 ) -> list[Figure]:
     """Milliseconds of each query, its ratio to chDB alone, and those of answers that are remembered."""
     source_id, _ = account.create_source()
-    rows = _Rows(account.workspace_id, source_id, events)
+    rows = Rows(account.workspace_id, source_id, events)
     asyncio.run(_fill(mesh.environment("analytics_svc")["MESHBOARD_EVENT_STORE_URL"], rows))
     say(f"{events:,} events in the store")
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
-    with _Alone(rows) as alone, grpc.insecure_channel(mesh.address("analytics")) as channel:
+    with Alone(rows) as alone, grpc.insecure_channel(mesh.address("analytics")) as channel:
         say("as many in chDB alone")
         run = channel.unary_unary(METHOD, RunQueryRequest.SerializeToString, RunQueryResponse.FromString)
 
@@ -160,17 +160,17 @@ def figures(spent: Mapping[tuple[str, str], Sequence[float]], cached: Sequence[f
     return result
 
 
-async def _fill(url: str, rows: _Rows) -> None:
+async def _fill(url: str, rows: Rows) -> None:
     store = EventStore(url)
     for params in rows.inserts():
         await store.execute(_INSERT, params, timeout=LIMIT_SECONDS)
     await store.close()
 
 
-class _Alone:
+class Alone:
     """A chDB directory with the same rows, in a process of its own. Raises LoadFailedError."""
 
-    def __init__(self, rows: _Rows) -> None:
+    def __init__(self, rows: Rows) -> None:
         context = multiprocessing.get_context("spawn")
         self._workspace_id = rows.workspace_id
         self._pipe, theirs = context.Pipe()
@@ -178,7 +178,7 @@ class _Alone:
         self._process.start()
         theirs.close()
 
-    def __enter__(self) -> _Alone:
+    def __enter__(self) -> Alone:
         self._receive()
         return self
 
@@ -204,24 +204,13 @@ class _Alone:
         raise LoadFailedError("chDB did not answer.")
 
 
-def _serve(pipe: Connection, rows: _Rows) -> None:
+def _serve(pipe: Connection, rows: Rows) -> None:
     from chdb.state.sqlitelike import Connection as Engine  # noqa: PLC0415 - takes seconds, in one process only
-
-    class Directory(EventStore):
-        """In the place of a store behind HTTP."""
-
-        def __init__(self, engine: Engine) -> None:
-            self._engine = engine
-
-        async def execute(
-            self, sql: str, params: Mapping[str, Value] | None = None, *, timeout: float = LIMIT_SECONDS
-        ) -> None:
-            self._engine.query(sql, "Null", params=dict(params or {}))
 
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(str(Path(folder) / "chdb"))
-        store = Directory(engine)
-        asyncio.run(create_tables(store))
+        for statement in statements(cluster=""):
+            engine.query(statement, "Null")
         for params in rows.inserts():
             engine.query(_INSERT, "Null", params=params)
         pipe.send("ready")

@@ -204,6 +204,15 @@ def reason_of(failure: grpc.aio.AioRpcError) -> str:
     return str(info.reason)
 
 
+async def outcome(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
+    """The code and the reason with which a call ends, for conditions that are waited for; `""` when it is answered."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as failure:
+        return failure.code(), reason_of(failure)
+    return grpc.StatusCode.OK, ""
+
+
 async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
     """The code and the reason with which a call fails; fails when it does not."""
     try:

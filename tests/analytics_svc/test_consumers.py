@@ -12,7 +12,7 @@ from services.chassis.times import now
 from tests.analytics_svc.conftest import Analytics
 from tests.analytics_svc.test_cohorts import create
 from tests.conditions import eventually
-from tests.harness import refused
+from tests.harness import outcome
 from tests.parts import Parts
 
 
@@ -31,11 +31,10 @@ async def test_a_deleted_workspace_accepts_no_events(analytics: Analytics, parts
     source, write_key = sources[gone.workspace_id]
 
     async def is_refused() -> bool:
-        try:
-            outcome = await refused(analytics.send(write_key, [{}]))
-        except AssertionError:
-            return False
-        return outcome == (grpc.StatusCode.UNAUTHENTICATED, "WRITE_KEY_INVALID")
+        return await outcome(analytics.send(write_key, [{}])) == (
+            grpc.StatusCode.UNAUTHENTICATED,
+            "WRITE_KEY_INVALID",
+        )
 
     await eventually(is_refused, seconds=4)
     await analytics.send(sources[spared.workspace_id][1], [{}])

@@ -8,7 +8,7 @@ from services.auth_svc.models import Account, ApiKey, AuditEntryRow, ServiceAcco
 from tests.auth_svc.conftest import Services
 from tests.auth_svc.machines import exchange, join, machine, outcome_in_workspace, owner_of
 from tests.conditions import eventually
-from tests.harness import refused
+from tests.harness import outcome
 
 
 async def test_service_accounts_end_with_their_keys(services: Services):
@@ -45,7 +45,7 @@ async def test_service_accounts_end_with_their_keys(services: Services):
     await eventually(ended)
 
     async def refused_key() -> bool:
-        return (await refused(exchange(services, bot.secret)))[1] == "API_KEY_INVALID"
+        return (await outcome(exchange(services, bot.secret)))[1] == "API_KEY_INVALID"
 
     await eventually(refused_key)
     await exchange(services, spared.secret)

@@ -20,7 +20,7 @@ from services.chassis.db import OutboxRow
 from services.chassis.times import now
 from tests.auth_svc.conftest import Services, bearer
 from tests.conditions import eventually
-from tests.harness import new_id, refused
+from tests.harness import new_id, outcome, refused
 
 Sessions = async_sessionmaker[AsyncSession]
 
@@ -124,7 +124,7 @@ async def test_an_account_is_disabled_and_enabled_by_its_address(services: Servi
 
     async def ended() -> bool:
         call = services.users.GetMe(GetMeRequest(), metadata=bearer(signed_up.access_token))
-        return (await refused(call))[1] == "SESSION_REVOKED"
+        return (await outcome(call))[1] == "SESSION_REVOKED"
 
     await eventually(ended, seconds=5)
     assert (await refused(services.sign_in(email)))[1] == "ACCOUNT_DISABLED"

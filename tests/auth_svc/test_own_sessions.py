@@ -16,7 +16,7 @@ from services.auth_svc.models import Session as SessionRow
 from services.auth_svc.own_sessions import device_of
 from tests.auth_svc.conftest import PASSWORD, Services, bearer, claims_of, new_email
 from tests.conditions import eventually
-from tests.harness import new_id, refused
+from tests.harness import new_id, outcome, refused
 
 ABSENT = (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND")
 ENDED = (grpc.StatusCode.UNAUTHENTICATED, "SESSION_REVOKED")
@@ -80,7 +80,7 @@ async def test_revokes_one_and_no_other(services: Services):
 
     async def out() -> bool:
         call = services.users.GetMe(GetMeRequest(), metadata=bearer(second.access_token))
-        return await refused(call) == ENDED
+        return await outcome(call) == ENDED
 
     await eventually(out, seconds=2)
     assert (await refused(services.auth.Refresh(RefreshRequest(refresh_token=second.refresh_token))))[1] == (

@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 from services.auth_svc.models import AuditEntryRow, Session
 from tests.auth_svc.conftest import PASSWORD, Services, claims_of, from_elsewhere, new_email
 from tests.conditions import eventually
-from tests.harness import ISSUER, refused
+from tests.harness import ISSUER, outcome, refused
 
 WRONG = (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_WRONG")
 REVOKED = (grpc.StatusCode.UNAUTHENTICATED, "SESSION_REVOKED")
@@ -60,11 +60,7 @@ async def test_makes_the_session_recent_in_a_new_one(services: Services):
 
     async def old_one_is_refused() -> bool:
         call = services.accounts.GetAccount(GetAccountRequest(), metadata=from_elsewhere(old))
-        try:
-            await call
-        except grpc.aio.AioRpcError:
-            return await refused(call) == REVOKED
-        return False
+        return await outcome(call) == REVOKED
 
     await eventually(old_one_is_refused)
 

@@ -17,7 +17,7 @@ from services.auth_svc.models import Account, AuditEntryRow, Mail, Ticket
 from tests.auth_svc.conftest import PASSWORD, Services, from_elsewhere, new_email
 from tests.auth_svc.work import work_of
 from tests.conditions import eventually
-from tests.harness import refused
+from tests.harness import outcome, refused
 from tests.mailbox import Mailbox
 
 NEW = "another good passphrase"
@@ -66,8 +66,7 @@ async def test_ends_all_sessions(services: Services, mailbox: Mailbox):
 
         async def ended(access_token: str = access_token) -> bool:
             call = services.accounts.GetAccount(GetAccountRequest(), metadata=from_elsewhere(access_token))
-            (outcome,) = await asyncio.gather(refused(call), return_exceptions=True)
-            return outcome == (grpc.StatusCode.UNAUTHENTICATED, "SESSION_REVOKED")
+            return await outcome(call) == (grpc.StatusCode.UNAUTHENTICATED, "SESSION_REVOKED")
 
         await eventually(ended)
 

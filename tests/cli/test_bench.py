@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
+from uuid import uuid4
 
 import pytest
 from aiohttp import web
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 
-from bench import events, ingest, queries, reads, startup, visible
+from bench import direct, events, ingest, queries, reads, startup, visible
 from bench.figures import Figure, document, percentile, table
 from bench.load import Generator, Load, LoadFailedError, Sent, h2load_rate
 
@@ -127,6 +128,15 @@ def test_every_event_that_is_sent_is_another() -> None:
     batch = LoggedBatch.FromString(events.logged_batches(10, 10, "run", "workspace", "source")[0])
     assert (batch.workspace_id, batch.source_id, len(batch.events)) == ("workspace", "source", 10)
     assert any(event.browser for event in batch.events)
+
+
+def test_the_baselines_have_tables_and_events_of_their_own() -> None:
+    workspace_id, source_id = str(uuid4()), str(uuid4())
+    inserted = direct.insert(partial(events.logged_batches, 2_000, 1_000, "run", workspace_id, source_id))
+    assert inserted.requests == 2
+    rows = queries.Rows(workspace_id, source_id, 1_000)
+    with queries.Alone(rows) as alone:
+        assert alone.ask(rows.query(queries.QUERIES["days"], 0)) > 0
 
 
 def bodies(*texts: str) -> list[bytes]:

@@ -32,7 +32,7 @@ from tests.auth_svc.conftest import (
     running_auth,
 )
 from tests.conditions import eventually
-from tests.harness import make_keys, new_id, reason_of, refused
+from tests.harness import make_keys, new_id, outcome, reason_of, refused
 from tests.parts import Parts
 from tests.parts import running as running_parts
 
@@ -152,9 +152,7 @@ async def test_a_new_key_takes_over_while_calls_are_made(own: Own):
     async def refused_everywhere() -> bool:
         # A key that nobody knows has the key set fetched anew, at most once a second.
         await refused(get_me(services, stranger(old)))
-        outcomes = await asyncio.gather(get_me(services, old), return_exceptions=True)
-        failure = outcomes[0]
-        return isinstance(failure, grpc.aio.AioRpcError) and (failure.code(), reason_of(failure)) == INVALID
+        return await outcome(get_me(services, old)) == INVALID
 
     await eventually(refused_everywhere)
     await get_me(services, tokens[1])
