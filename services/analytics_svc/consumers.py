@@ -16,7 +16,7 @@ from services.chassis.inbox import after_commit
 async def on_workspace_deleted(write_keys: WriteKeys, session: AsyncSession, event: WorkspaceDeleted) -> None:
     """Deletes the sources of a workspace with the grants on them, and its cohorts, and has its write keys refused.
 
-    What the sources have collected stays in the event store until its retention ends: nobody has rights to it.
+    Nobody has rights to what the sources have collected, and the next sweep removes it (removals.py).
     """
     await session.execute(delete(GrantRow).where(GrantRow.workspace_id == event.workspace_id))
     await session.execute(delete(Cohort).where(Cohort.workspace_id == event.workspace_id))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import structlog
 from prometheus_client import Counter
-from sqlalchemy import Integer, delete, literal_column, select, tuple_, update
+from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -94,8 +94,7 @@ class Retention:
 
     async def _settings(self) -> tuple[dict[SourceKey, int], set[SourceKey]]:
         async with self.db() as session:
-            days = literal_column("retention_days", Integer)
-            kept = await session.execute(select(Source.workspace_id, Source.source_id, days))
+            kept = await session.execute(select(Source.workspace_id, Source.source_id, Source.retention_days))
             gone = await session.execute(select(DeletedSource.workspace_id, DeletedSource.source_id))
             return {(w, s): kept_days for w, s, kept_days in kept}, {(w, s) for w, s in gone}
 
