@@ -102,7 +102,6 @@ async def serve(settings: AnalyticsSettings) -> None:
     )
     failed_events = FailedEventServicer(sessions, log, pages, now=now, new_id=new_id)
     internal_grants = InternalGrantServicer(sessions, [SOURCE], pages, now)
-    catalogue = CatalogueServicer(sessions, Summaries(sessions, store, now), pages, now)
     limits = Limits(
         settings.query_seconds,
         settings.query_memory_bytes,
@@ -110,6 +109,7 @@ async def serve(settings: AnalyticsSettings) -> None:
         settings.queries_per_workspace,
     )
     queries = Queries(sessions, store, now, limits)
+    catalogue = CatalogueServicer(sessions, Summaries(queries), pages, now)
     tails = Tails(queries, per_workspace=settings.tails_per_workspace, at_most=settings.tails)
     await tails.listen(bus)
     events = EventServicer(

@@ -7,33 +7,26 @@ times as long as it took, so that a catalogue that many look at takes a tenth of
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from contextvars import Context
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from meshboard.analytics.v1.catalogue_pb2 import CatalogueProperty
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.analytics_svc.event_store import EventStore, TooExpensiveError, UnavailableError
-from services.analytics_svc.models import Watermark
+from services.analytics_svc.queries import Queries, hashable
 from services.analytics_svc.selection import OWN, Selection
-from services.chassis import errors
 
 MAX_NAMES = 10_000
 MAX_VALUES = 50
 SAMPLES = 5
 VALUE_LENGTH = 200
 RECENT = timedelta(days=30)
-QUERY_SECONDS = 10.0
 # So many times as long as an answer took, it is good enough, whatever has arrived meanwhile.
 _STALE_FACTOR = 10
 _CACHED_ROWS = 100_000
 # How many events of the last day are looked at for samples.
 _SAMPLED_EVENTS = 200_000
-_LIMITS = {"max_memory_usage": 1_000_000_000, "max_threads": 2, "readonly": 2}
 
 _SEEN = """count() AS total, countIf(time >= {since}),
     toUnixTimestamp64Milli(min(time)), toUnixTimestamp64Milli(max(time))"""
@@ -75,25 +68,22 @@ class Profile:
 @dataclass(slots=True)
 class _Remembered:
     rows: Rows
-    watermark: int
+    watermarks: tuple[int, ...]
     until: float
 
 
 @dataclass(slots=True)
 class Summaries:
-    """Asks the store, each question once for all who ask it at the same time."""
+    """Asks the store within the limits of queries, each question once for all who ask it at the same time."""
 
-    db: async_sessionmaker[AsyncSession]
-    store: EventStore
-    now: Callable[[], datetime]
+    queries: Queries
     _cached: "OrderedDict[tuple[object, ...], _Remembered]" = field(default_factory=OrderedDict)
     _rows: int = 0
-    _flights: "dict[tuple[object, ...], asyncio.Task[Rows]]" = field(default_factory=dict)
 
     async def events(self, workspace_id: str, source_id: str) -> list[Seen]:
         """The event names of a source, the most frequent first; one more than MAX_NAMES says that there are more.
 
-        All methods raise RESOURCE_EXHAUSTED (QUERY_TOO_EXPENSIVE) and UNAVAILABLE.
+        All methods raise RESOURCE_EXHAUSTED (QUERY_TOO_EXPENSIVE or QUERIES_QUEUED) and UNAVAILABLE.
         """
         of = Selection(workspace_id, [source_id], None, None)
         sql = f"""
@@ -174,59 +164,32 @@ class Summaries:
 
     def _seen(self, of: Selection) -> str:
         # By the hour, so that answers are shared.
-        since = (self.now() - RECENT).replace(minute=0, second=0, microsecond=0)
+        since = (self.queries.now() - RECENT).replace(minute=0, second=0, microsecond=0)
         return _SEEN.format(since=of.instant(int(since.timestamp() * 1000)))
 
     async def _ask(self, of: Selection, sql: str) -> Rows:
-        watermark = await self._watermark(of)
-        key = (sql, *((name, _hashable(value)) for name, value in of.params.items()))
+        watermarks = await self.queries.watermarks(of.workspace_id, of.source_ids)
+        key = (sql, hashable(of.params))
         loop = asyncio.get_running_loop()
         found = self._cached.get(key)
-        if found is not None and (found.watermark == watermark or loop.time() < found.until):
+        if found is not None and (found.watermarks == watermarks or loop.time() < found.until):
             self._cached.move_to_end(key)
             return found.rows
-        flight = self._flights.get(key)
-        if flight is None:
-            # In an empty context: it works for several calls, and has none's deadline.
-            flight = asyncio.create_task(self._compute(of, sql, key, watermark), context=Context())
-            self._flights[key] = flight
-            flight.add_done_callback(lambda done: self._landed(key, done))
-        return await asyncio.shield(flight)
 
-    async def _watermark(self, of: Selection) -> int:
-        async with self.db() as session:
-            found = await session.scalar(
-                select(Watermark.watermark).where(
-                    Watermark.workspace_id == of.workspace_id, Watermark.source_id.in_(of.source_ids)
-                )
-            )
-        return found or 0
+        async def compute() -> Rows:
+            answer = await self.queries.rows(sql, of.params, of.workspace_id)
+            until = loop.time() + _STALE_FACTOR * answer.seconds
+            self._keep(key, _Remembered(answer.rows, watermarks, until))
+            return answer.rows
 
-    async def _compute(self, of: Selection, sql: str, key: tuple[object, ...], watermark: int) -> Rows:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        try:
-            found = await self.store.query(sql, of.params, settings=_LIMITS, timeout=QUERY_SECONDS)
-        except TooExpensiveError as error:
-            raise errors.resource_exhausted(
-                "QUERY_TOO_EXPENSIVE",
-                "The source has too many events or names for its catalogue: it needs more time or memory than a query"
-                " may have.",
-            ) from error
-        except UnavailableError as error:
-            raise errors.unavailable("The event store does not answer.") from error
-        until = loop.time() + _STALE_FACTOR * (loop.time() - began)
+        return await self.queries.shared(key, compute)
+
+    def _keep(self, key: tuple[object, ...], remembered: _Remembered) -> None:
         self._forget(key)
-        self._cached[key] = _Remembered(found.rows, watermark, until)
-        self._rows += len(found.rows) + 1
+        self._cached[key] = remembered
+        self._rows += len(remembered.rows) + 1
         while self._rows > _CACHED_ROWS:
             self._forget(next(iter(self._cached)))
-        return found.rows
-
-    def _landed(self, key: tuple[object, ...], flight: "asyncio.Task[Rows]") -> None:
-        del self._flights[key]
-        if not flight.cancelled():
-            flight.exception()  # who waited has got it; nobody may have waited to the end
 
     def _forget(self, key: tuple[object, ...]) -> None:
         if (old := self._cached.pop(key, None)) is not None:
@@ -259,7 +222,3 @@ def _values(seen: Seen, row: list[Any] | None) -> Values:
             if count == row[-1]:
                 return Values(kind, samples)
     return Values(CatalogueProperty.STRING, samples)
-
-
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, str | int | float) else tuple(value)

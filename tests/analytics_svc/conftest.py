@@ -333,7 +333,7 @@ async def analytics(
     ingest = IngestServicer(log, now, rulebook=Rulebook(settings.derived_key("pseudonyms")), quotas=quotas)
     failed_events = FailedEventServicer(db, log, pages, now=now, new_id=new_id)
     queries = Queries(db, store, now)
-    catalogue = CatalogueServicer(db, Summaries(db, store, now), pages, now)
+    catalogue = CatalogueServicer(db, Summaries(queries), pages, now)
     tails = Tails(queries, per_workspace=5, at_most=50)
     await tails.listen(bus)
     events = EventServicer(queries, pages, tails, Span(0.2, 600.0), lambda: False)

@@ -23,6 +23,7 @@ from sqlalchemy import func, select
 
 from services.analytics_svc import catalogue
 from services.analytics_svc.models import CatalogueEntry
+from services.analytics_svc.queries import Queries
 from services.analytics_svc.summaries import Summaries
 from tests.analytics_svc.conftest import Analytics
 from tests.analytics_svc.test_sources import announced, refusal
@@ -407,7 +408,7 @@ async def test_asks_the_store_once_for_all(analytics: Analytics, made: Made) -> 
             return await analytics.store.query(sql, *args, **more)
 
     store: Any = Counting()
-    summaries = Summaries(analytics.db, store, lambda: datetime.now(UTC))
+    summaries = Summaries(Queries(analytics.db, store, lambda: datetime.now(UTC)))
     answers = await asyncio.gather(
         *(summaries.events(member.workspace_id, source.source_id) for _ in range(20))
     )

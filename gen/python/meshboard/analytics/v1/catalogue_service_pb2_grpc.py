@@ -81,7 +81,8 @@ class CatalogueServiceServicer:
         """Lists the event names of a source, the most frequent first, as far as they are not hidden: the 10,000 most frequent of
         those seen, and all that somebody has described, given tags or hidden.
 
-        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+        or QUERIES_QUEUED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,7 +92,7 @@ class CatalogueServiceServicer:
         """Returns an event name of a source.
 
         Fails with NOT_FOUND, reason CATALOGUE_NAME_NOT_FOUND, when it was neither seen nor described; with RESOURCE_EXHAUSTED,
-        reason QUERY_TOO_EXPENSIVE.
+        reason QUERY_TOO_EXPENSIVE or QUERIES_QUEUED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +113,8 @@ class CatalogueServiceServicer:
         """Lists the properties of a source's own events, or of those of one name, the most frequent first, as far as they are
         not hidden: the 10,000 most frequent of those seen, and all that somebody has described, given tags or hidden.
 
-        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+        or QUERIES_QUEUED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +124,8 @@ class CatalogueServiceServicer:
         """Returns a property of a source, one of its own or a built-in, with its most frequent values.
 
         Fails with NOT_FOUND, reason CATALOGUE_NAME_NOT_FOUND, when it was neither seen nor described; with INVALID_ARGUMENT,
-        reason PROPERTY_UNKNOWN, when it is no built-in; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+        reason PROPERTY_UNKNOWN, when it is no built-in; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+        or QUERIES_QUEUED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,13 +24,14 @@ class CatalogueServiceStub:
     """Lists the event names of a source, the most frequent first, as far as they are not hidden: the 10,000 most frequent of
     those seen, and all that somebody has described, given tags or hidden.
 
-    Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+    Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+    or QUERIES_QUEUED.
     """
     GetCatalogueEvent: _aio.UnaryUnaryMultiCallable[_catalogue_service_pb2.GetCatalogueEventRequest, _catalogue_service_pb2.GetCatalogueEventResponse]
     """Returns an event name of a source.
 
     Fails with NOT_FOUND, reason CATALOGUE_NAME_NOT_FOUND, when it was neither seen nor described; with RESOURCE_EXHAUSTED,
-    reason QUERY_TOO_EXPENSIVE.
+    reason QUERY_TOO_EXPENSIVE or QUERIES_QUEUED.
     """
     UpdateCatalogueEvent: _aio.UnaryUnaryMultiCallable[_catalogue_service_pb2.UpdateCatalogueEventRequest, _catalogue_service_pb2.UpdateCatalogueEventResponse]
     """Changes what people say about an event name, also one that was not seen yet, and emits `CatalogueEventUpdated`. The
@@ -43,13 +44,15 @@ class CatalogueServiceStub:
     """Lists the properties of a source's own events, or of those of one name, the most frequent first, as far as they are
     not hidden: the 10,000 most frequent of those seen, and all that somebody has described, given tags or hidden.
 
-    Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+    Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+    or QUERIES_QUEUED.
     """
     GetCatalogueProperty: _aio.UnaryUnaryMultiCallable[_catalogue_service_pb2.GetCataloguePropertyRequest, _catalogue_service_pb2.GetCataloguePropertyResponse]
     """Returns a property of a source, one of its own or a built-in, with its most frequent values.
 
     Fails with NOT_FOUND, reason CATALOGUE_NAME_NOT_FOUND, when it was neither seen nor described; with INVALID_ARGUMENT,
-    reason PROPERTY_UNKNOWN, when it is no built-in; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+    reason PROPERTY_UNKNOWN, when it is no built-in; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+    or QUERIES_QUEUED.
     """
     UpdateCatalogueProperty: _aio.UnaryUnaryMultiCallable[_catalogue_service_pb2.UpdateCataloguePropertyRequest, _catalogue_service_pb2.UpdateCataloguePropertyResponse]
     """Changes what people say about a property, also one that was not seen yet, and emits `CataloguePropertyUpdated`. The
@@ -75,7 +78,8 @@ class CatalogueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the event names of a source, the most frequent first, as far as they are not hidden: the 10,000 most frequent of
         those seen, and all that somebody has described, given tags or hidden.
 
-        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+        or QUERIES_QUEUED.
         """
 
     @_abc_1.abstractmethod
@@ -87,7 +91,7 @@ class CatalogueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns an event name of a source.
 
         Fails with NOT_FOUND, reason CATALOGUE_NAME_NOT_FOUND, when it was neither seen nor described; with RESOURCE_EXHAUSTED,
-        reason QUERY_TOO_EXPENSIVE.
+        reason QUERY_TOO_EXPENSIVE or QUERIES_QUEUED.
         """
 
     @_abc_1.abstractmethod
@@ -112,7 +116,8 @@ class CatalogueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the properties of a source's own events, or of those of one name, the most frequent first, as far as they are
         not hidden: the 10,000 most frequent of those seen, and all that somebody has described, given tags or hidden.
 
-        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+        Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+        or QUERIES_QUEUED.
         """
 
     @_abc_1.abstractmethod
@@ -124,7 +129,8 @@ class CatalogueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns a property of a source, one of its own or a built-in, with its most frequent values.
 
         Fails with NOT_FOUND, reason CATALOGUE_NAME_NOT_FOUND, when it was neither seen nor described; with INVALID_ARGUMENT,
-        reason PROPERTY_UNKNOWN, when it is no built-in; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE.
+        reason PROPERTY_UNKNOWN, when it is no built-in; with RESOURCE_EXHAUSTED, reason QUERY_TOO_EXPENSIVE
+        or QUERIES_QUEUED.
         """
 
     @_abc_1.abstractmethod
