@@ -3,8 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from google.rpc import status_pb2 as _status_pb2
+from meshboard.analytics.v1 import insight_service_pb2 as _insight_service_pb2
 from meshboard.analytics.v1 import query_pb2 as _query_pb2
 import builtins as _builtins
 import sys
@@ -68,3 +72,187 @@ class RunWidgetQueryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunWidgetQueryResponse: _TypeAlias = RunWidgetQueryResponse  # noqa: Y015
+
+@_typing.final
+class WidgetQuestion(_message.Message):
+    """A question of a widget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    FUNNEL_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    KNOWN_VERSION_FIELD_NUMBER: _builtins.int
+    known_version: _builtins.bytes
+    """The `version` of the answer that the asker has; empty: none."""
+    @_builtins.property
+    def query(self) -> _query_pb2.Query:
+        """A query."""
+
+    @_builtins.property
+    def funnel(self) -> _insight_service_pb2.FunnelQuery:
+        """A funnel."""
+
+    @_builtins.property
+    def retention(self) -> _insight_service_pb2.RetentionQuery:
+        """Retention."""
+
+    def __init__(
+        self,
+        *,
+        query: _query_pb2.Query | None = ...,
+        funnel: _insight_service_pb2.FunnelQuery | None = ...,
+        retention: _insight_service_pb2.RetentionQuery | None = ...,
+        known_version: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["funnel", b"funnel", "query", b"query", "question", b"question", "retention", b"retention"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["funnel", b"funnel", "known_version", b"known_version", "query", b"query", "question", b"question", "retention", b"retention"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["query", "funnel", "retention"]  # noqa: Y015
+    _WhichOneofArgType_question: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_question) -> _WhichOneofReturnType_question | None: ...
+
+Global___WidgetQuestion: _TypeAlias = WidgetQuestion  # noqa: Y015
+
+@_typing.final
+class RunWidgetQueriesRequest(_message.Message):
+    """Asks questions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace of the dashboard."""
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetQuestion]:
+        """The questions, 1 to 200."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        questions: _abc.Iterable[Global___WidgetQuestion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunWidgetQueriesRequest: _TypeAlias = RunWidgetQueriesRequest  # noqa: Y015
+
+@_typing.final
+class RunWidgetQueriesResponse(_message.Message):
+    """The answer to one question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    FUNNEL_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The place of the question in the request, from 0."""
+    unchanged: _builtins.bool
+    """The answer that the asker has is the present one."""
+    version: _builtins.bytes
+    """Differs when the question, as its range is resolved now, or the events that it looks at differ."""
+    @_builtins.property
+    def result(self) -> _query_pb2.Result:
+        """Of a query."""
+
+    @_builtins.property
+    def funnel(self) -> _insight_service_pb2.FunnelResult:
+        """Of a funnel."""
+
+    @_builtins.property
+    def retention(self) -> _insight_service_pb2.RetentionResult:
+        """Of retention."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why there is none, as `QueryService.RunQuery` would say; sources of another workspace are NOT_FOUND."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        result: _query_pb2.Result | None = ...,
+        funnel: _insight_service_pb2.FunnelResult | None = ...,
+        retention: _insight_service_pb2.RetentionResult | None = ...,
+        unchanged: _builtins.bool = ...,
+        error: _status_pb2.Status | None = ...,
+        version: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "error", b"error", "funnel", b"funnel", "result", b"result", "retention", b"retention", "unchanged", b"unchanged"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "error", b"error", "funnel", b"funnel", "index", b"index", "result", b"result", "retention", b"retention", "unchanged", b"unchanged", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["result", "funnel", "retention", "unchanged", "error"]  # noqa: Y015
+    _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
+
+Global___RunWidgetQueriesResponse: _TypeAlias = RunWidgetQueriesResponse  # noqa: Y015
+
+@_typing.final
+class CheckWidgetQueriesRequest(_message.Message):
+    """Asks whether questions can be asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace of the dashboard."""
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetQuestion]:
+        """The questions, 1 to 200."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        questions: _abc.Iterable[Global___WidgetQuestion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckWidgetQueriesRequest: _TypeAlias = CheckWidgetQueriesRequest  # noqa: Y015
+
+@_typing.final
+class CheckWidgetQueriesResponse(_message.Message):
+    """Whether questions can be asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    ABSENT_SOURCE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[_status_pb2.Status]:
+        """For each question in order, why it cannot be asked; code 0: it can."""
+
+    @_builtins.property
+    def absent_source_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which sources of the questions are not in the workspace."""
+
+    def __init__(
+        self,
+        *,
+        problems: _abc.Iterable[_status_pb2.Status] | None = ...,
+        absent_source_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_source_ids", b"absent_source_ids", "problems", b"problems"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckWidgetQueriesResponse: _TypeAlias = CheckWidgetQueriesResponse  # noqa: Y015

@@ -35,6 +35,16 @@ class InternalQueryServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.RunWidgetQueries = channel.unary_stream(
+                '/meshboard.analytics.v1.InternalQueryService/RunWidgetQueries',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesResponse.FromString,
+                _registered_method=True)
+        self.CheckWidgetQueries = channel.unary_unary(
+                '/meshboard.analytics.v1.InternalQueryService/CheckWidgetQueries',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesResponse.FromString,
+                _registered_method=True)
         self.RunWidgetQuery = channel.unary_unary(
                 '/meshboard.analytics.v1.InternalQueryService/RunWidgetQuery',
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryRequest.SerializeToString,
@@ -45,6 +55,23 @@ class InternalQueryServiceStub:
 class InternalQueryServiceServicer:
     """What dashboard_svc asks by a dashboard's own right.
     """
+
+    def RunWidgetQueries(self, request, context):
+        """Computes the answers to many questions over sources of one workspace, each as soon as it is there, in any order. A
+        question that fails has its error as its answer.
+
+        A question whose answer is still the one that the asker has (`known_version`) is answered with `unchanged`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckWidgetQueries(self, request, context):
+        """Checks questions over sources of one workspace without running them, and says which of their sources are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def RunWidgetQuery(self, request, context):
         """Computes the answer to a query over sources of one workspace, whoever looks at it. Fails as `QueryService.RunQuery`
@@ -57,6 +84,16 @@ class InternalQueryServiceServicer:
 
 def add_InternalQueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'RunWidgetQueries': grpc.unary_stream_rpc_method_handler(
+                    servicer.RunWidgetQueries,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesResponse.SerializeToString,
+            ),
+            'CheckWidgetQueries': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckWidgetQueries,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesResponse.SerializeToString,
+            ),
             'RunWidgetQuery': grpc.unary_unary_rpc_method_handler(
                     servicer.RunWidgetQuery,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryRequest.FromString,
@@ -73,6 +110,60 @@ def add_InternalQueryServiceServicer_to_server(servicer, server):
 class InternalQueryService:
     """What dashboard_svc asks by a dashboard's own right.
     """
+
+    @staticmethod
+    def RunWidgetQueries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/meshboard.analytics.v1.InternalQueryService/RunWidgetQueries',
+            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckWidgetQueries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.analytics.v1.InternalQueryService/CheckWidgetQueries',
+            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def RunWidgetQuery(request,

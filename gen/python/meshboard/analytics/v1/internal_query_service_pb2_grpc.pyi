@@ -16,6 +16,14 @@ class InternalQueryServiceStub:
     """What dashboard_svc asks by a dashboard's own right."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    RunWidgetQueries: _aio.UnaryStreamMultiCallable[_internal_query_service_pb2.RunWidgetQueriesRequest, _internal_query_service_pb2.RunWidgetQueriesResponse]
+    """Computes the answers to many questions over sources of one workspace, each as soon as it is there, in any order. A
+    question that fails has its error as its answer.
+
+    A question whose answer is still the one that the asker has (`known_version`) is answered with `unchanged`.
+    """
+    CheckWidgetQueries: _aio.UnaryUnaryMultiCallable[_internal_query_service_pb2.CheckWidgetQueriesRequest, _internal_query_service_pb2.CheckWidgetQueriesResponse]
+    """Checks questions over sources of one workspace without running them, and says which of their sources are there."""
     RunWidgetQuery: _aio.UnaryUnaryMultiCallable[_internal_query_service_pb2.RunWidgetQueryRequest, _internal_query_service_pb2.RunWidgetQueryResponse]
     """Computes the answer to a query over sources of one workspace, whoever looks at it. Fails as `QueryService.RunQuery`
     does; sources of another workspace are NOT_FOUND.
@@ -23,6 +31,26 @@ class InternalQueryServiceStub:
 
 class InternalQueryServiceServicer(metaclass=_abc_1.ABCMeta):
     """What dashboard_svc asks by a dashboard's own right."""
+
+    @_abc_1.abstractmethod
+    def RunWidgetQueries(
+        self,
+        request: _internal_query_service_pb2.RunWidgetQueriesRequest,
+        context: _aio.ServicerContext[_internal_query_service_pb2.RunWidgetQueriesRequest, _abc.AsyncIterator[_internal_query_service_pb2.RunWidgetQueriesResponse]],
+    ) -> _abc.AsyncIterator[_internal_query_service_pb2.RunWidgetQueriesResponse]:
+        """Computes the answers to many questions over sources of one workspace, each as soon as it is there, in any order. A
+        question that fails has its error as its answer.
+
+        A question whose answer is still the one that the asker has (`known_version`) is answered with `unchanged`.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckWidgetQueries(
+        self,
+        request: _internal_query_service_pb2.CheckWidgetQueriesRequest,
+        context: _aio.ServicerContext[_internal_query_service_pb2.CheckWidgetQueriesRequest, _abc.Awaitable[_internal_query_service_pb2.CheckWidgetQueriesResponse]],
+    ) -> _abc.Awaitable[_internal_query_service_pb2.CheckWidgetQueriesResponse]:
+        """Checks questions over sources of one workspace without running them, and says which of their sources are there."""
 
     @_abc_1.abstractmethod
     def RunWidgetQuery(

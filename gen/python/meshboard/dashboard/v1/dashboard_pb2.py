@@ -23,12 +23,14 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
+from meshboard.analytics.v1 import insight_service_pb2 as meshboard_dot_analytics_dot_v1_dot_insight__service__pb2
 from meshboard.analytics.v1 import query_pb2 as meshboard_dot_analytics_dot_v1_dot_query__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&meshboard/dashboard/v1/dashboard.proto\x12\x16meshboard.dashboard.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\"meshboard/analytics/v1/query.proto\"\xfa\x02\n\tDashboard\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x1e\n\x05title\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x12*\n\x0b\x64\x65scription\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12\x1d\n\ncreator_id\x18\x05 \x01(\tR\tcreatorId\x12;\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x1b\n\tfolder_id\x18\t \x01(\tR\x08\x66olderId\"\x9a\x04\n\x06Widget\x12%\n\twidget_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08widgetId\x12+\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12\x1e\n\x05title\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x12\x41\n\x04kind\x18\x04 \x01(\x0e\x32#.meshboard.dashboard.v1.Widget.KindB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12\x33\n\x05query\x18\x05 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryR\x05query\x12\x36\n\x06layout\x18\x06 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.LayoutR\x06layout\x12;\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\t \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\"U\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nTIMESERIES\x10\x01\x12\x07\n\x03\x42\x41R\x10\x02\x12\n\n\x06NUMBER\x10\x03\x12\t\n\x05TABLE\x10\x04\x12\x07\n\x03PIE\x10\x05\"\xce\x01\n\x06Layout\x12\x17\n\x01x\x18\x01 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x17(\x00R\x01x\x12\x18\n\x01y\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90N(\x00R\x01y\x12\x1f\n\x05width\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x18(\x00R\x05width\x12\"\n\x06height\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x06height:L\xbaHI\x1aG\n\x0clayout.width\x12\x1cx + width must be at most 24\x1a\x19this.x + this.width <= 24\"\x9a\x01\n\nWidgetData\x12\x1b\n\twidget_id\x18\x01 \x01(\tR\x08widgetId\x12\x38\n\x06result\x18\x02 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultH\x00R\x06result\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00R\x05\x65rrorB\t\n\x07outcomeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&meshboard/dashboard/v1/dashboard.proto\x12\x16meshboard.dashboard.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a,meshboard/analytics/v1/insight_service.proto\x1a\"meshboard/analytics/v1/query.proto\"\xf8\x06\n\tDashboard\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12!\n\x0cworkspace_id\x18\x02 \x01(\tR\x0bworkspaceId\x12\x1e\n\x05title\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x12*\n\x0b\x64\x65scription\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12\x1d\n\ncreator_id\x18\x05 \x01(\tR\tcreatorId\x12;\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12\x1b\n\tfolder_id\x18\t \x01(\tR\x08\x66olderId\x12&\n\x04tags\x18\n \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x10\x14\x18\x01\"\x06r\x04\x10\x01\x18\x32R\x04tags\x12H\n\tvariables\x18\x0b \x03(\x0b\x32 .meshboard.dashboard.v1.VariableB\x08\xbaH\x05\x92\x01\x02\x10\x14R\tvariables\x12<\n\x08settings\x18\x0c \x01(\x0b\x32 .meshboard.dashboard.v1.SettingsR\x08settings\x12`\n\x12\x61nnotation_queries\x18\r \x03(\x0b\x32\'.meshboard.dashboard.v1.AnnotationQueryB\x08\xbaH\x05\x92\x01\x02\x10\nR\x11\x61nnotationQueries\x12\x37\n\x04name\x18\x0e \x01(\tB#\xbaH r\x1b\x32\x19^[a-z0-9][a-z0-9-]{0,99}$\xd8\x01\x01R\x04name\x12\x1b\n\thas_draft\x18\x0f \x01(\x08R\x08hasDraft\x12\x1c\n\tfavourite\x18\x10 \x01(\x08R\tfavourite\x12;\n\x0b\x64\x65lete_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndeleteTime\x12\x39\n\npurge_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tpurgeTime\"\xe8\x06\n\x08Variable\x12\x31\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9_]{0,31}$R\x04name\x12\x1d\n\x05title\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x64R\x05title\x12+\n\x08\x64\x65\x66\x61ults\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x64\"\x05r\x03\x18\xe8\x07R\x08\x64\x65\x66\x61ults\x12\x1a\n\x08multiple\x18\x04 \x01(\x08R\x08multiple\x12?\n\x04text\x18\x05 \x01(\x0b\x32).meshboard.dashboard.v1.Variable.FreeTextH\x00R\x04text\x12\x41\n\x04list\x18\x06 \x01(\x0b\x32+.meshboard.dashboard.v1.Variable.OptionListH\x00R\x04list\x12Z\n\x0fproperty_values\x18\x07 \x01(\x0b\x32/.meshboard.dashboard.v1.Variable.PropertyValuesH\x00R\x0epropertyValues\x12H\n\ttime_span\x18\x08 \x01(\x0b\x32).meshboard.dashboard.v1.Variable.TimeSpanH\x00R\x08timeSpan\x1a\n\n\x08\x46reeText\x1a\\\n\nOptionList\x12N\n\x07options\x18\x01 \x03(\x0b\x32\'.meshboard.dashboard.v1.Variable.OptionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\x07options\x1aH\n\x06Option\x12\x1e\n\x05value\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07R\x05value\x12\x1e\n\x05title\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x1a\xc5\x01\n\x0ePropertyValues\x12%\n\tsource_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12&\n\x08property\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02R\x08property\x12\x42\n\x07\x66ilters\x18\x03 \x03(\x0b\x32\x1e.meshboard.analytics.v1.FilterB\x08\xbaH\x05\x92\x01\x02\x10\nR\x07\x66ilters\x12 \n\x05limit\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x05limit\x1a\n\n\x08TimeSpanB\x0f\n\x06\x63hoice\x12\x05\xbaH\x02\x08\x01\"\xa8\x01\n\x08Settings\x12@\n\ntime_range\x18\x01 \x01(\x0b\x32!.meshboard.analytics.v1.TimeRangeR\ttimeRange\x12$\n\ttime_zone\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08timeZone\x12\x34\n\x0frefresh_seconds\x18\x03 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x80\xa3\x05(\x00R\x0erefreshSeconds\"\xd3\x01\n\x0f\x41nnotationQuery\x12\x1f\n\x05title\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x05title\x12%\n\tsource_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08sourceId\x12I\n\x08selector\x18\x03 \x01(\x0b\x32%.meshboard.analytics.v1.EventSelectorB\x06\xbaH\x03\xc8\x01\x01R\x08selector\x12-\n\rtext_property\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x0ctextProperty\"\xb6\x03\n\x10\x44\x61shboardContent\x12 \n\x05title\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\x05title\x12*\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12&\n\x04tags\x18\x03 \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x10\x14\x18\x01\"\x06r\x04\x10\x01\x18\x32R\x04tags\x12H\n\tvariables\x18\x04 \x03(\x0b\x32 .meshboard.dashboard.v1.VariableB\x08\xbaH\x05\x92\x01\x02\x10\x14R\tvariables\x12<\n\x08settings\x18\x05 \x01(\x0b\x32 .meshboard.dashboard.v1.SettingsR\x08settings\x12`\n\x12\x61nnotation_queries\x18\x06 \x03(\x0b\x32\'.meshboard.dashboard.v1.AnnotationQueryB\x08\xbaH\x05\x92\x01\x02\x10\nR\x11\x61nnotationQueries\x12\x42\n\x07widgets\x18\x07 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetB\x08\xbaH\x05\x92\x01\x02\x10\x64R\x07widgets\"\x9a\t\n\x06Widget\x12%\n\twidget_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08widgetId\x12+\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12\x1e\n\x05title\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x12\x41\n\x04kind\x18\x04 \x01(\x0e\x32#.meshboard.dashboard.v1.Widget.KindB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12\x33\n\x05query\x18\x05 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryR\x05query\x12\x36\n\x06layout\x18\x06 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.LayoutR\x06layout\x12;\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1b\n\x04\x65tag\x18\t \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12*\n\x0b\x64\x65scription\x18\n \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12;\n\x06\x66unnel\x18\x0b \x01(\x0b\x32#.meshboard.analytics.v1.FunnelQueryR\x06\x66unnel\x12\x44\n\tretention\x18\x0c \x01(\x0b\x32&.meshboard.analytics.v1.RetentionQueryR\tretention\x12%\n\x08markdown\x18\r \x01(\tB\t\xbaH\x06r\x04\x18\xa0\x9c\x01R\x08markdown\x12\x12\n\x04html\x18\x0e \x01(\tR\x04html\x12<\n\x06\x63ustom\x18\x0f \x01(\x0b\x32$.meshboard.dashboard.v1.CustomWidgetR\x06\x63ustom\x12\x39\n\x07\x64isplay\x18\x10 \x01(\x0b\x32\x1f.meshboard.dashboard.v1.DisplayR\x07\x64isplay\x12\x37\n\x11library_widget_id\x18\x11 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\x0flibraryWidgetId\x12\x37\n\x04name\x18\x12 \x01(\tB#\xbaH r\x1b\x32\x19^[a-z0-9][a-z0-9-]{0,99}$\xd8\x01\x01R\x04name\x12$\n\x0eown_time_range\x18\x13 \x01(\x08R\x0cownTimeRange\x12\x37\n\x13time_range_variable\x18\x14 \x01(\tB\x07\xbaH\x04r\x02\x18 R\x11timeRangeVariable\"\xa0\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nTIMESERIES\x10\x01\x12\x07\n\x03\x42\x41R\x10\x02\x12\n\n\x06NUMBER\x10\x03\x12\t\n\x05TABLE\x10\x04\x12\x07\n\x03PIE\x10\x05\x12\x0b\n\x07STACKED\x10\x06\x12\x0b\n\x07HEATMAP\x10\x07\x12\n\n\x06\x46UNNEL\x10\x08\x12\r\n\tRETENTION\x10\t\x12\x08\n\x04TEXT\x10\n\x12\n\n\x06\x43USTOM\x10\x0b\"\xc1\x01\n\x0c\x43ustomWidget\x12.\n\x0ewidget_kind_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0cwidgetKindId\x12!\n\x07version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x07version\x12\x31\n\x07options\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructR\x07options\x12+\n\x04spec\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructR\x04spec\"\xf2\x03\n\x07\x44isplay\x12\x42\n\x04unit\x18\x01 \x01(\x0e\x32$.meshboard.dashboard.v1.Display.UnitB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04unit\x12$\n\tunit_text\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x14R\x08unitText\x12*\n\x08\x64\x65\x63imals\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\n(\x00H\x00R\x08\x64\x65\x63imals\x88\x01\x01\x12K\n\nthresholds\x18\x04 \x03(\x0b\x32!.meshboard.dashboard.v1.ThresholdB\x08\xbaH\x05\x92\x01\x02\x10\x14R\nthresholds\x12<\n\x05links\x18\x05 \x03(\x0b\x32\x1c.meshboard.dashboard.v1.LinkB\x08\xbaH\x05\x92\x01\x02\x10\nR\x05links\x12\x1c\n\tsparkline\x18\x06 \x01(\x08R\tsparkline\x12\x1f\n\x0bhide_legend\x18\x07 \x01(\x08R\nhideLegend\"z\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0b\n\x07PERCENT\x10\x01\x12\t\n\x05RATIO\x10\x02\x12\t\n\x05\x42YTES\x10\x03\x12\x10\n\x0cMILLISECONDS\x10\x04\x12\x0b\n\x07SECONDS\x10\x05\x12\t\n\x05MONEY\x10\x06\x12\x0f\n\x0b\x43USTOM_UNIT\x10\x07\x42\x0b\n\t_decimals\"\xc0\x01\n\tThreshold\x12\x1b\n\x04\x66rom\x18\x01 \x01(\x01\x42\x07\xbaH\x04\x12\x02@\x01R\x04\x66rom\x12I\n\x05\x63olor\x18\x02 \x01(\x0e\x32\'.meshboard.dashboard.v1.Threshold.ColorB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x05\x63olor\"K\n\x05\x43olor\x12\x15\n\x11\x43OLOR_UNSPECIFIED\x10\x00\x12\x08\n\x04GOOD\x10\x01\x12\x0b\n\x07WARNING\x10\x02\x12\x07\n\x03\x42\x41\x44\x10\x03\x12\x0b\n\x07NEUTRAL\x10\x04\"i\n\x04Link\x12\x1f\n\x05title\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64R\x05title\x12@\n\x03url\x18\x02 \x01(\tB.\xbaH+r)\x18\xd0\x0f\x32$^(https?://|mailto:)[^\\s\\x00-\\x1f]+$R\x03url\"\xce\x01\n\x06Layout\x12\x17\n\x01x\x18\x01 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x17(\x00R\x01x\x12\x18\n\x01y\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90N(\x00R\x01y\x12\x1f\n\x05width\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x18(\x00R\x05width\x12\"\n\x06height\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x06height:L\xbaHI\x1aG\n\x0clayout.width\x12\x1cx + width must be at most 24\x1a\x19this.x + this.width <= 24\"\xac\x03\n\nWidgetData\x12\x1b\n\twidget_id\x18\x01 \x01(\tR\x08widgetId\x12\x38\n\x06result\x18\x02 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultH\x00R\x06result\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00R\x05\x65rror\x12>\n\x06\x66unnel\x18\x04 \x01(\x0b\x32$.meshboard.analytics.v1.FunnelResultH\x00R\x06\x66unnel\x12G\n\tretention\x18\x05 \x01(\x0b\x32\'.meshboard.analytics.v1.RetentionResultH\x00R\tretention\x12?\n\x04none\x18\x06 \x01(\x0b\x32).meshboard.dashboard.v1.WidgetData.NoDataH\x00R\x04none\x12<\n\tsparkline\x18\x07 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultR\tsparkline\x1a\x08\n\x06NoDataB\t\n\x07outcomeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +45,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DASHBOARD'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\320\017'
   _globals['_DASHBOARD'].fields_by_name['etag']._loaded_options = None
   _globals['_DASHBOARD'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_DASHBOARD'].fields_by_name['tags']._loaded_options = None
+  _globals['_DASHBOARD'].fields_by_name['tags']._serialized_options = b'\272H\017\222\001\014\020\024\030\001\"\006r\004\020\001\0302'
+  _globals['_DASHBOARD'].fields_by_name['variables']._loaded_options = None
+  _globals['_DASHBOARD'].fields_by_name['variables']._serialized_options = b'\272H\005\222\001\002\020\024'
+  _globals['_DASHBOARD'].fields_by_name['annotation_queries']._loaded_options = None
+  _globals['_DASHBOARD'].fields_by_name['annotation_queries']._serialized_options = b'\272H\005\222\001\002\020\n'
+  _globals['_DASHBOARD'].fields_by_name['name']._loaded_options = None
+  _globals['_DASHBOARD'].fields_by_name['name']._serialized_options = b'\272H r\0332\031^[a-z0-9][a-z0-9-]{0,99}$\330\001\001'
+  _globals['_VARIABLE_OPTIONLIST'].fields_by_name['options']._loaded_options = None
+  _globals['_VARIABLE_OPTIONLIST'].fields_by_name['options']._serialized_options = b'\272H\010\222\001\005\010\001\020\310\001'
+  _globals['_VARIABLE_OPTION'].fields_by_name['value']._loaded_options = None
+  _globals['_VARIABLE_OPTION'].fields_by_name['value']._serialized_options = b'\272H\005r\003\030\350\007'
+  _globals['_VARIABLE_OPTION'].fields_by_name['title']._loaded_options = None
+  _globals['_VARIABLE_OPTION'].fields_by_name['title']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['source_id']._loaded_options = None
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['source_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['property']._loaded_options = None
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['property']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['filters']._loaded_options = None
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['filters']._serialized_options = b'\272H\005\222\001\002\020\n'
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['limit']._loaded_options = None
+  _globals['_VARIABLE_PROPERTYVALUES'].fields_by_name['limit']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
+  _globals['_VARIABLE'].oneofs_by_name['choice']._loaded_options = None
+  _globals['_VARIABLE'].oneofs_by_name['choice']._serialized_options = b'\272H\002\010\001'
+  _globals['_VARIABLE'].fields_by_name['name']._loaded_options = None
+  _globals['_VARIABLE'].fields_by_name['name']._serialized_options = b'\272H\032r\0302\026^[a-z][a-z0-9_]{0,31}$'
+  _globals['_VARIABLE'].fields_by_name['title']._loaded_options = None
+  _globals['_VARIABLE'].fields_by_name['title']._serialized_options = b'\272H\004r\002\030d'
+  _globals['_VARIABLE'].fields_by_name['defaults']._loaded_options = None
+  _globals['_VARIABLE'].fields_by_name['defaults']._serialized_options = b'\272H\014\222\001\t\020d\"\005r\003\030\350\007'
+  _globals['_SETTINGS'].fields_by_name['time_zone']._loaded_options = None
+  _globals['_SETTINGS'].fields_by_name['time_zone']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_SETTINGS'].fields_by_name['refresh_seconds']._loaded_options = None
+  _globals['_SETTINGS'].fields_by_name['refresh_seconds']._serialized_options = b'\272H\010\032\006\030\200\243\005(\000'
+  _globals['_ANNOTATIONQUERY'].fields_by_name['title']._loaded_options = None
+  _globals['_ANNOTATIONQUERY'].fields_by_name['title']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_ANNOTATIONQUERY'].fields_by_name['source_id']._loaded_options = None
+  _globals['_ANNOTATIONQUERY'].fields_by_name['source_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_ANNOTATIONQUERY'].fields_by_name['selector']._loaded_options = None
+  _globals['_ANNOTATIONQUERY'].fields_by_name['selector']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_ANNOTATIONQUERY'].fields_by_name['text_property']._loaded_options = None
+  _globals['_ANNOTATIONQUERY'].fields_by_name['text_property']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_DASHBOARDCONTENT'].fields_by_name['title']._loaded_options = None
+  _globals['_DASHBOARDCONTENT'].fields_by_name['title']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_DASHBOARDCONTENT'].fields_by_name['description']._loaded_options = None
+  _globals['_DASHBOARDCONTENT'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\320\017'
+  _globals['_DASHBOARDCONTENT'].fields_by_name['tags']._loaded_options = None
+  _globals['_DASHBOARDCONTENT'].fields_by_name['tags']._serialized_options = b'\272H\017\222\001\014\020\024\030\001\"\006r\004\020\001\0302'
+  _globals['_DASHBOARDCONTENT'].fields_by_name['variables']._loaded_options = None
+  _globals['_DASHBOARDCONTENT'].fields_by_name['variables']._serialized_options = b'\272H\005\222\001\002\020\024'
+  _globals['_DASHBOARDCONTENT'].fields_by_name['annotation_queries']._loaded_options = None
+  _globals['_DASHBOARDCONTENT'].fields_by_name['annotation_queries']._serialized_options = b'\272H\005\222\001\002\020\n'
+  _globals['_DASHBOARDCONTENT'].fields_by_name['widgets']._loaded_options = None
+  _globals['_DASHBOARDCONTENT'].fields_by_name['widgets']._serialized_options = b'\272H\005\222\001\002\020d'
   _globals['_WIDGET'].fields_by_name['widget_id']._loaded_options = None
   _globals['_WIDGET'].fields_by_name['widget_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_WIDGET'].fields_by_name['dashboard_id']._loaded_options = None
@@ -53,6 +109,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WIDGET'].fields_by_name['kind']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_WIDGET'].fields_by_name['etag']._loaded_options = None
   _globals['_WIDGET'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_WIDGET'].fields_by_name['description']._loaded_options = None
+  _globals['_WIDGET'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\320\017'
+  _globals['_WIDGET'].fields_by_name['markdown']._loaded_options = None
+  _globals['_WIDGET'].fields_by_name['markdown']._serialized_options = b'\272H\006r\004\030\240\234\001'
+  _globals['_WIDGET'].fields_by_name['library_widget_id']._loaded_options = None
+  _globals['_WIDGET'].fields_by_name['library_widget_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_WIDGET'].fields_by_name['name']._loaded_options = None
+  _globals['_WIDGET'].fields_by_name['name']._serialized_options = b'\272H r\0332\031^[a-z0-9][a-z0-9-]{0,99}$\330\001\001'
+  _globals['_WIDGET'].fields_by_name['time_range_variable']._loaded_options = None
+  _globals['_WIDGET'].fields_by_name['time_range_variable']._serialized_options = b'\272H\004r\002\030 '
+  _globals['_CUSTOMWIDGET'].fields_by_name['widget_kind_id']._loaded_options = None
+  _globals['_CUSTOMWIDGET'].fields_by_name['widget_kind_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_CUSTOMWIDGET'].fields_by_name['version']._loaded_options = None
+  _globals['_CUSTOMWIDGET'].fields_by_name['version']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_DISPLAY'].fields_by_name['unit']._loaded_options = None
+  _globals['_DISPLAY'].fields_by_name['unit']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_DISPLAY'].fields_by_name['unit_text']._loaded_options = None
+  _globals['_DISPLAY'].fields_by_name['unit_text']._serialized_options = b'\272H\004r\002\030\024'
+  _globals['_DISPLAY'].fields_by_name['decimals']._loaded_options = None
+  _globals['_DISPLAY'].fields_by_name['decimals']._serialized_options = b'\272H\006\032\004\030\n(\000'
+  _globals['_DISPLAY'].fields_by_name['thresholds']._loaded_options = None
+  _globals['_DISPLAY'].fields_by_name['thresholds']._serialized_options = b'\272H\005\222\001\002\020\024'
+  _globals['_DISPLAY'].fields_by_name['links']._loaded_options = None
+  _globals['_DISPLAY'].fields_by_name['links']._serialized_options = b'\272H\005\222\001\002\020\n'
+  _globals['_THRESHOLD'].fields_by_name['from']._loaded_options = None
+  _globals['_THRESHOLD'].fields_by_name['from']._serialized_options = b'\272H\004\022\002@\001'
+  _globals['_THRESHOLD'].fields_by_name['color']._loaded_options = None
+  _globals['_THRESHOLD'].fields_by_name['color']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_LINK'].fields_by_name['title']._loaded_options = None
+  _globals['_LINK'].fields_by_name['title']._serialized_options = b'\272H\006r\004\020\001\030d'
+  _globals['_LINK'].fields_by_name['url']._loaded_options = None
+  _globals['_LINK'].fields_by_name['url']._serialized_options = b'\272H+r)\030\320\0172$^(https?://|mailto:)[^\\s\\x00-\\x1f]+$'
   _globals['_LAYOUT'].fields_by_name['x']._loaded_options = None
   _globals['_LAYOUT'].fields_by_name['x']._serialized_options = b'\272H\006\032\004\030\027(\000'
   _globals['_LAYOUT'].fields_by_name['y']._loaded_options = None
@@ -63,14 +151,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYOUT'].fields_by_name['height']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
   _globals['_LAYOUT']._loaded_options = None
   _globals['_LAYOUT']._serialized_options = b'\272HI\032G\n\014layout.width\022\034x + width must be at most 24\032\031this.x + this.width <= 24'
-  _globals['_DASHBOARD']._serialized_start=190
-  _globals['_DASHBOARD']._serialized_end=568
-  _globals['_WIDGET']._serialized_start=571
-  _globals['_WIDGET']._serialized_end=1109
-  _globals['_WIDGET_KIND']._serialized_start=1024
-  _globals['_WIDGET_KIND']._serialized_end=1109
-  _globals['_LAYOUT']._serialized_start=1112
-  _globals['_LAYOUT']._serialized_end=1318
-  _globals['_WIDGETDATA']._serialized_start=1321
-  _globals['_WIDGETDATA']._serialized_end=1475
+  _globals['_DASHBOARD']._serialized_start=266
+  _globals['_DASHBOARD']._serialized_end=1154
+  _globals['_VARIABLE']._serialized_start=1157
+  _globals['_VARIABLE']._serialized_end=2029
+  _globals['_VARIABLE_FREETEXT']._serialized_start=1622
+  _globals['_VARIABLE_FREETEXT']._serialized_end=1632
+  _globals['_VARIABLE_OPTIONLIST']._serialized_start=1634
+  _globals['_VARIABLE_OPTIONLIST']._serialized_end=1726
+  _globals['_VARIABLE_OPTION']._serialized_start=1728
+  _globals['_VARIABLE_OPTION']._serialized_end=1800
+  _globals['_VARIABLE_PROPERTYVALUES']._serialized_start=1803
+  _globals['_VARIABLE_PROPERTYVALUES']._serialized_end=2000
+  _globals['_VARIABLE_TIMESPAN']._serialized_start=2002
+  _globals['_VARIABLE_TIMESPAN']._serialized_end=2012
+  _globals['_SETTINGS']._serialized_start=2032
+  _globals['_SETTINGS']._serialized_end=2200
+  _globals['_ANNOTATIONQUERY']._serialized_start=2203
+  _globals['_ANNOTATIONQUERY']._serialized_end=2414
+  _globals['_DASHBOARDCONTENT']._serialized_start=2417
+  _globals['_DASHBOARDCONTENT']._serialized_end=2855
+  _globals['_WIDGET']._serialized_start=2858
+  _globals['_WIDGET']._serialized_end=4036
+  _globals['_WIDGET_KIND']._serialized_start=3876
+  _globals['_WIDGET_KIND']._serialized_end=4036
+  _globals['_CUSTOMWIDGET']._serialized_start=4039
+  _globals['_CUSTOMWIDGET']._serialized_end=4232
+  _globals['_DISPLAY']._serialized_start=4235
+  _globals['_DISPLAY']._serialized_end=4733
+  _globals['_DISPLAY_UNIT']._serialized_start=4598
+  _globals['_DISPLAY_UNIT']._serialized_end=4720
+  _globals['_THRESHOLD']._serialized_start=4736
+  _globals['_THRESHOLD']._serialized_end=4928
+  _globals['_THRESHOLD_COLOR']._serialized_start=4853
+  _globals['_THRESHOLD_COLOR']._serialized_end=4928
+  _globals['_LINK']._serialized_start=4930
+  _globals['_LINK']._serialized_end=5035
+  _globals['_LAYOUT']._serialized_start=5038
+  _globals['_LAYOUT']._serialized_end=5244
+  _globals['_WIDGETDATA']._serialized_start=5247
+  _globals['_WIDGETDATA']._serialized_end=5675
+  _globals['_WIDGETDATA_NODATA']._serialized_start=5656
+  _globals['_WIDGETDATA_NODATA']._serialized_end=5664
 # @@protoc_insertion_point(module_scope)

@@ -3,11 +3,15 @@
 isort:skip_file
 Dashboards, widgets and their live data."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from meshboard.analytics.v1 import insight_service_pb2 as _insight_service_pb2
 from meshboard.analytics.v1 import query_pb2 as _query_pb2
 import builtins as _builtins
 import sys
@@ -35,6 +39,15 @@ class Dashboard(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     FOLDER_ID_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    ANNOTATION_QUERIES_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HAS_DRAFT_FIELD_NUMBER: _builtins.int
+    FAVOURITE_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    PURGE_TIME_FIELD_NUMBER: _builtins.int
     dashboard_id: _builtins.str
     """Identifies the dashboard; a UUIDv7."""
     workspace_id: _builtins.str
@@ -49,6 +62,14 @@ class Dashboard(_message.Message):
     """Changes with every change of the dashboard or one of its widgets."""
     folder_id: _builtins.str
     """The folder that it lies in; empty when it lies in none."""
+    name: _builtins.str
+    """What files call it: unique in the workspace, `a` to `z`, digits and `-`, at most 100 characters. Empty: no file has
+    named it.
+    """
+    has_draft: _builtins.bool
+    """Whether it is changed out of sight: viewers see it as it was when the draft began."""
+    favourite: _builtins.bool
+    """Whether the caller has marked it."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created."""
@@ -56,6 +77,30 @@ class Dashboard(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it or one of its widgets was last changed."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words to find it by: at most 20, each of 1 to 50 characters."""
+
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variable]:
+        """What its viewers can choose, at most 20, each with a name of its own."""
+
+    @_builtins.property
+    def settings(self) -> Global___Settings:
+        """What it shows before a viewer chooses."""
+
+    @_builtins.property
+    def annotation_queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnnotationQuery]:
+        """Marks on the axes of time that come from events, at most 10."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was put into the bin; absent: it is not there."""
+
+    @_builtins.property
+    def purge_time(self) -> _timestamp_pb2.Timestamp:
+        """When it leaves the bin for good."""
 
     def __init__(
         self,
@@ -69,14 +114,322 @@ class Dashboard(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         folder_id: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        variables: _abc.Iterable[Global___Variable] | None = ...,
+        settings: Global___Settings | None = ...,
+        annotation_queries: _abc.Iterable[Global___AnnotationQuery] | None = ...,
+        name: _builtins.str = ...,
+        has_draft: _builtins.bool = ...,
+        favourite: _builtins.bool = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        purge_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "purge_time", b"purge_time", "settings", b"settings", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator_id", b"creator_id", "dashboard_id", b"dashboard_id", "description", b"description", "etag", b"etag", "folder_id", b"folder_id", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation_queries", b"annotation_queries", "create_time", b"create_time", "creator_id", b"creator_id", "dashboard_id", b"dashboard_id", "delete_time", b"delete_time", "description", b"description", "etag", b"etag", "favourite", b"favourite", "folder_id", b"folder_id", "has_draft", b"has_draft", "name", b"name", "purge_time", b"purge_time", "settings", b"settings", "tags", b"tags", "title", b"title", "update_time", b"update_time", "variables", b"variables", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Dashboard: _TypeAlias = Dashboard  # noqa: Y015
+
+@_typing.final
+class Variable(_message.Message):
+    """Something that viewers can choose. A filter of a query whose only value is the text `$name` compares with what was
+    chosen, with EQUAL and NOT_EQUAL also with several values; when nothing is chosen and there is no default, it does not
+    filter. In texts `${name}` stands for what was chosen. `$$` is a plain `$` in both.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FreeText(_message.Message):
+        """Any text of at most 1,000 characters."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class OptionList(_message.Message):
+        """A list."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        OPTIONS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variable.Option]:
+            """What can be chosen, 1 to 200."""
+
+        def __init__(
+            self,
+            *,
+            options: _abc.Iterable[Global___Variable.Option] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Option(_message.Message):
+        """An entry of a list."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        VALUE_FIELD_NUMBER: _builtins.int
+        TITLE_FIELD_NUMBER: _builtins.int
+        value: _builtins.str
+        """What queries get, at most 1,000 characters."""
+        title: _builtins.str
+        """What viewers read, at most 200 characters; empty: the value."""
+        def __init__(
+            self,
+            *,
+            value: _builtins.str = ...,
+            title: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["title", b"title", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PropertyValues(_message.Message):
+        """The values of a property, those of most events first."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SOURCE_ID_FIELD_NUMBER: _builtins.int
+        PROPERTY_FIELD_NUMBER: _builtins.int
+        FILTERS_FIELD_NUMBER: _builtins.int
+        LIMIT_FIELD_NUMBER: _builtins.int
+        source_id: _builtins.str
+        """The source."""
+        property: _builtins.str
+        """The property, as in queries."""
+        limit: _builtins.int
+        """How many values at most; 0 means 100."""
+        @_builtins.property
+        def filters(self) -> _containers.RepeatedCompositeFieldContainer[_query_pb2.Filter]:
+            """Which events count, at most 10 conditions. Their values may be other variables, as `$name`, that stand before this one."""
+
+        def __init__(
+            self,
+            *,
+            source_id: _builtins.str = ...,
+            property: _builtins.str = ...,
+            filters: _abc.Iterable[_query_pb2.Filter] | None = ...,
+            limit: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters", "limit", b"limit", "property", b"property", "source_id", b"source_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TimeSpan(_message.Message):
+        """A stretch of time."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    DEFAULTS_FIELD_NUMBER: _builtins.int
+    MULTIPLE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LIST_FIELD_NUMBER: _builtins.int
+    PROPERTY_VALUES_FIELD_NUMBER: _builtins.int
+    TIME_SPAN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, unique on the dashboard: `a` to `z`, digits and `_`, at most 32 characters, a letter first."""
+    title: _builtins.str
+    """What viewers read, at most 100 characters; empty: the name."""
+    multiple: _builtins.bool
+    """Whether several values can be chosen."""
+    @_builtins.property
+    def defaults(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is chosen before a viewer chooses, at most 100 values of at most 1,000 characters."""
+
+    @_builtins.property
+    def text(self) -> Global___Variable.FreeText:
+        """Any text."""
+
+    @_builtins.property
+    def list(self) -> Global___Variable.OptionList:
+        """One of a list."""
+
+    @_builtins.property
+    def property_values(self) -> Global___Variable.PropertyValues:
+        """One of the values that a property has."""
+
+    @_builtins.property
+    def time_span(self) -> Global___Variable.TimeSpan:
+        """A stretch of time, written as seconds until now (`86400`) or as `start/end` in RFC 3339."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        title: _builtins.str = ...,
+        defaults: _abc.Iterable[_builtins.str] | None = ...,
+        multiple: _builtins.bool = ...,
+        text: Global___Variable.FreeText | None = ...,
+        list: Global___Variable.OptionList | None = ...,
+        property_values: Global___Variable.PropertyValues | None = ...,
+        time_span: Global___Variable.TimeSpan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "list", b"list", "property_values", b"property_values", "text", b"text", "time_span", b"time_span"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "defaults", b"defaults", "list", b"list", "multiple", b"multiple", "name", b"name", "property_values", b"property_values", "text", b"text", "time_span", b"time_span", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_choice: _TypeAlias = _typing.Literal["text", "list", "property_values", "time_span"]  # noqa: Y015
+    _WhichOneofArgType_choice: _TypeAlias = _typing.Literal["choice", b"choice"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_choice) -> _WhichOneofReturnType_choice | None: ...
+
+Global___Variable: _TypeAlias = Variable  # noqa: Y015
+
+@_typing.final
+class Settings(_message.Message):
+    """What a dashboard shows before a viewer chooses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_RANGE_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    REFRESH_SECONDS_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    """The IANA time zone; it takes the place of the queries'. Empty: theirs."""
+    refresh_seconds: _builtins.int
+    """How often, in seconds, a page without a stream should ask again; 0: it should watch."""
+    @_builtins.property
+    def time_range(self) -> _query_pb2.TimeRange:
+        """The time to look at; it takes the place of the widgets' own, but for those with `own_time_range`. Absent: their own."""
+
+    def __init__(
+        self,
+        *,
+        time_range: _query_pb2.TimeRange | None = ...,
+        time_zone: _builtins.str = ...,
+        refresh_seconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_range", b"time_range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refresh_seconds", b"refresh_seconds", "time_range", b"time_range", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Settings: _TypeAlias = Settings  # noqa: Y015
+
+@_typing.final
+class AnnotationQuery(_message.Message):
+    """Marks that come from events: releases, campaigns, outages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TITLE_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    SELECTOR_FIELD_NUMBER: _builtins.int
+    TEXT_PROPERTY_FIELD_NUMBER: _builtins.int
+    title: _builtins.str
+    """What they are, 1 to 100 characters."""
+    source_id: _builtins.str
+    """The source of the events."""
+    text_property: _builtins.str
+    """The property that has the text of a mark; empty: the name of the event."""
+    @_builtins.property
+    def selector(self) -> _insight_service_pb2.EventSelector:
+        """Which events."""
+
+    def __init__(
+        self,
+        *,
+        title: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        selector: _insight_service_pb2.EventSelector | None = ...,
+        text_property: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selector", b"selector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["selector", b"selector", "source_id", b"source_id", "text_property", b"text_property", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotationQuery: _TypeAlias = AnnotationQuery  # noqa: Y015
+
+@_typing.final
+class DashboardContent(_message.Message):
+    """All that makes a dashboard, without what it is called by and where it lies: what versions keep and files say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TITLE_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    ANNOTATION_QUERIES_FIELD_NUMBER: _builtins.int
+    WIDGETS_FIELD_NUMBER: _builtins.int
+    title: _builtins.str
+    """As in `Dashboard`."""
+    description: _builtins.str
+    """As in `Dashboard`."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in `Dashboard`."""
+
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variable]:
+        """As in `Dashboard`."""
+
+    @_builtins.property
+    def settings(self) -> Global___Settings:
+        """As in `Dashboard`."""
+
+    @_builtins.property
+    def annotation_queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnnotationQuery]:
+        """As in `Dashboard`."""
+
+    @_builtins.property
+    def widgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Widget]:
+        """The widgets in the order of the layout, without times and etags."""
+
+    def __init__(
+        self,
+        *,
+        title: _builtins.str = ...,
+        description: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        variables: _abc.Iterable[Global___Variable] | None = ...,
+        settings: Global___Settings | None = ...,
+        annotation_queries: _abc.Iterable[Global___AnnotationQuery] | None = ...,
+        widgets: _abc.Iterable[Global___Widget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation_queries", b"annotation_queries", "description", b"description", "settings", b"settings", "tags", b"tags", "title", b"title", "variables", b"variables", "widgets", b"widgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardContent: _TypeAlias = DashboardContent  # noqa: Y015
 
 @_typing.final
 class Widget(_message.Message):
@@ -102,6 +455,20 @@ class Widget(_message.Message):
         """Rows and columns."""
         PIE: Widget._Kind.ValueType  # 5
         """Slices of a whole, one for each group."""
+        STACKED: Widget._Kind.ValueType  # 6
+        """Areas or bars on top of each other over time; the query needs a granularity and a breakdown or several measures."""
+        HEATMAP: Widget._Kind.ValueType  # 7
+        """Coloured cells: time against groups, or groups against groups; the query needs a granularity and one breakdown, or
+        two breakdowns.
+        """
+        FUNNEL: Widget._Kind.ValueType  # 8
+        """How many get through a series of steps."""
+        RETENTION: Widget._Kind.ValueType  # 9
+        """How many come back."""
+        TEXT: Widget._Kind.ValueType  # 10
+        """A text."""
+        CUSTOM: Widget._Kind.ValueType  # 11
+        """A kind that the workspace has made."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """How to draw a result."""
@@ -118,6 +485,20 @@ class Widget(_message.Message):
     """Rows and columns."""
     PIE: Widget.Kind.ValueType  # 5
     """Slices of a whole, one for each group."""
+    STACKED: Widget.Kind.ValueType  # 6
+    """Areas or bars on top of each other over time; the query needs a granularity and a breakdown or several measures."""
+    HEATMAP: Widget.Kind.ValueType  # 7
+    """Coloured cells: time against groups, or groups against groups; the query needs a granularity and one breakdown, or
+    two breakdowns.
+    """
+    FUNNEL: Widget.Kind.ValueType  # 8
+    """How many get through a series of steps."""
+    RETENTION: Widget.Kind.ValueType  # 9
+    """How many come back."""
+    TEXT: Widget.Kind.ValueType  # 10
+    """A text."""
+    CUSTOM: Widget.Kind.ValueType  # 11
+    """A kind that the workspace has made."""
 
     WIDGET_ID_FIELD_NUMBER: _builtins.int
     DASHBOARD_ID_FIELD_NUMBER: _builtins.int
@@ -128,6 +509,17 @@ class Widget(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    FUNNEL_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    MARKDOWN_FIELD_NUMBER: _builtins.int
+    HTML_FIELD_NUMBER: _builtins.int
+    CUSTOM_FIELD_NUMBER: _builtins.int
+    DISPLAY_FIELD_NUMBER: _builtins.int
+    LIBRARY_WIDGET_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OWN_TIME_RANGE_FIELD_NUMBER: _builtins.int
+    TIME_RANGE_VARIABLE_FIELD_NUMBER: _builtins.int
     widget_id: _builtins.str
     """Identifies the widget; a UUIDv7."""
     dashboard_id: _builtins.str
@@ -138,6 +530,22 @@ class Widget(_message.Message):
     """How to draw it."""
     etag: _builtins.str
     """Changes with every change of the widget."""
+    description: _builtins.str
+    """What it shows, in words, at most 2,000 characters."""
+    markdown: _builtins.str
+    """What a TEXT shows: Markdown (CommonMark with tables), at most 20,000 characters. HTML in it is shown as text."""
+    html: _builtins.str
+    """The markdown as HTML that holds no script, handler or `javascript:` URL; never read."""
+    library_widget_id: _builtins.str
+    """The library widget that says what this one shows and how; then title, description, kind, queries, markdown, custom and
+    display are the library's, and not to be set here. Empty: its own.
+    """
+    name: _builtins.str
+    """What files call it: unique on the dashboard, `a` to `z`, digits and `-`, at most 100 characters."""
+    own_time_range: _builtins.bool
+    """Whether the time range of its query stands, whatever the dashboard and its viewers say."""
+    time_range_variable: _builtins.str
+    """The variable of the kind `time_span` that says its time range. Empty: the dashboard's."""
     @_builtins.property
     def query(self) -> _query_pb2.Query:
         """What it shows."""
@@ -154,6 +562,22 @@ class Widget(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last changed."""
 
+    @_builtins.property
+    def funnel(self) -> _insight_service_pb2.FunnelQuery:
+        """What a FUNNEL shows."""
+
+    @_builtins.property
+    def retention(self) -> _insight_service_pb2.RetentionQuery:
+        """What a RETENTION shows."""
+
+    @_builtins.property
+    def custom(self) -> Global___CustomWidget:
+        """What a CUSTOM shows."""
+
+    @_builtins.property
+    def display(self) -> Global___Display:
+        """How numbers are written and coloured, and where the widget leads."""
+
     def __init__(
         self,
         *,
@@ -166,14 +590,238 @@ class Widget(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        description: _builtins.str = ...,
+        funnel: _insight_service_pb2.FunnelQuery | None = ...,
+        retention: _insight_service_pb2.RetentionQuery | None = ...,
+        markdown: _builtins.str = ...,
+        html: _builtins.str = ...,
+        custom: Global___CustomWidget | None = ...,
+        display: Global___Display | None = ...,
+        library_widget_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        own_time_range: _builtins.bool = ...,
+        time_range_variable: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "layout", b"layout", "query", b"query", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "custom", b"custom", "display", b"display", "funnel", b"funnel", "layout", b"layout", "query", b"query", "retention", b"retention", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dashboard_id", b"dashboard_id", "etag", b"etag", "kind", b"kind", "layout", b"layout", "query", b"query", "title", b"title", "update_time", b"update_time", "widget_id", b"widget_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "custom", b"custom", "dashboard_id", b"dashboard_id", "description", b"description", "display", b"display", "etag", b"etag", "funnel", b"funnel", "html", b"html", "kind", b"kind", "layout", b"layout", "library_widget_id", b"library_widget_id", "markdown", b"markdown", "name", b"name", "own_time_range", b"own_time_range", "query", b"query", "retention", b"retention", "time_range_variable", b"time_range_variable", "title", b"title", "update_time", b"update_time", "widget_id", b"widget_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Widget: _TypeAlias = Widget  # noqa: Y015
+
+@_typing.final
+class CustomWidget(_message.Message):
+    """A widget of a kind that the workspace has made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDGET_KIND_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    widget_kind_id: _builtins.str
+    """The kind."""
+    version: _builtins.int
+    """The version of the kind; 0: the newest, when the widget is written."""
+    @_builtins.property
+    def options(self) -> _struct_pb2.Struct:
+        """What the schema of the kind asks for, at most 64 KiB as JSON."""
+
+    @_builtins.property
+    def spec(self) -> _struct_pb2.Struct:
+        """The kind's Vega-Lite with the options in it; never read."""
+
+    def __init__(
+        self,
+        *,
+        widget_kind_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        options: _struct_pb2.Struct | None = ...,
+        spec: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "spec", b"spec", "version", b"version", "widget_kind_id", b"widget_kind_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CustomWidget: _TypeAlias = CustomWidget  # noqa: Y015
+
+@_typing.final
+class Display(_message.Message):
+    """How numbers are written and coloured, and where a widget leads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Unit:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Display._Unit.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        UNIT_UNSPECIFIED: Display._Unit.ValueType  # 0
+        """Plain numbers."""
+        PERCENT: Display._Unit.ValueType  # 1
+        """Parts of a hundred: 12 is 12 %."""
+        RATIO: Display._Unit.ValueType  # 2
+        """Parts of one: 0.12 is 12 %."""
+        BYTES: Display._Unit.ValueType  # 3
+        """Bytes, in steps of 1,024."""
+        MILLISECONDS: Display._Unit.ValueType  # 4
+        """Milliseconds."""
+        SECONDS: Display._Unit.ValueType  # 5
+        """Seconds."""
+        MONEY: Display._Unit.ValueType  # 6
+        """Money."""
+        CUSTOM_UNIT: Display._Unit.ValueType  # 7
+        """Something else."""
+
+    class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
+        """What numbers are."""
+
+    UNIT_UNSPECIFIED: Display.Unit.ValueType  # 0
+    """Plain numbers."""
+    PERCENT: Display.Unit.ValueType  # 1
+    """Parts of a hundred: 12 is 12 %."""
+    RATIO: Display.Unit.ValueType  # 2
+    """Parts of one: 0.12 is 12 %."""
+    BYTES: Display.Unit.ValueType  # 3
+    """Bytes, in steps of 1,024."""
+    MILLISECONDS: Display.Unit.ValueType  # 4
+    """Milliseconds."""
+    SECONDS: Display.Unit.ValueType  # 5
+    """Seconds."""
+    MONEY: Display.Unit.ValueType  # 6
+    """Money."""
+    CUSTOM_UNIT: Display.Unit.ValueType  # 7
+    """Something else."""
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    UNIT_TEXT_FIELD_NUMBER: _builtins.int
+    DECIMALS_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    SPARKLINE_FIELD_NUMBER: _builtins.int
+    HIDE_LEGEND_FIELD_NUMBER: _builtins.int
+    unit: Global___Display.Unit.ValueType
+    """What the numbers are."""
+    unit_text: _builtins.str
+    """With CUSTOM_UNIT: what stands behind them, at most 20 characters. With MONEY: the ISO 4217 code."""
+    decimals: _builtins.int
+    """How many digits stand behind the point; absent: as fits the number."""
+    sparkline: _builtins.bool
+    """Whether a NUMBER has a line of how it went over the time range."""
+    hide_legend: _builtins.bool
+    """Whether the legend is left out."""
+    @_builtins.property
+    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]:
+        """From which numbers on which colour is meant, at most 20, with rising `from`."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """Where it leads, at most 10."""
+
+    def __init__(
+        self,
+        *,
+        unit: Global___Display.Unit.ValueType = ...,
+        unit_text: _builtins.str = ...,
+        decimals: _builtins.int | None = ...,
+        thresholds: _abc.Iterable[Global___Threshold] | None = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
+        sparkline: _builtins.bool = ...,
+        hide_legend: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decimals", b"_decimals", "decimals", b"decimals"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decimals", b"_decimals", "decimals", b"decimals", "hide_legend", b"hide_legend", "links", b"links", "sparkline", b"sparkline", "thresholds", b"thresholds", "unit", b"unit", "unit_text", b"unit_text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decimals: _TypeAlias = _typing.Literal["decimals"]  # noqa: Y015
+    _WhichOneofArgType__decimals: _TypeAlias = _typing.Literal["_decimals", b"_decimals"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decimals) -> _WhichOneofReturnType__decimals | None: ...
+
+Global___Display: _TypeAlias = Display  # noqa: Y015
+
+@_typing.final
+class Threshold(_message.Message):
+    """A number from which on a colour is meant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Color:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ColorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Threshold._Color.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        COLOR_UNSPECIFIED: Threshold._Color.ValueType  # 0
+        """Never sent."""
+        GOOD: Threshold._Color.ValueType  # 1
+        """As it should be."""
+        WARNING: Threshold._Color.ValueType  # 2
+        """To be watched."""
+        BAD: Threshold._Color.ValueType  # 3
+        """Bad."""
+        NEUTRAL: Threshold._Color.ValueType  # 4
+        """Neither good nor bad."""
+
+    class Color(_Color, metaclass=_ColorEnumTypeWrapper):
+        """A colour, by what it says."""
+
+    COLOR_UNSPECIFIED: Threshold.Color.ValueType  # 0
+    """Never sent."""
+    GOOD: Threshold.Color.ValueType  # 1
+    """As it should be."""
+    WARNING: Threshold.Color.ValueType  # 2
+    """To be watched."""
+    BAD: Threshold.Color.ValueType  # 3
+    """Bad."""
+    NEUTRAL: Threshold.Color.ValueType  # 4
+    """Neither good nor bad."""
+
+    FROM_FIELD_NUMBER: _builtins.int
+    COLOR_FIELD_NUMBER: _builtins.int
+    color: Global___Threshold.Color.ValueType
+    """The colour."""
+    def __init__(
+        self,
+        *,
+        color: Global___Threshold.Color.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["color", b"color", "from", b"from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Threshold: _TypeAlias = Threshold  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    """Where a widget leads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TITLE_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    title: _builtins.str
+    """What it says, 1 to 100 characters."""
+    url: _builtins.str
+    """An `https:`, `http:` or `mailto:` URL of at most 2,000 characters."""
+    def __init__(
+        self,
+        *,
+        title: _builtins.str = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["title", b"title", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class Layout(_message.Message):
@@ -215,9 +863,28 @@ class WidgetData(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class NoData(_message.Message):
+        """Nothing."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WIDGET_ID_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    FUNNEL_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    NONE_FIELD_NUMBER: _builtins.int
+    SPARKLINE_FIELD_NUMBER: _builtins.int
     widget_id: _builtins.str
     """The widget."""
     @_builtins.property
@@ -228,18 +895,38 @@ class WidgetData(_message.Message):
     def error(self) -> _status_pb2.Status:
         """Why its query failed; the other widgets are not touched."""
 
+    @_builtins.property
+    def funnel(self) -> _insight_service_pb2.FunnelResult:
+        """The answer of a FUNNEL."""
+
+    @_builtins.property
+    def retention(self) -> _insight_service_pb2.RetentionResult:
+        """The answer of a RETENTION."""
+
+    @_builtins.property
+    def none(self) -> Global___WidgetData.NoData:
+        """A TEXT, which has no data."""
+
+    @_builtins.property
+    def sparkline(self) -> _query_pb2.Result:
+        """How the number of a NUMBER with a `sparkline` went over the time range: a column `time`, and the measures."""
+
     def __init__(
         self,
         *,
         widget_id: _builtins.str = ...,
         result: _query_pb2.Result | None = ...,
         error: _status_pb2.Status | None = ...,
+        funnel: _insight_service_pb2.FunnelResult | None = ...,
+        retention: _insight_service_pb2.RetentionResult | None = ...,
+        none: Global___WidgetData.NoData | None = ...,
+        sparkline: _query_pb2.Result | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "funnel", b"funnel", "none", b"none", "outcome", b"outcome", "result", b"result", "retention", b"retention", "sparkline", b"sparkline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result", "widget_id", b"widget_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "funnel", b"funnel", "none", b"none", "outcome", b"outcome", "result", b"result", "retention", b"retention", "sparkline", b"sparkline", "widget_id", b"widget_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error", "funnel", "retention", "none"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 

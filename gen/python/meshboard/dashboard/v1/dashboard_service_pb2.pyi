@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from meshboard.analytics.v1 import query_pb2 as _query_pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
@@ -401,16 +402,36 @@ class GetDashboardDataRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    TIME_RANGE_FIELD_NUMBER: _builtins.int
+    WIDGET_IDS_FIELD_NUMBER: _builtins.int
     dashboard_id: _builtins.str
     """The dashboard."""
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is chosen for variables, as `name=value`; a variable with several values is named several times. Variables that are
+        not named have their defaults. At most 200.
+        """
+
+    @_builtins.property
+    def time_range(self) -> _query_pb2.TimeRange:
+        """The time to look at; absent: that of the dashboard's settings."""
+
+    @_builtins.property
+    def widget_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these widgets; empty: all."""
+
     def __init__(
         self,
         *,
         dashboard_id: _builtins.str = ...,
+        choices: _abc.Iterable[_builtins.str] | None = ...,
+        time_range: _query_pb2.TimeRange | None = ...,
+        widget_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_range", b"time_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "dashboard_id", b"dashboard_id", "time_range", b"time_range", "widget_ids", b"widget_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -448,19 +469,31 @@ class WatchDashboardRequest(_message.Message):
 
     DASHBOARD_ID_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    TIME_RANGE_FIELD_NUMBER: _builtins.int
     dashboard_id: _builtins.str
     """The dashboard."""
     cursor: _builtins.str
     """The `cursor` of the last message that arrived, after a lost connection. Empty: start with a snapshot."""
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is chosen for variables, as in `GetDashboardDataRequest`. A stream is taken up again with the same choices."""
+
+    @_builtins.property
+    def time_range(self) -> _query_pb2.TimeRange:
+        """The time to look at; absent: that of the dashboard's settings."""
+
     def __init__(
         self,
         *,
         dashboard_id: _builtins.str = ...,
         cursor: _builtins.str = ...,
+        choices: _abc.Iterable[_builtins.str] | None = ...,
+        time_range: _query_pb2.TimeRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_range", b"time_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "dashboard_id", b"dashboard_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "cursor", b"cursor", "dashboard_id", b"dashboard_id", "time_range", b"time_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first."""
     TOO_MANY_FOLDERS: _ErrorReason.ValueType  # 14
     """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
+    CHOICE_INVALID: _ErrorReason.ValueType  # 15
+    """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -70,4 +72,6 @@ FOLDER_NOT_EMPTY: ErrorReason.ValueType  # 13
 """FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first."""
 TOO_MANY_FOLDERS: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
+CHOICE_INVALID: ErrorReason.ValueType  # 15
+"""INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -25,12 +25,13 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from meshboard.analytics.v1 import insight_service_pb2 as meshboard_dot_analytics_dot_v1_dot_insight__service__pb2
 from meshboard.analytics.v1 import query_pb2 as meshboard_dot_analytics_dot_v1_dot_query__pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as meshboard_dot_dashboard_dot_v1_dot_dashboard__pb2
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+meshboard/dashboard/v1/widget_service.proto\x12\x16meshboard.dashboard.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a\"meshboard/analytics/v1/query.proto\x1a&meshboard/dashboard/v1/dashboard.proto\x1a!meshboard/options/v1/access.proto\"\xc5\x02\n\x13\x43reateWidgetRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12\x1e\n\x05title\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x12\x43\n\x04kind\x18\x03 \x01(\x0e\x32#.meshboard.dashboard.v1.Widget.KindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04kind\x12;\n\x05query\x18\x04 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\x12\x36\n\x06layout\x18\x05 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.LayoutR\x06layout\x12\'\n\nrequest_id\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"N\n\x14\x43reateWidgetResponse\x12\x36\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"f\n\x10GetWidgetRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12%\n\twidget_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08widgetId\"K\n\x11GetWidgetResponse\x12\x36\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"\x90\x01\n\x12ListWidgetsRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12$\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"w\n\x13ListWidgetsResponse\x12\x38\n\x07widgets\x18\x01 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x07widgets\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x92\x01\n\x13UpdateWidgetRequest\x12>\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetB\x06\xbaH\x03\xc8\x01\x01R\x06widget\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"N\n\x14UpdateWidgetResponse\x12\x36\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"i\n\x13\x44\x65leteWidgetRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12%\n\twidget_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08widgetId\"\x16\n\x14\x44\x65leteWidgetResponse2\xfd\x07\n\rWidgetService\x12\xbe\x01\n\x0c\x43reateWidget\x12+.meshboard.dashboard.v1.CreateWidgetRequest\x1a,.meshboard.dashboard.v1.CreateWidgetResponse\"S\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.edit:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02*\"%/v1/dashboards/{dashboard_id}/widgets:\x01*\x12\xbe\x01\n\tGetWidget\x12(.meshboard.dashboard.v1.GetWidgetRequest\x1a).meshboard.dashboard.v1.GetWidgetResponse\"\\\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.view:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02\x33\x12\x31/v1/dashboards/{dashboard_id}/widgets/{widget_id}\x12\xb8\x01\n\x0bListWidgets\x12*.meshboard.dashboard.v1.ListWidgetsRequest\x1a+.meshboard.dashboard.v1.ListWidgetsResponse\"P\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.view:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02\'\x12%/v1/dashboards/{dashboard_id}/widgets\x12\xe4\x01\n\x0cUpdateWidget\x12+.meshboard.dashboard.v1.UpdateWidgetRequest\x1a,.meshboard.dashboard.v1.UpdateWidgetResponse\"y\x8a\xb5\x18&\x1a\x0f\x64\x61shboards.edit:\x13widget.dashboard_id\x82\xd3\xe4\x93\x02I2?/v1/dashboards/{widget.dashboard_id}/widgets/{widget.widget_id}:\x06widget\x12\xc7\x01\n\x0c\x44\x65leteWidget\x12+.meshboard.dashboard.v1.DeleteWidgetRequest\x1a,.meshboard.dashboard.v1.DeleteWidgetResponse\"\\\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.edit:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02\x33*1/v1/dashboards/{dashboard_id}/widgets/{widget_id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+meshboard/dashboard/v1/widget_service.proto\x12\x16meshboard.dashboard.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a,meshboard/analytics/v1/insight_service.proto\x1a\"meshboard/analytics/v1/query.proto\x1a&meshboard/dashboard/v1/dashboard.proto\x1a!meshboard/options/v1/access.proto\"\xdb\x06\n\x13\x43reateWidgetRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12\x1e\n\x05title\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x05title\x12\x41\n\x04kind\x18\x03 \x01(\x0e\x32#.meshboard.dashboard.v1.Widget.KindB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12\x33\n\x05query\x18\x04 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryR\x05query\x12\x36\n\x06layout\x18\x05 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.LayoutR\x06layout\x12\'\n\nrequest_id\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\x12*\n\x0b\x64\x65scription\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\xd0\x0fR\x0b\x64\x65scription\x12;\n\x06\x66unnel\x18\x08 \x01(\x0b\x32#.meshboard.analytics.v1.FunnelQueryR\x06\x66unnel\x12\x44\n\tretention\x18\t \x01(\x0b\x32&.meshboard.analytics.v1.RetentionQueryR\tretention\x12%\n\x08markdown\x18\n \x01(\tB\t\xbaH\x06r\x04\x18\xa0\x9c\x01R\x08markdown\x12<\n\x06\x63ustom\x18\x0b \x01(\x0b\x32$.meshboard.dashboard.v1.CustomWidgetR\x06\x63ustom\x12\x39\n\x07\x64isplay\x18\x0c \x01(\x0b\x32\x1f.meshboard.dashboard.v1.DisplayR\x07\x64isplay\x12\x37\n\x11library_widget_id\x18\r \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\x0flibraryWidgetId\x12\x37\n\x04name\x18\x0e \x01(\tB#\xbaH r\x1b\x32\x19^[a-z0-9][a-z0-9-]{0,99}$\xd8\x01\x01R\x04name\x12$\n\x0eown_time_range\x18\x0f \x01(\x08R\x0cownTimeRange\x12\x37\n\x13time_range_variable\x18\x10 \x01(\tB\x07\xbaH\x04r\x02\x18 R\x11timeRangeVariable\"N\n\x14\x43reateWidgetResponse\x12\x36\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"f\n\x10GetWidgetRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12%\n\twidget_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08widgetId\"K\n\x11GetWidgetResponse\x12\x36\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"\x90\x01\n\x12ListWidgetsRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12$\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"w\n\x13ListWidgetsResponse\x12\x38\n\x07widgets\x18\x01 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x07widgets\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x92\x01\n\x13UpdateWidgetRequest\x12>\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetB\x06\xbaH\x03\xc8\x01\x01R\x06widget\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"N\n\x14UpdateWidgetResponse\x12\x36\n\x06widget\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"i\n\x13\x44\x65leteWidgetRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\x12%\n\twidget_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x08widgetId\"\x16\n\x14\x44\x65leteWidgetResponse2\xfd\x07\n\rWidgetService\x12\xbe\x01\n\x0c\x43reateWidget\x12+.meshboard.dashboard.v1.CreateWidgetRequest\x1a,.meshboard.dashboard.v1.CreateWidgetResponse\"S\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.edit:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02*\"%/v1/dashboards/{dashboard_id}/widgets:\x01*\x12\xbe\x01\n\tGetWidget\x12(.meshboard.dashboard.v1.GetWidgetRequest\x1a).meshboard.dashboard.v1.GetWidgetResponse\"\\\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.view:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02\x33\x12\x31/v1/dashboards/{dashboard_id}/widgets/{widget_id}\x12\xb8\x01\n\x0bListWidgets\x12*.meshboard.dashboard.v1.ListWidgetsRequest\x1a+.meshboard.dashboard.v1.ListWidgetsResponse\"P\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.view:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02\'\x12%/v1/dashboards/{dashboard_id}/widgets\x12\xe4\x01\n\x0cUpdateWidget\x12+.meshboard.dashboard.v1.UpdateWidgetRequest\x1a,.meshboard.dashboard.v1.UpdateWidgetResponse\"y\x8a\xb5\x18&\x1a\x0f\x64\x61shboards.edit:\x13widget.dashboard_id\x82\xd3\xe4\x93\x02I2?/v1/dashboards/{widget.dashboard_id}/widgets/{widget.widget_id}:\x06widget\x12\xc7\x01\n\x0c\x44\x65leteWidget\x12+.meshboard.dashboard.v1.DeleteWidgetRequest\x1a,.meshboard.dashboard.v1.DeleteWidgetResponse\"\\\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.edit:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02\x33*1/v1/dashboards/{dashboard_id}/widgets/{widget_id}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,11 +43,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEWIDGETREQUEST'].fields_by_name['title']._loaded_options = None
   _globals['_CREATEWIDGETREQUEST'].fields_by_name['title']._serialized_options = b'\272H\005r\003\030\310\001'
   _globals['_CREATEWIDGETREQUEST'].fields_by_name['kind']._loaded_options = None
-  _globals['_CREATEWIDGETREQUEST'].fields_by_name['kind']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
-  _globals['_CREATEWIDGETREQUEST'].fields_by_name['query']._loaded_options = None
-  _globals['_CREATEWIDGETREQUEST'].fields_by_name['query']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['kind']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_CREATEWIDGETREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_CREATEWIDGETREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['description']._loaded_options = None
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['description']._serialized_options = b'\272H\005r\003\030\320\017'
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['markdown']._loaded_options = None
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['markdown']._serialized_options = b'\272H\006r\004\030\240\234\001'
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['library_widget_id']._loaded_options = None
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['library_widget_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['name']._serialized_options = b'\272H r\0332\031^[a-z0-9][a-z0-9-]{0,99}$\330\001\001'
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['time_range_variable']._loaded_options = None
+  _globals['_CREATEWIDGETREQUEST'].fields_by_name['time_range_variable']._serialized_options = b'\272H\004r\002\030 '
   _globals['_GETWIDGETREQUEST'].fields_by_name['dashboard_id']._loaded_options = None
   _globals['_GETWIDGETREQUEST'].fields_by_name['dashboard_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_GETWIDGETREQUEST'].fields_by_name['widget_id']._loaded_options = None
@@ -73,26 +82,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WIDGETSERVICE'].methods_by_name['UpdateWidget']._serialized_options = b'\212\265\030&\032\017dashboards.edit:\023widget.dashboard_id\202\323\344\223\002I2?/v1/dashboards/{widget.dashboard_id}/widgets/{widget.widget_id}:\006widget'
   _globals['_WIDGETSERVICE'].methods_by_name['DeleteWidget']._loaded_options = None
   _globals['_WIDGETSERVICE'].methods_by_name['DeleteWidget']._serialized_options = b'\212\265\030\037\032\017dashboards.edit:\014dashboard_id\202\323\344\223\0023*1/v1/dashboards/{dashboard_id}/widgets/{widget_id}'
-  _globals['_CREATEWIDGETREQUEST']._serialized_start=276
-  _globals['_CREATEWIDGETREQUEST']._serialized_end=601
-  _globals['_CREATEWIDGETRESPONSE']._serialized_start=603
-  _globals['_CREATEWIDGETRESPONSE']._serialized_end=681
-  _globals['_GETWIDGETREQUEST']._serialized_start=683
-  _globals['_GETWIDGETREQUEST']._serialized_end=785
-  _globals['_GETWIDGETRESPONSE']._serialized_start=787
-  _globals['_GETWIDGETRESPONSE']._serialized_end=862
-  _globals['_LISTWIDGETSREQUEST']._serialized_start=865
-  _globals['_LISTWIDGETSREQUEST']._serialized_end=1009
-  _globals['_LISTWIDGETSRESPONSE']._serialized_start=1011
-  _globals['_LISTWIDGETSRESPONSE']._serialized_end=1130
-  _globals['_UPDATEWIDGETREQUEST']._serialized_start=1133
-  _globals['_UPDATEWIDGETREQUEST']._serialized_end=1279
-  _globals['_UPDATEWIDGETRESPONSE']._serialized_start=1281
-  _globals['_UPDATEWIDGETRESPONSE']._serialized_end=1359
-  _globals['_DELETEWIDGETREQUEST']._serialized_start=1361
-  _globals['_DELETEWIDGETREQUEST']._serialized_end=1466
-  _globals['_DELETEWIDGETRESPONSE']._serialized_start=1468
-  _globals['_DELETEWIDGETRESPONSE']._serialized_end=1490
-  _globals['_WIDGETSERVICE']._serialized_start=1493
-  _globals['_WIDGETSERVICE']._serialized_end=2514
+  _globals['_CREATEWIDGETREQUEST']._serialized_start=322
+  _globals['_CREATEWIDGETREQUEST']._serialized_end=1181
+  _globals['_CREATEWIDGETRESPONSE']._serialized_start=1183
+  _globals['_CREATEWIDGETRESPONSE']._serialized_end=1261
+  _globals['_GETWIDGETREQUEST']._serialized_start=1263
+  _globals['_GETWIDGETREQUEST']._serialized_end=1365
+  _globals['_GETWIDGETRESPONSE']._serialized_start=1367
+  _globals['_GETWIDGETRESPONSE']._serialized_end=1442
+  _globals['_LISTWIDGETSREQUEST']._serialized_start=1445
+  _globals['_LISTWIDGETSREQUEST']._serialized_end=1589
+  _globals['_LISTWIDGETSRESPONSE']._serialized_start=1591
+  _globals['_LISTWIDGETSRESPONSE']._serialized_end=1710
+  _globals['_UPDATEWIDGETREQUEST']._serialized_start=1713
+  _globals['_UPDATEWIDGETREQUEST']._serialized_end=1859
+  _globals['_UPDATEWIDGETRESPONSE']._serialized_start=1861
+  _globals['_UPDATEWIDGETRESPONSE']._serialized_end=1939
+  _globals['_DELETEWIDGETREQUEST']._serialized_start=1941
+  _globals['_DELETEWIDGETREQUEST']._serialized_end=2046
+  _globals['_DELETEWIDGETRESPONSE']._serialized_start=2048
+  _globals['_DELETEWIDGETRESPONSE']._serialized_end=2070
+  _globals['_WIDGETSERVICE']._serialized_start=2073
+  _globals['_WIDGETSERVICE']._serialized_end=3094
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from meshboard.analytics.v1 import insight_service_pb2 as _insight_service_pb2
 from meshboard.analytics.v1 import query_pb2 as _query_pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
 import builtins as _builtins
@@ -33,21 +34,59 @@ class CreateWidgetRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    FUNNEL_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    MARKDOWN_FIELD_NUMBER: _builtins.int
+    CUSTOM_FIELD_NUMBER: _builtins.int
+    DISPLAY_FIELD_NUMBER: _builtins.int
+    LIBRARY_WIDGET_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OWN_TIME_RANGE_FIELD_NUMBER: _builtins.int
+    TIME_RANGE_VARIABLE_FIELD_NUMBER: _builtins.int
     dashboard_id: _builtins.str
     """The dashboard."""
     title: _builtins.str
     """Its heading, at most 200 characters."""
     kind: _dashboard_pb2.Widget.Kind.ValueType
-    """How to draw it."""
+    """How to draw it; needed without `library_widget_id`."""
     request_id: _builtins.str
     """Makes the call safe to repeat: a repeat returns the first widget. The `Idempotency-Key` header fills it."""
+    description: _builtins.str
+    """What it shows, in words, at most 2,000 characters."""
+    markdown: _builtins.str
+    """What a TEXT shows: Markdown, at most 20,000 characters."""
+    library_widget_id: _builtins.str
+    """The library widget that says what this one shows; then neither title, kind, queries nor display are set here."""
+    name: _builtins.str
+    """What files call it, unique on the dashboard; as in `Widget`."""
+    own_time_range: _builtins.bool
+    """Whether the time range of its query stands, whatever the dashboard and its viewers say."""
+    time_range_variable: _builtins.str
+    """The variable of the kind `time_span` that says its time range."""
     @_builtins.property
     def query(self) -> _query_pb2.Query:
-        """What it shows."""
+        """What it shows; needed by all kinds but FUNNEL, RETENTION, TEXT and CUSTOM."""
 
     @_builtins.property
     def layout(self) -> _dashboard_pb2.Layout:
         """Where it stands; absent: below all others."""
+
+    @_builtins.property
+    def funnel(self) -> _insight_service_pb2.FunnelQuery:
+        """What a FUNNEL shows."""
+
+    @_builtins.property
+    def retention(self) -> _insight_service_pb2.RetentionQuery:
+        """What a RETENTION shows."""
+
+    @_builtins.property
+    def custom(self) -> _dashboard_pb2.CustomWidget:
+        """What a CUSTOM shows."""
+
+    @_builtins.property
+    def display(self) -> _dashboard_pb2.Display:
+        """How numbers are written and coloured, and where the widget leads."""
 
     def __init__(
         self,
@@ -58,10 +97,20 @@ class CreateWidgetRequest(_message.Message):
         query: _query_pb2.Query | None = ...,
         layout: _dashboard_pb2.Layout | None = ...,
         request_id: _builtins.str = ...,
+        description: _builtins.str = ...,
+        funnel: _insight_service_pb2.FunnelQuery | None = ...,
+        retention: _insight_service_pb2.RetentionQuery | None = ...,
+        markdown: _builtins.str = ...,
+        custom: _dashboard_pb2.CustomWidget | None = ...,
+        display: _dashboard_pb2.Display | None = ...,
+        library_widget_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        own_time_range: _builtins.bool = ...,
+        time_range_variable: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["custom", b"custom", "display", b"display", "funnel", b"funnel", "layout", b"layout", "query", b"query", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "kind", b"kind", "layout", b"layout", "query", b"query", "request_id", b"request_id", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["custom", b"custom", "dashboard_id", b"dashboard_id", "description", b"description", "display", b"display", "funnel", b"funnel", "kind", b"kind", "layout", b"layout", "library_widget_id", b"library_widget_id", "markdown", b"markdown", "name", b"name", "own_time_range", b"own_time_range", "query", b"query", "request_id", b"request_id", "retention", b"retention", "time_range_variable", b"time_range_variable", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
