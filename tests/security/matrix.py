@@ -469,6 +469,43 @@ MATRIX: Mapping[str, Row] = {
     "dashboard.v1.DashboardService.DeleteDashboard": On(
         {**_BOARD, "etag": "no"}, "0--++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
     ),
+    "dashboard.v1.DashboardService.DuplicateDashboard": On(
+        {**_BOARD, "request_id": "once"}, "0-+++", "DASHBOARD_NOT_FOUND"
+    ),
+    "dashboard.v1.DashboardService.DuplicateDashboard#into a folder": On(
+        {**_BOARD, "folder_id": "{folder}", "request_id": "twice"}, "0-+++", "DASHBOARD_NOT_FOUND"
+    ),
+    "dashboard.v1.DashboardService.UndeleteDashboard": On(
+        {**_BOARD, "etag": "no"}, "0--++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.DashboardService.PurgeDashboard": On(
+        {**_BOARD, "etag": "no"}, "0--++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.DashboardService.FavouriteDashboard": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
+    "dashboard.v1.DashboardService.UnfavouriteDashboard": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
+    "dashboard.v1.DraftService.StartDraft": On(
+        {**_BOARD, "etag": "no"}, "0-+++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.DraftService.GetDraft": On(_BOARD, "0-+++", "DASHBOARD_NOT_FOUND", ("DRAFT_NOT_FOUND",)),
+    "dashboard.v1.DraftService.GetDraftData": On(
+        _BOARD, "0-+++", "DASHBOARD_NOT_FOUND", ("DRAFT_NOT_FOUND",)
+    ),
+    "dashboard.v1.DraftService.PublishDashboard": On(
+        {**_BOARD, "etag": "no"}, "0-+++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.DraftService.DiscardDraft": On(
+        {**_BOARD, "etag": "no"}, "0-+++", "DASHBOARD_NOT_FOUND", ("ETAG_MISMATCH",)
+    ),
+    "dashboard.v1.VersionService.ListVersions": On(_BOARD, "0-+++", "DASHBOARD_NOT_FOUND"),
+    "dashboard.v1.VersionService.GetVersion": On(
+        {**_BOARD, "version_id": "99999"}, "0-+++", "DASHBOARD_NOT_FOUND", ("VERSION_NOT_FOUND",)
+    ),
+    "dashboard.v1.VersionService.DiffVersions": On(
+        {**_BOARD, "to_version_id": "99999"}, "0-+++", "DASHBOARD_NOT_FOUND", ("VERSION_NOT_FOUND",)
+    ),
+    "dashboard.v1.VersionService.RestoreVersion": On(
+        {**_BOARD, "version_id": "99999"}, "0-+++", "DASHBOARD_NOT_FOUND", ("VERSION_NOT_FOUND",)
+    ),
     "dashboard.v1.DashboardService.GetDashboardData": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
     "dashboard.v1.DashboardService.WatchDashboard": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
     "dashboard.v1.DashboardService.CreateDashboardGrant": On(

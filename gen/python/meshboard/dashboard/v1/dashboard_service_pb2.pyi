@@ -34,6 +34,11 @@ class CreateDashboardRequest(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     FOLDER_ID_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    ANNOTATION_QUERIES_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     """Its name, 1 to 200 characters."""
     description: _builtins.str
@@ -42,6 +47,26 @@ class CreateDashboardRequest(_message.Message):
     """Makes the call safe to repeat: a repeat returns the first dashboard. The `Idempotency-Key` header fills it."""
     folder_id: _builtins.str
     """The folder that it is to lie in; empty: in none."""
+    name: _builtins.str
+    """What files call it, unique in the workspace; as in `Dashboard`."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words to find it by: at most 20, each of 1 to 50 characters."""
+
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedCompositeFieldContainer[_dashboard_pb2.Variable]:
+        """What its viewers can choose, at most 20, each with a name of its own. With `settings` and `annotation_queries` at most
+        256 KiB.
+        """
+
+    @_builtins.property
+    def settings(self) -> _dashboard_pb2.Settings:
+        """What it shows before a viewer chooses."""
+
+    @_builtins.property
+    def annotation_queries(self) -> _containers.RepeatedCompositeFieldContainer[_dashboard_pb2.AnnotationQuery]:
+        """Marks on the axes of time that come from events, at most 10."""
+
     def __init__(
         self,
         *,
@@ -49,10 +74,15 @@ class CreateDashboardRequest(_message.Message):
         description: _builtins.str = ...,
         request_id: _builtins.str = ...,
         folder_id: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        variables: _abc.Iterable[_dashboard_pb2.Variable] | None = ...,
+        settings: _dashboard_pb2.Settings | None = ...,
+        annotation_queries: _abc.Iterable[_dashboard_pb2.AnnotationQuery] | None = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "folder_id", b"folder_id", "request_id", b"request_id", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation_queries", b"annotation_queries", "description", b"description", "folder_id", b"folder_id", "name", b"name", "request_id", b"request_id", "settings", b"settings", "tags", b"tags", "title", b"title", "variables", b"variables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -137,22 +167,40 @@ class ListDashboardsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FOLDER_ID_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    FAVOURITES_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 1,000 means 1,000."""
     page_token: _builtins.str
     """Where the page starts: `next_page_token` of the last answer."""
     folder_id: _builtins.str
     """Only the dashboards that lie in this folder, not deeper. Empty: dashboards anywhere."""
+    favourites: _builtins.bool
+    """Only the dashboards that the caller has marked."""
+    deleted: _builtins.bool
+    """The dashboards in the bin instead."""
+    name: _builtins.str
+    """Only the dashboard with this name. Empty: any."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only the dashboards that have all of these tags."""
+
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         folder_id: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        favourites: _builtins.bool = ...,
+        deleted: _builtins.bool = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder_id", b"folder_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "favourites", b"favourites", "folder_id", b"folder_id", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,23 +300,29 @@ class UpdateDashboardRequest(_message.Message):
 
     DASHBOARD_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for the list of versions; at most 500 characters."""
     @_builtins.property
     def dashboard(self) -> _dashboard_pb2.Dashboard:
         """The dashboard; `dashboard_id` says which, and `etag`, when set, must be the current one."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to change: `title`, `description`. Absent: every field that is set."""
+        """The fields to change: `title`, `description`, `tags`, `variables`, `settings`, `annotation_queries`, `name`. Absent:
+        every field that is set.
+        """
 
     def __init__(
         self,
         *,
         dashboard: _dashboard_pb2.Dashboard | None = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "update_mask", b"update_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "reason", b"reason", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,8 +407,66 @@ class MoveDashboardResponse(_message.Message):
 Global___MoveDashboardResponse: _TypeAlias = MoveDashboardResponse  # noqa: Y015
 
 @_typing.final
+class DuplicateDashboardRequest(_message.Message):
+    """Duplicates a dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    FOLDER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    title: _builtins.str
+    """The name of the new one, at most 200 characters; empty: that of the other."""
+    folder_id: _builtins.str
+    """The folder that the new one is to lie in; empty: in none."""
+    request_id: _builtins.str
+    """Makes the call safe to repeat: a repeat returns the first dashboard. The `Idempotency-Key` header fills it."""
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        folder_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "folder_id", b"folder_id", "request_id", b"request_id", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DuplicateDashboardRequest: _TypeAlias = DuplicateDashboardRequest  # noqa: Y015
+
+@_typing.final
+class DuplicateDashboardResponse(_message.Message):
+    """The new dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dashboard(self) -> _dashboard_pb2.Dashboard:
+        """The dashboard."""
+
+    def __init__(
+        self,
+        *,
+        dashboard: _dashboard_pb2.Dashboard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DuplicateDashboardResponse: _TypeAlias = DuplicateDashboardResponse  # noqa: Y015
+
+@_typing.final
 class DeleteDashboardRequest(_message.Message):
-    """Deletes a dashboard."""
+    """Puts a dashboard into the bin."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,7 +492,7 @@ Global___DeleteDashboardRequest: _TypeAlias = DeleteDashboardRequest  # noqa: Y0
 
 @_typing.final
 class DeleteDashboardResponse(_message.Message):
-    """The dashboard is gone."""
+    """The dashboard is in the bin."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -394,6 +506,177 @@ class DeleteDashboardResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteDashboardResponse: _TypeAlias = DeleteDashboardResponse  # noqa: Y015
+
+@_typing.final
+class UndeleteDashboardRequest(_message.Message):
+    """Takes a dashboard out of the bin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    etag: _builtins.str
+    """When set, must be the current one; else ABORTED, reason ETAG_MISMATCH."""
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "etag", b"etag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteDashboardRequest: _TypeAlias = UndeleteDashboardRequest  # noqa: Y015
+
+@_typing.final
+class UndeleteDashboardResponse(_message.Message):
+    """The dashboard is there again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dashboard(self) -> _dashboard_pb2.Dashboard:
+        """The dashboard."""
+
+    def __init__(
+        self,
+        *,
+        dashboard: _dashboard_pb2.Dashboard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteDashboardResponse: _TypeAlias = UndeleteDashboardResponse  # noqa: Y015
+
+@_typing.final
+class PurgeDashboardRequest(_message.Message):
+    """Deletes a dashboard for good."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    etag: _builtins.str
+    """When set, must be the current one; else ABORTED, reason ETAG_MISMATCH."""
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "etag", b"etag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDashboardRequest: _TypeAlias = PurgeDashboardRequest  # noqa: Y015
+
+@_typing.final
+class PurgeDashboardResponse(_message.Message):
+    """The dashboard is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeDashboardResponse: _TypeAlias = PurgeDashboardResponse  # noqa: Y015
+
+@_typing.final
+class FavouriteDashboardRequest(_message.Message):
+    """Marks a dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FavouriteDashboardRequest: _TypeAlias = FavouriteDashboardRequest  # noqa: Y015
+
+@_typing.final
+class FavouriteDashboardResponse(_message.Message):
+    """The dashboard is marked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FavouriteDashboardResponse: _TypeAlias = FavouriteDashboardResponse  # noqa: Y015
+
+@_typing.final
+class UnfavouriteDashboardRequest(_message.Message):
+    """Takes a mark away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnfavouriteDashboardRequest: _TypeAlias = UnfavouriteDashboardRequest  # noqa: Y015
+
+@_typing.final
+class UnfavouriteDashboardResponse(_message.Message):
+    """The dashboard is not marked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnfavouriteDashboardResponse: _TypeAlias = UnfavouriteDashboardResponse  # noqa: Y015
 
 @_typing.final
 class GetDashboardDataRequest(_message.Message):

@@ -65,10 +65,35 @@ class DashboardServiceStub:
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardRequest.SerializeToString,
                 response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardResponse.FromString,
                 _registered_method=True)
+        self.DuplicateDashboard = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/DuplicateDashboard',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DuplicateDashboardRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DuplicateDashboardResponse.FromString,
+                _registered_method=True)
         self.DeleteDashboard = channel.unary_unary(
                 '/meshboard.dashboard.v1.DashboardService/DeleteDashboard',
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardRequest.SerializeToString,
                 response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardResponse.FromString,
+                _registered_method=True)
+        self.UndeleteDashboard = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/UndeleteDashboard',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UndeleteDashboardRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UndeleteDashboardResponse.FromString,
+                _registered_method=True)
+        self.PurgeDashboard = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/PurgeDashboard',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.PurgeDashboardRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.PurgeDashboardResponse.FromString,
+                _registered_method=True)
+        self.FavouriteDashboard = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/FavouriteDashboard',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.FavouriteDashboardRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.FavouriteDashboardResponse.FromString,
+                _registered_method=True)
+        self.UnfavouriteDashboard = channel.unary_unary(
+                '/meshboard.dashboard.v1.DashboardService/UnfavouriteDashboard',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UnfavouriteDashboardRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UnfavouriteDashboardResponse.FromString,
                 _registered_method=True)
         self.GetDashboardData = channel.unary_unary(
                 '/meshboard.dashboard.v1.DashboardService/GetDashboardData',
@@ -109,21 +134,27 @@ class DashboardServiceServicer:
     def CreateDashboard(self, request, context):
         """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`.
 
-        Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
+        Whoever has a variable or an annotation query look at a source needs `sources.query` on it, as with the queries of
+        widgets.
+
+        Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there; with INVALID_ARGUMENT, reason
+        VARIABLE_INVALID; with ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN; as `QueryService.ValidateQuery` does about what
+        looks at sources.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetDashboard(self, request, context):
-        """Returns a dashboard.
+        """Returns a dashboard, while it has a draft as it was when the draft began; `DraftService.GetDraft` returns the draft.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDashboards(self, request, context):
-        """Lists the dashboards that the caller may see, the newest first.
+        """Lists the dashboards that the caller may see, the newest first. What is in the bin is not among them, or, with
+        `deleted`, it alone is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,9 +175,11 @@ class DashboardServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateDashboard(self, request, context):
-        """Changes a dashboard and emits `DashboardUpdated`.
+        """Changes a dashboard and emits `DashboardUpdated`. While it has a draft, the draft is changed and returned, and the etag
+        is that of the draft; the name alone is changed at once.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; and as `CreateDashboard`
+        does. A source that is looked at already is not asked about again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,8 +197,57 @@ class DashboardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DuplicateDashboard(self, request, context):
+        """Creates a dashboard with the content that viewers see of another, gives the caller the role `owner` on it, and emits
+        `DashboardCreated` and `WidgetCreated` for each widget. It has neither the other's name, grants nor versions.
+
+        It writes queries, so it takes `sources.query` on each source that the content looks at.
+
+        Fails with NOT_FOUND, reason SOURCE_NOT_FOUND or FOLDER_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteDashboard(self, request, context):
-        """Deletes a dashboard with its widgets and grants, and emits `DashboardDeleted`.
+        """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
+        is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, gives up its name, and is
+        purged after 30 days.
+
+        Fails with ABORTED, reason ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteDashboard(self, request, context):
+        """Takes a dashboard out of the bin, and emits `DashboardUndeleted`. A name that another dashboard has taken meanwhile is
+        left to it.
+
+        Fails with FAILED_PRECONDITION, reason DASHBOARD_NOT_IN_BIN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeDashboard(self, request, context):
+        """Deletes a dashboard that is in the bin for good, with its widgets, grants and versions, and emits `DashboardPurged`.
+
+        Fails with FAILED_PRECONDITION, reason DASHBOARD_NOT_IN_BIN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FavouriteDashboard(self, request, context):
+        """Marks a dashboard for the caller alone, and emits `DashboardFavourited`. Marking it again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnfavouriteDashboard(self, request, context):
+        """Takes the caller's mark away, and emits `DashboardUnfavourited`. Without a mark it changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,10 +341,35 @@ def add_DashboardServiceServicer_to_server(servicer, server):
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardRequest.FromString,
                     response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.MoveDashboardResponse.SerializeToString,
             ),
+            'DuplicateDashboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.DuplicateDashboard,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DuplicateDashboardRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DuplicateDashboardResponse.SerializeToString,
+            ),
             'DeleteDashboard': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDashboard,
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardRequest.FromString,
                     response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardResponse.SerializeToString,
+            ),
+            'UndeleteDashboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteDashboard,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UndeleteDashboardRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UndeleteDashboardResponse.SerializeToString,
+            ),
+            'PurgeDashboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeDashboard,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.PurgeDashboardRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.PurgeDashboardResponse.SerializeToString,
+            ),
+            'FavouriteDashboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.FavouriteDashboard,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.FavouriteDashboardRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.FavouriteDashboardResponse.SerializeToString,
+            ),
+            'UnfavouriteDashboard': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnfavouriteDashboard,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UnfavouriteDashboardRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UnfavouriteDashboardResponse.SerializeToString,
             ),
             'GetDashboardData': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDashboardData,
@@ -469,6 +576,33 @@ class DashboardService:
             _registered_method=True)
 
     @staticmethod
+    def DuplicateDashboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/DuplicateDashboard',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DuplicateDashboardRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DuplicateDashboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteDashboard(request,
             target,
             options=(),
@@ -485,6 +619,114 @@ class DashboardService:
             '/meshboard.dashboard.v1.DashboardService/DeleteDashboard',
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardRequest.SerializeToString,
             meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.DeleteDashboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteDashboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/UndeleteDashboard',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UndeleteDashboardRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UndeleteDashboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeDashboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/PurgeDashboard',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.PurgeDashboardRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.PurgeDashboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FavouriteDashboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/FavouriteDashboard',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.FavouriteDashboardRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.FavouriteDashboardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnfavouriteDashboard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.DashboardService/UnfavouriteDashboard',
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UnfavouriteDashboardRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_dashboard__service__pb2.UnfavouriteDashboardResponse.FromString,
             options,
             channel_credentials,
             insecure,

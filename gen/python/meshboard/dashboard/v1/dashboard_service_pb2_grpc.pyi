@@ -19,12 +19,19 @@ class DashboardServiceStub:
     CreateDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.CreateDashboardRequest, _dashboard_service_pb2.CreateDashboardResponse]
     """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`.
 
-    Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
+    Whoever has a variable or an annotation query look at a source needs `sources.query` on it, as with the queries of
+    widgets.
+
+    Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there; with INVALID_ARGUMENT, reason
+    VARIABLE_INVALID; with ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN; as `QueryService.ValidateQuery` does about what
+    looks at sources.
     """
     GetDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.GetDashboardRequest, _dashboard_service_pb2.GetDashboardResponse]
-    """Returns a dashboard."""
+    """Returns a dashboard, while it has a draft as it was when the draft began; `DraftService.GetDraft` returns the draft."""
     ListDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.ListDashboardsRequest, _dashboard_service_pb2.ListDashboardsResponse]
-    """Lists the dashboards that the caller may see, the newest first."""
+    """Lists the dashboards that the caller may see, the newest first. What is in the bin is not among them, or, with
+    `deleted`, it alone is.
+    """
     SearchDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.SearchDashboardsRequest, _dashboard_service_pb2.SearchDashboardsResponse]
     """Searches the dashboards that the caller may see, by title, description and the titles of their widgets, the best hits
     first.
@@ -36,9 +43,11 @@ class DashboardServiceStub:
     Fails with INVALID_ARGUMENT, reason SEARCH_QUERY_INVALID; with UNAVAILABLE while the search engine is away.
     """
     UpdateDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.UpdateDashboardRequest, _dashboard_service_pb2.UpdateDashboardResponse]
-    """Changes a dashboard and emits `DashboardUpdated`.
+    """Changes a dashboard and emits `DashboardUpdated`. While it has a draft, the draft is changed and returned, and the etag
+    is that of the draft; the name alone is changed at once.
 
-    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+    Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; and as `CreateDashboard`
+    does. A source that is looked at already is not asked about again.
     """
     MoveDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.MoveDashboardRequest, _dashboard_service_pb2.MoveDashboardResponse]
     """Moves a dashboard into a folder, or out of all, and emits `DashboardMoved`.
@@ -48,8 +57,36 @@ class DashboardServiceStub:
 
     Fails with ABORTED, reason ETAG_MISMATCH; with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
     """
+    DuplicateDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.DuplicateDashboardRequest, _dashboard_service_pb2.DuplicateDashboardResponse]
+    """Creates a dashboard with the content that viewers see of another, gives the caller the role `owner` on it, and emits
+    `DashboardCreated` and `WidgetCreated` for each widget. It has neither the other's name, grants nor versions.
+
+    It writes queries, so it takes `sources.query` on each source that the content looks at.
+
+    Fails with NOT_FOUND, reason SOURCE_NOT_FOUND or FOLDER_NOT_FOUND.
+    """
     DeleteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.DeleteDashboardRequest, _dashboard_service_pb2.DeleteDashboardResponse]
-    """Deletes a dashboard with its widgets and grants, and emits `DashboardDeleted`."""
+    """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
+    is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, gives up its name, and is
+    purged after 30 days.
+
+    Fails with ABORTED, reason ETAG_MISMATCH.
+    """
+    UndeleteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.UndeleteDashboardRequest, _dashboard_service_pb2.UndeleteDashboardResponse]
+    """Takes a dashboard out of the bin, and emits `DashboardUndeleted`. A name that another dashboard has taken meanwhile is
+    left to it.
+
+    Fails with FAILED_PRECONDITION, reason DASHBOARD_NOT_IN_BIN.
+    """
+    PurgeDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.PurgeDashboardRequest, _dashboard_service_pb2.PurgeDashboardResponse]
+    """Deletes a dashboard that is in the bin for good, with its widgets, grants and versions, and emits `DashboardPurged`.
+
+    Fails with FAILED_PRECONDITION, reason DASHBOARD_NOT_IN_BIN.
+    """
+    FavouriteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.FavouriteDashboardRequest, _dashboard_service_pb2.FavouriteDashboardResponse]
+    """Marks a dashboard for the caller alone, and emits `DashboardFavourited`. Marking it again changes nothing."""
+    UnfavouriteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.UnfavouriteDashboardRequest, _dashboard_service_pb2.UnfavouriteDashboardResponse]
+    """Takes the caller's mark away, and emits `DashboardUnfavourited`. Without a mark it changes nothing."""
     GetDashboardData: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.GetDashboardDataRequest, _dashboard_service_pb2.GetDashboardDataResponse]
     """Returns the data of all widgets, computed by the dashboard's own right. A query that fails takes only its own widget
     with it.
@@ -92,7 +129,12 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_dashboard_service_pb2.CreateDashboardResponse]:
         """Creates an empty dashboard, gives the caller the role `owner` on it, and emits `DashboardCreated`.
 
-        Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there.
+        Whoever has a variable or an annotation query look at a source needs `sources.query` on it, as with the queries of
+        widgets.
+
+        Fails with NOT_FOUND, reason FOLDER_NOT_FOUND, for a folder that is not there; with INVALID_ARGUMENT, reason
+        VARIABLE_INVALID; with ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN; as `QueryService.ValidateQuery` does about what
+        looks at sources.
         """
 
     @_abc_1.abstractmethod
@@ -101,7 +143,7 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.GetDashboardRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.GetDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.GetDashboardResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.GetDashboardResponse]:
-        """Returns a dashboard."""
+        """Returns a dashboard, while it has a draft as it was when the draft began; `DraftService.GetDraft` returns the draft."""
 
     @_abc_1.abstractmethod
     def ListDashboards(
@@ -109,7 +151,9 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.ListDashboardsRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.ListDashboardsRequest, _abc.Awaitable[_dashboard_service_pb2.ListDashboardsResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.ListDashboardsResponse]:
-        """Lists the dashboards that the caller may see, the newest first."""
+        """Lists the dashboards that the caller may see, the newest first. What is in the bin is not among them, or, with
+        `deleted`, it alone is.
+        """
 
     @_abc_1.abstractmethod
     def SearchDashboards(
@@ -133,9 +177,11 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.UpdateDashboardRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.UpdateDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.UpdateDashboardResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.UpdateDashboardResponse]:
-        """Changes a dashboard and emits `DashboardUpdated`.
+        """Changes a dashboard and emits `DashboardUpdated`. While it has a draft, the draft is changed and returned, and the etag
+        is that of the draft; the name alone is changed at once.
 
-        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; and as `CreateDashboard`
+        does. A source that is looked at already is not asked about again.
         """
 
     @_abc_1.abstractmethod
@@ -153,12 +199,70 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def DuplicateDashboard(
+        self,
+        request: _dashboard_service_pb2.DuplicateDashboardRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.DuplicateDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.DuplicateDashboardResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.DuplicateDashboardResponse]:
+        """Creates a dashboard with the content that viewers see of another, gives the caller the role `owner` on it, and emits
+        `DashboardCreated` and `WidgetCreated` for each widget. It has neither the other's name, grants nor versions.
+
+        It writes queries, so it takes `sources.query` on each source that the content looks at.
+
+        Fails with NOT_FOUND, reason SOURCE_NOT_FOUND or FOLDER_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteDashboard(
         self,
         request: _dashboard_service_pb2.DeleteDashboardRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.DeleteDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.DeleteDashboardResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.DeleteDashboardResponse]:
-        """Deletes a dashboard with its widgets and grants, and emits `DashboardDeleted`."""
+        """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
+        is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, gives up its name, and is
+        purged after 30 days.
+
+        Fails with ABORTED, reason ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def UndeleteDashboard(
+        self,
+        request: _dashboard_service_pb2.UndeleteDashboardRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.UndeleteDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.UndeleteDashboardResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.UndeleteDashboardResponse]:
+        """Takes a dashboard out of the bin, and emits `DashboardUndeleted`. A name that another dashboard has taken meanwhile is
+        left to it.
+
+        Fails with FAILED_PRECONDITION, reason DASHBOARD_NOT_IN_BIN.
+        """
+
+    @_abc_1.abstractmethod
+    def PurgeDashboard(
+        self,
+        request: _dashboard_service_pb2.PurgeDashboardRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.PurgeDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.PurgeDashboardResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.PurgeDashboardResponse]:
+        """Deletes a dashboard that is in the bin for good, with its widgets, grants and versions, and emits `DashboardPurged`.
+
+        Fails with FAILED_PRECONDITION, reason DASHBOARD_NOT_IN_BIN.
+        """
+
+    @_abc_1.abstractmethod
+    def FavouriteDashboard(
+        self,
+        request: _dashboard_service_pb2.FavouriteDashboardRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.FavouriteDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.FavouriteDashboardResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.FavouriteDashboardResponse]:
+        """Marks a dashboard for the caller alone, and emits `DashboardFavourited`. Marking it again changes nothing."""
+
+    @_abc_1.abstractmethod
+    def UnfavouriteDashboard(
+        self,
+        request: _dashboard_service_pb2.UnfavouriteDashboardRequest,
+        context: _aio.ServicerContext[_dashboard_service_pb2.UnfavouriteDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.UnfavouriteDashboardResponse]],
+    ) -> _abc.Awaitable[_dashboard_service_pb2.UnfavouriteDashboardResponse]:
+        """Takes the caller's mark away, and emits `DashboardUnfavourited`. Without a mark it changes nothing."""
 
     @_abc_1.abstractmethod
     def GetDashboardData(

@@ -41,11 +41,27 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     FOLDER_CYCLE: _ErrorReason.ValueType  # 12
     """FAILED_PRECONDITION: a folder cannot lie in itself."""
     FOLDER_NOT_EMPTY: _ErrorReason.ValueType  # 13
-    """FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first."""
+    """FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first; what is in the bin, purge."""
     TOO_MANY_FOLDERS: _ErrorReason.ValueType  # 14
     """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
     CHOICE_INVALID: _ErrorReason.ValueType  # 15
     """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
+    DASHBOARD_NAME_TAKEN: _ErrorReason.ValueType  # 16
+    """ALREADY_EXISTS: another dashboard of the workspace has this name."""
+    VARIABLE_INVALID: _ErrorReason.ValueType  # 17
+    """INVALID_ARGUMENT: a variable has the name of another, defaults that cannot be chosen, or looks at one that does not
+    stand before it; the metadata name it as `variable`.
+    """
+    DASHBOARD_TOO_LARGE: _ErrorReason.ValueType  # 18
+    """FAILED_PRECONDITION: with the change the content of the dashboard would have more than 2 MiB. Make it smaller."""
+    DASHBOARD_NOT_IN_BIN: _ErrorReason.ValueType  # 19
+    """FAILED_PRECONDITION: the dashboard is not in the bin."""
+    DRAFT_NOT_FOUND: _ErrorReason.ValueType  # 20
+    """NOT_FOUND: the dashboard has no draft. Start one."""
+    DRAFT_EXISTS: _ErrorReason.ValueType  # 21
+    """ALREADY_EXISTS: the dashboard has a draft already. Go on with it."""
+    VERSION_NOT_FOUND: _ErrorReason.ValueType  # 22
+    """NOT_FOUND: the dashboard has no such version; it may have been put together with a later one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -69,9 +85,25 @@ FOLDER_TOO_DEEP: ErrorReason.ValueType  # 11
 FOLDER_CYCLE: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION: a folder cannot lie in itself."""
 FOLDER_NOT_EMPTY: ErrorReason.ValueType  # 13
-"""FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first."""
+"""FAILED_PRECONDITION: a dashboard or a folder lies in the folder. Move or delete it first; what is in the bin, purge."""
 TOO_MANY_FOLDERS: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
 CHOICE_INVALID: ErrorReason.ValueType  # 15
 """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
+DASHBOARD_NAME_TAKEN: ErrorReason.ValueType  # 16
+"""ALREADY_EXISTS: another dashboard of the workspace has this name."""
+VARIABLE_INVALID: ErrorReason.ValueType  # 17
+"""INVALID_ARGUMENT: a variable has the name of another, defaults that cannot be chosen, or looks at one that does not
+stand before it; the metadata name it as `variable`.
+"""
+DASHBOARD_TOO_LARGE: ErrorReason.ValueType  # 18
+"""FAILED_PRECONDITION: with the change the content of the dashboard would have more than 2 MiB. Make it smaller."""
+DASHBOARD_NOT_IN_BIN: ErrorReason.ValueType  # 19
+"""FAILED_PRECONDITION: the dashboard is not in the bin."""
+DRAFT_NOT_FOUND: ErrorReason.ValueType  # 20
+"""NOT_FOUND: the dashboard has no draft. Start one."""
+DRAFT_EXISTS: ErrorReason.ValueType  # 21
+"""ALREADY_EXISTS: the dashboard has a draft already. Go on with it."""
+VERSION_NOT_FOUND: ErrorReason.ValueType  # 22
+"""NOT_FOUND: the dashboard has no such version; it may have been put together with a later one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -45,7 +45,7 @@ Global___DashboardCreated: _TypeAlias = DashboardCreated  # noqa: Y015
 
 @_typing.final
 class DashboardUpdated(_message.Message):
-    """A dashboard was changed."""
+    """A dashboard was changed: the draft, when it has one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -97,7 +97,7 @@ Global___DashboardMoved: _TypeAlias = DashboardMoved  # noqa: Y015
 
 @_typing.final
 class DashboardDeleted(_message.Message):
-    """A dashboard was deleted."""
+    """A dashboard was put into the bin."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -122,8 +122,224 @@ class DashboardDeleted(_message.Message):
 Global___DashboardDeleted: _TypeAlias = DashboardDeleted  # noqa: Y015
 
 @_typing.final
+class DashboardUndeleted(_message.Message):
+    """A dashboard was taken out of the bin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dashboard(self) -> _dashboard_pb2.Dashboard:
+        """The dashboard."""
+
+    def __init__(
+        self,
+        *,
+        dashboard: _dashboard_pb2.Dashboard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardUndeleted: _TypeAlias = DashboardUndeleted  # noqa: Y015
+
+@_typing.final
+class DashboardPurged(_message.Message):
+    """A dashboard was deleted for good."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardPurged: _TypeAlias = DashboardPurged  # noqa: Y015
+
+@_typing.final
+class DraftStarted(_message.Message):
+    """What viewers see of a dashboard stays as it is from now on, whatever is changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftStarted: _TypeAlias = DraftStarted  # noqa: Y015
+
+@_typing.final
+class DraftDiscarded(_message.Message):
+    """The draft of a dashboard was thrown away; what viewers see did not change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftDiscarded: _TypeAlias = DraftDiscarded  # noqa: Y015
+
+@_typing.final
+class DashboardPublished(_message.Message):
+    """Viewers see what was the draft of a dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DASHBOARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dashboard(self) -> _dashboard_pb2.Dashboard:
+        """The dashboard."""
+
+    def __init__(
+        self,
+        *,
+        dashboard: _dashboard_pb2.Dashboard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardPublished: _TypeAlias = DashboardPublished  # noqa: Y015
+
+@_typing.final
+class VersionRestored(_message.Message):
+    """A version of a dashboard was restored. `DashboardUpdated` and the events of its widgets tell what that changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    VERSION_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    version_id: _builtins.str
+    """The version that it has the content of."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+        version_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "version_id", b"version_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionRestored: _TypeAlias = VersionRestored  # noqa: Y015
+
+@_typing.final
+class DashboardFavourited(_message.Message):
+    """A user has marked a dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    user_id: _builtins.str
+    """The user."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "user_id", b"user_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardFavourited: _TypeAlias = DashboardFavourited  # noqa: Y015
+
+@_typing.final
+class DashboardUnfavourited(_message.Message):
+    """A user has taken its mark away from a dashboard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    user_id: _builtins.str
+    """The user."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "user_id", b"user_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DashboardUnfavourited: _TypeAlias = DashboardUnfavourited  # noqa: Y015
+
+@_typing.final
 class WidgetCreated(_message.Message):
-    """A widget was created."""
+    """A widget was created, on the draft, when the dashboard has one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -151,7 +367,7 @@ Global___WidgetCreated: _TypeAlias = WidgetCreated  # noqa: Y015
 
 @_typing.final
 class WidgetUpdated(_message.Message):
-    """A widget was changed."""
+    """A widget was changed, on the draft, when the dashboard has one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -179,7 +395,7 @@ Global___WidgetUpdated: _TypeAlias = WidgetUpdated  # noqa: Y015
 
 @_typing.final
 class WidgetDeleted(_message.Message):
-    """A widget was deleted."""
+    """A widget was deleted, from the draft, when the dashboard has one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
