@@ -19,7 +19,7 @@ from meshboard.user.v1.internal_grant_service_pb2 import (
 from meshboard.user.v1.internal_grant_service_pb2_grpc import InternalGrantServiceServicer
 from meshboard.user.v1.internal_user_service_pb2 import CheckSubjectsRequest
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, delete, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -305,6 +305,7 @@ class Grants:
             .where(
                 self._resource.workspace_id == auth.caller().workspace_id,
                 self._resource.resource_id == resource_id,
+                text(self._resource.is_alive(self._resource.table)),
             )
             .with_for_update(read=True, key_share=True)
         )

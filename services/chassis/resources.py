@@ -67,6 +67,7 @@ class Resource:
     parent_id: Any = None  # InstrumentedAttribute[str | None]
     parent: Resource | None = None
     holds: tuple[str, ...] = ()
+    alive: str = ""
 
     @property
     def place(self) -> Resource | None:
@@ -87,6 +88,10 @@ class Resource:
     def sql(self) -> _Sql:
         """The statements about resources of this type."""
         return _Sql(self)
+
+    def is_alive(self, row: str) -> str:
+        """SQL: whether a row, by the name of its table, is alive."""
+        return f"({self.alive.format(row=row)})" if self.alive else "true"
 
     def absent(self) -> errors.Error:
         """What is said of one that does not exist, or that the caller may not see."""
@@ -264,7 +269,8 @@ class _Sql:
     def visible(self) -> _Statement:
         """Whether a row of the table is visible."""
         said = self._said_of(f"{self._table}.{self._id}")
-        return self._text(f"coalesce({said}, {self._place_allows(self._table, inline=True)})")
+        allowed = f"coalesce({said}, {self._place_allows(self._table, inline=True)})"
+        return self._text(f"({self._resource.is_alive(self._table)} AND {allowed})")
 
     def _visible_ids(self, limit: int) -> _Statement:
         """Whether a row of the table is one of the next visible ones."""
@@ -287,7 +293,8 @@ class _Sql:
         def way(condition: str) -> str:
             return f"""(
                 SELECT one.{self._id} AS id FROM {self._table} AS one
-                WHERE one.workspace_id = {self._p}workspace_id AND one.{self._id} < {self._p}last_id AND {condition}
+                WHERE one.workspace_id = {self._p}workspace_id AND one.{self._id} < {self._p}last_id
+                    AND {self._resource.is_alive("one")} AND {condition}
                 ORDER BY id DESC LIMIT {limit:d}
             )"""  # noqa: S608
 
@@ -319,6 +326,7 @@ class _Sql:
                 AND EXISTS (
                     SELECT FROM {self._table} AS one
                     WHERE one.workspace_id = mine.workspace_id AND one.{self._id} = mine.resource_id
+                        AND {self._resource.is_alive("one")}
                 )
                 AND {self._said_of("mine.resource_id")}
             ORDER BY resource_id DESC LIMIT {limit:d}
@@ -349,7 +357,7 @@ class _Sql:
             SELECT one.{self._id}, said.allowed
             FROM said JOIN {self._table} AS one
                 ON one.workspace_id = {self._p}workspace_id AND one.{self._id} = said.resource_id
-            WHERE said.allowed <> {self._place_allows("one")}
+            WHERE said.allowed <> {self._place_allows("one")} AND {self._resource.is_alive("one")}
         """)  # noqa: S608
 
     @cached_property

@@ -1,18 +1,24 @@
-"""Dashboards with their widgets: read whole through the cache, locked for a change, loaded for a feed."""
+"""Dashboards with their widgets as viewers see them: read whole through the cache, locked for a change, loaded for a feed.
+
+While a dashboard has a draft, viewers see the version that was the present one when the draft began. What is in the bin is
+absent.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1.widget_service_pb2 import ListWidgetsResponse
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors
 from services.chassis.cache import Cache, CachedMessages
+from services.chassis.times import timestamp_of
 from services.dashboard_svc.convert import dashboard_to_pb, widget_to_pb
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.models import Dashboard, Version, Widget
 
 
 def absent() -> errors.Error:
@@ -21,22 +27,52 @@ def absent() -> errors.Error:
 
 
 async def locked(
-    session: AsyncSession, workspace_id: str, dashboard_id: str, etag: str = "", *, share: bool = False
+    session: AsyncSession,
+    workspace_id: str,
+    dashboard_id: str,
+    etag: str = "",
+    *,
+    share: bool = False,
+    in_bin: bool = False,
 ) -> Dashboard:
     """The row of a dashboard, locked against other changes; with `share`, only against its deletion.
 
-    Raises NOT_FOUND; ABORTED (ETAG_MISMATCH) when `etag` is given and is not the current one.
+    Raises NOT_FOUND; ABORTED (ETAG_MISMATCH) when `etag` is given and is not the current one. With `in_bin` the dashboard
+    has to be in the bin, and FAILED_PRECONDITION (DASHBOARD_NOT_IN_BIN) is raised when it is not; else what is in the bin
+    is absent.
     """
     row = await session.get(
         Dashboard,
         (workspace_id, dashboard_id.lower()),
         with_for_update={"read": True, "key_share": True} if share else True,
     )
-    if row is None:
+    if row is None or (row.delete_time and not in_bin):
         raise absent()
     if etag and etag != str(row.version):
         raise errors.etag_mismatch()
+    if in_bin and not row.delete_time:
+        raise errors.failed_precondition("DASHBOARD_NOT_IN_BIN", "The dashboard is not in the bin.")
     return row
+
+
+async def published(session: AsyncSession, rows: Sequence[Dashboard]) -> Mapping[str, Version]:
+    """What viewers see of those dashboards that have a draft, by their ids."""
+    keys = [
+        (row.workspace_id, row.dashboard_id, row.published_version)
+        for row in rows
+        if row.published_version is not None
+    ]
+    if not keys:
+        return {}
+    key = tuple_(Version.workspace_id, Version.dashboard_id, Version.number)
+    versions = await session.scalars(select(Version).where(key.in_(keys)))
+    return {version.dashboard_id: version for version in versions}
+
+
+async def shown(session: AsyncSession, rows: Sequence[Dashboard]) -> list[dashboard_pb2.Dashboard]:
+    """The dashboards as viewers see them."""
+    versions = await published(session, rows)
+    return [dashboard_to_pb(row, versions.get(row.dashboard_id)) for row in rows]
 
 
 class Boards:
@@ -72,20 +108,41 @@ class Boards:
     async def load(self, workspace_id: str, dashboard_id: str) -> list[dashboard_pb2.Widget] | None:
         """The widgets as they are now, for who may hear of a change before the cache; None: no such dashboard."""
         async with self._db() as session:
-            if await session.get(Dashboard, (workspace_id, dashboard_id)) is None:
+            row = await session.get(Dashboard, (workspace_id, dashboard_id))
+            if row is None or row.delete_time:
                 return None
-            rows = await session.scalars(
-                select(Widget)
-                .where(Widget.workspace_id == workspace_id, Widget.dashboard_id == dashboard_id)
-                .order_by(Widget.y, Widget.x, Widget.widget_id)
-            )
-            return [widget_to_pb(row) for row in rows]
+            for version in (await published(session, [row])).values():
+                return _published_widgets(version)
+            return await widgets_of(session, row)
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:
             row = await session.get(Dashboard, (workspace_id, dashboard_id))
-        return dashboard_to_pb(row) if row else None
+            if row is None or row.delete_time:
+                return None
+            (dashboard,) = await shown(session, [row])
+            return dashboard
 
     async def _load_widgets(self, workspace_id: str, dashboard_id: str) -> ListWidgetsResponse | None:
         widgets = await self.load(workspace_id, dashboard_id)
         return None if widgets is None else ListWidgetsResponse(widgets=widgets)
+
+
+async def widgets_of(session: AsyncSession, dashboard: Dashboard) -> list[dashboard_pb2.Widget]:
+    """The widgets as editors have them, in the order of the layout."""
+    rows = await session.scalars(
+        select(Widget)
+        .where(Widget.workspace_id == dashboard.workspace_id, Widget.dashboard_id == dashboard.dashboard_id)
+        .order_by(Widget.y, Widget.x, Widget.widget_id)
+    )
+    return [widget_to_pb(row) for row in rows]
+
+
+def _published_widgets(version: Version) -> list[dashboard_pb2.Widget]:
+    """The widgets of a version. It holds no times and etags of theirs: they have the version's."""
+    widgets = list(dashboard_pb2.DashboardContent.FromString(version.content).widgets)
+    for widget in widgets:
+        widget.dashboard_id = version.dashboard_id
+        widget.etag = f"v{version.number}"
+        widget.update_time.CopyFrom(timestamp_of(version.create_time))
+    return widgets

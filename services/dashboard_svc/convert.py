@@ -6,12 +6,15 @@ from meshboard.analytics.v1 import query_pb2
 from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2
 
 from services.chassis.times import timestamp_of
-from services.dashboard_svc.models import Dashboard, Folder, Widget
+from services.dashboard_svc.models import Dashboard, Folder, Version, Widget
 
 
-def dashboard_to_pb(row: Dashboard) -> dashboard_pb2.Dashboard:
-    """A dashboard."""
-    return dashboard_pb2.Dashboard(
+def dashboard_to_pb(row: Dashboard, published: Version | None = None) -> dashboard_pb2.Dashboard:
+    """A dashboard as its editors have it, or, while it has a draft, as viewers see it by the `published` version.
+
+    Whether the caller has marked it is not in it.
+    """
+    dashboard = dashboard_pb2.Dashboard(
         dashboard_id=row.dashboard_id,
         workspace_id=row.workspace_id,
         title=row.title,
@@ -21,7 +24,23 @@ def dashboard_to_pb(row: Dashboard) -> dashboard_pb2.Dashboard:
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
         folder_id=row.folder_id or "",
+        tags=row.tags,
+        name=row.name or "",
+        has_draft=row.published_version is not None,
+        delete_time=timestamp_of(row.delete_time) if row.delete_time else None,
+        purge_time=timestamp_of(row.purge_time) if row.purge_time else None,
     )
+    content = dashboard_pb2.DashboardContent.FromString(published.content if published else row.content)
+    if published:
+        dashboard.title, dashboard.description = content.title, content.description
+        dashboard.tags[:] = content.tags
+        dashboard.etag = str(published.number)
+        dashboard.update_time.CopyFrom(timestamp_of(published.create_time))
+    dashboard.variables.extend(content.variables)
+    dashboard.annotation_queries.extend(content.annotation_queries)
+    if content.HasField("settings"):
+        dashboard.settings.CopyFrom(content.settings)
+    return dashboard
 
 
 def folder_to_pb(row: Folder) -> folder_pb2.Folder:
@@ -51,3 +70,12 @@ def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
+
+
+def fill_widget(row: Widget, widget: dashboard_pb2.Widget) -> None:
+    """Gives a row the content of a widget."""
+    row.title = widget.title
+    row.kind = widget.kind
+    row.query = widget.query.SerializeToString()
+    layout = widget.layout
+    row.x, row.y, row.width, row.height = layout.x, layout.y, layout.width, layout.height

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     ForeignKeyConstraint,
     Index,
@@ -10,6 +11,7 @@ from sqlalchemy import (
     SmallInteger,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -44,13 +46,26 @@ class Folder(Base):
 
 
 class Dashboard(Base):
-    """A dashboard; `version` grows with each change of it or of one of its widgets."""
+    """A dashboard; `version` grows with each change of it or of one of its widgets.
+
+    The row and its widgets are what editors work on. While there is a draft, viewers see the version `published_version`,
+    which has the tags `published_tags`. `content` is a serialized meshboard.dashboard.v1.DashboardContent, of the fields
+    that have no column. `delete_time` and `purge_time` are set in the bin.
+    """
 
     __tablename__ = "dashboards"
     __table_args__ = (
         ForeignKeyConstraint(["workspace_id", "folder_id"], ["folders.workspace_id", "folders.folder_id"]),
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="dashboards_request_once"),
         Index("dashboards_by_folder", "workspace_id", "folder_id", "dashboard_id"),
+        Index(
+            "dashboards_name_once",
+            "workspace_id",
+            "name",
+            unique=True,
+            postgresql_where=text("delete_time IS NULL"),
+        ),
+        Index("dashboards_to_purge", "purge_time", postgresql_where=text("purge_time IS NOT NULL")),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
@@ -58,11 +73,64 @@ class Dashboard(Base):
     folder_id: Mapped[Id | None]
     title: Mapped[str] = mapped_column(Text)
     description: Mapped[str] = mapped_column(Text)
+    tags: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    content: Mapped[bytes] = mapped_column(LargeBinary, server_default="")
+    name: Mapped[str | None] = mapped_column(Text)
+    published_version: Mapped[int | None] = mapped_column(BigInteger)
+    published_tags: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    delete_time: Mapped[Time | None]
+    purge_time: Mapped[Time | None]
     version: Mapped[int] = mapped_column(BigInteger)
     creator_id: Mapped[Id]
     request_id: Mapped[str | None] = mapped_column(Text)
     create_time: Mapped[Time]
     update_time: Mapped[Time]
+
+
+class Version(Base):
+    """What a dashboard was when its `version` was `number`: `content`, a serialized DashboardContent.
+
+    Of changes that were put together `begin_time` is that of the first, `create_time` that of the last.
+    """
+
+    __tablename__ = "versions"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id"],
+            ["dashboards.workspace_id", "dashboards.dashboard_id"],
+            ondelete="CASCADE",
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    author_id: Mapped[Id]
+    reason: Mapped[str] = mapped_column(Text)
+    restored_number: Mapped[int | None] = mapped_column(BigInteger)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+    begin_time: Mapped[Time]
+    create_time: Mapped[Time]
+
+
+class Favourite(Base):
+    """That a user has marked a dashboard."""
+
+    __tablename__ = "favourites"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id"],
+            ["dashboards.workspace_id", "dashboards.dashboard_id"],
+            ondelete="CASCADE",
+        ),
+        Index("favourites_by_dashboard", "workspace_id", "dashboard_id"),
+        Index("favourites_by_user", "user_id"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    user_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    create_time: Mapped[Time]
 
 
 class Widget(Base):

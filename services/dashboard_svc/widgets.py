@@ -23,6 +23,7 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.dashboard_svc import layouts
 from services.dashboard_svc.boards import Boards, locked
+from services.dashboard_svc.contents import record, touch
 from services.dashboard_svc.convert import widget_to_pb
 from services.dashboard_svc.kinds import check_fit
 from services.dashboard_svc.models import Dashboard, Widget
@@ -93,7 +94,7 @@ class WidgetServicer(WidgetServiceServicer):
                 update_time=now,
             )
             session.add(row)
-            _touch(dashboard, now)
+            await self._touch(session, dashboard, now)
             created = WidgetCreated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
             outbox.add(session, created, workspace_id=caller.workspace_id)
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
@@ -111,20 +112,13 @@ class WidgetServicer(WidgetServiceServicer):
         """Lists in the order of the layout."""
         workspace_id = auth.caller().workspace_id
         page = self.pages.open(request, workspace_id)
-        columns = (Widget.y, Widget.x, Widget.widget_id)
-        async with self.db() as session:
-            rows = await session.scalars(
-                select(Widget)
-                .where(
-                    Widget.workspace_id == workspace_id,
-                    Widget.dashboard_id == request.dashboard_id,
-                    page.after(*columns),
-                )
-                .order_by(*columns)
-                .limit(page.limit)
-            )
-        widgets, next_page_token = page.close(rows.all(), lambda row: (row.y, row.x, row.widget_id))
-        return pb.ListWidgetsResponse(widgets=map(widget_to_pb, widgets), next_page_token=next_page_token)
+        widgets = await self.boards.widgets(workspace_id, request.dashboard_id.lower())
+
+        def key(widget: dashboard_pb2.Widget) -> tuple[int, int, str]:
+            return widget.layout.y, widget.layout.x, widget.widget_id
+
+        shown, next_page_token = page.close(page.rest(widgets, key), key)
+        return pb.ListWidgetsResponse(widgets=shown, next_page_token=next_page_token)
 
     async def UpdateWidget(
         self, request: pb.UpdateWidgetRequest, context: Context
@@ -156,7 +150,7 @@ class WidgetServicer(WidgetServiceServicer):
             now = self.now()
             row.version += 1
             row.update_time = now
-            _touch(dashboard, now)
+            await self._touch(session, dashboard, now)
             updated = WidgetUpdated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
             check_fit(updated.widget.kind, updated.widget.query)
             outbox.add(session, updated, workspace_id=caller.workspace_id)
@@ -172,13 +166,17 @@ class WidgetServicer(WidgetServiceServicer):
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id)
             row = await _widget(session, dashboard, request.widget_id)
             await session.delete(row)
-            _touch(dashboard, self.now())
+            await self._touch(session, dashboard, self.now())
             gone = WidgetDeleted(
                 workspace_id=row.workspace_id, dashboard_id=row.dashboard_id, widget_id=row.widget_id
             )
             outbox.add(session, gone, workspace_id=caller.workspace_id)
         await self.boards.changed(gone.workspace_id, gone.dashboard_id)
         return pb.DeleteWidgetResponse()
+
+    async def _touch(self, session: AsyncSession, dashboard: Dashboard, now: datetime) -> None:
+        touch(dashboard, now)
+        await record(session, dashboard, auth.caller().user_id)
 
     async def _validate(self, query: Query) -> None:
         """Fails as analytics_svc does: when the caller may not ask this, or nobody can."""
@@ -199,11 +197,6 @@ async def _widget(session: AsyncSession, dashboard: Dashboard, widget_id: str) -
     if row is None:
         raise _absent()
     return row
-
-
-def _touch(dashboard: Dashboard, now: datetime) -> None:
-    dashboard.version += 1
-    dashboard.update_time = now
 
 
 def _below(rows: list[Widget]) -> dashboard_pb2.Layout:

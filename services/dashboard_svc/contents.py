@@ -1,0 +1,269 @@
+"""The content of dashboards: read from the working copy, written to it, and kept as versions.
+
+Whoever changes a dashboard or its widgets holds the lock of the dashboard's row (`boards.locked`), and calls `record` at
+the end of the transaction, when the row has its new `version` and `update_time`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+
+from google.protobuf.message import Message
+from meshboard.dashboard.v1 import dashboard_pb2
+from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent
+from meshboard.dashboard.v1.events_pb2 import DashboardUpdated, WidgetCreated, WidgetDeleted, WidgetUpdated
+from sqlalchemy import ColumnElement, delete, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.chassis import errors, outbox
+from services.chassis.db import new_id
+from services.dashboard_svc.convert import dashboard_to_pb, fill_widget, widget_to_pb
+from services.dashboard_svc.models import Dashboard, Version, Widget
+
+MAX_CONTENT_BYTES = 2 << 20
+MAX_WIDGETS = 100
+MAX_VERSIONS = 1000
+TOGETHER = timedelta(minutes=10)
+# What a dashboard's row keeps in its column `content`.
+DEFINITIONS = ("variables", "settings", "annotation_queries")
+# What a widget has of its place and its time, and what is made of it: no content.
+_NO_CONTENT = ("dashboard_id", "create_time", "update_time", "etag", "html")
+
+
+async def content_of(session: AsyncSession, dashboard: Dashboard) -> DashboardContent:
+    """The working copy, its widgets in the order of the layout."""
+    rows = await session.scalars(
+        select(Widget).where(*_widgets_of(dashboard)).order_by(Widget.y, Widget.x, Widget.widget_id)
+    )
+    content = DashboardContent.FromString(dashboard.content)
+    content.title = dashboard.title
+    content.description = dashboard.description
+    content.tags.extend(dashboard.tags)
+    content.widgets.extend(map(widget_content, rows))
+    return content
+
+
+def widget_content(row: Widget) -> dashboard_pb2.Widget:
+    """The content of a widget."""
+    widget = widget_to_pb(row)
+    for field in _NO_CONTENT:
+        widget.ClearField(field)
+    return widget
+
+
+def definitions_of(content: DashboardContent | dashboard_pb2.Dashboard) -> bytes:
+    """What the column `content` of a dashboard's row holds of this."""
+    kept = DashboardContent(
+        variables=content.variables, annotation_queries=content.annotation_queries, settings=content.settings
+    )
+    if not content.HasField("settings"):
+        kept.ClearField("settings")
+    return kept.SerializeToString(deterministic=True)
+
+
+async def write_content(
+    session: AsyncSession,
+    dashboard: Dashboard,
+    content: DashboardContent,
+    *,
+    author_id: str,
+    now: datetime,
+) -> bool:
+    """Makes the working copy equal to the content, and emits the domain events of what that changes.
+
+    Widgets are matched by `widget_id`; those without get one. Says whether anything has changed; then the row has a new
+    version, and `record` is to be called. The content has been checked before, but for the number of its widgets.
+    """
+    if len(content.widgets) > MAX_WIDGETS:
+        raise errors.failed_precondition(
+            "TOO_MANY_WIDGETS", f"A dashboard has at most {MAX_WIDGETS} widgets.", limit=MAX_WIDGETS
+        )
+    changed = _write_fields(dashboard, content)
+    widgets = await _write_widgets(session, dashboard, content, author_id, now)
+    if not changed and not widgets:
+        return False
+    touch(dashboard, now)
+    events: list[Message] = [*widgets]
+    if changed:
+        events.insert(0, DashboardUpdated(dashboard=dashboard_to_pb(dashboard)))
+    for event in events:
+        outbox.add(session, event, workspace_id=dashboard.workspace_id)
+    return True
+
+
+def touch(dashboard: Dashboard, now: datetime) -> None:
+    """Gives the row a new version, as each change of the dashboard or its widgets does."""
+    dashboard.version += 1
+    dashboard.update_time = now
+
+
+def _write_fields(dashboard: Dashboard, content: DashboardContent) -> bool:
+    fields = {
+        "title": content.title,
+        "description": content.description,
+        "tags": list(content.tags),
+        "content": definitions_of(content),
+    }
+    changes = {name: value for name, value in fields.items() if getattr(dashboard, name) != value}
+    for name, value in changes.items():
+        setattr(dashboard, name, value)
+    return bool(changes)
+
+
+async def _write_widgets(
+    session: AsyncSession, dashboard: Dashboard, content: DashboardContent, author_id: str, now: datetime
+) -> list[Message]:
+    """The events of what has changed."""
+    rows = await session.scalars(select(Widget).where(*_widgets_of(dashboard)))
+    before = {row.widget_id: row for row in rows}
+    # A list of repeated ids would be one widget for the database: the last one.
+    wanted = {widget.widget_id.lower() or new_id(): widget for widget in content.widgets}
+    events: list[Message] = []
+    for widget_id in sorted(before.keys() - wanted.keys()):
+        await session.delete(before[widget_id])
+        events.append(
+            WidgetDeleted(
+                workspace_id=dashboard.workspace_id,
+                dashboard_id=dashboard.dashboard_id,
+                widget_id=widget_id,
+            )
+        )
+    # First what goes, then what comes: names of widgets are unique on a dashboard.
+    await session.flush()
+    for widget_id, widget in wanted.items():
+        if event := _write_widget(
+            session, dashboard, before.get(widget_id), widget_id, widget, author_id, now
+        ):
+            events.append(event)
+    await session.flush()
+    return events
+
+
+def _write_widget(
+    session: AsyncSession,
+    dashboard: Dashboard,
+    row: Widget | None,
+    widget_id: str,
+    widget: dashboard_pb2.Widget,
+    author_id: str,
+    now: datetime,
+) -> Message | None:
+    if row is None:
+        row = Widget(
+            workspace_id=dashboard.workspace_id,
+            dashboard_id=dashboard.dashboard_id,
+            widget_id=widget_id,
+            version=1,
+            creator_id=author_id,
+            create_time=now,
+            update_time=now,
+        )
+        fill_widget(row, widget)
+        session.add(row)
+        return WidgetCreated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
+    before = widget_content(row)
+    fill_widget(row, widget)
+    if widget_content(row) == before:
+        return None
+    row.version += 1
+    row.update_time = now
+    return WidgetUpdated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
+
+
+async def record(
+    session: AsyncSession,
+    dashboard: Dashboard,
+    author_id: str,
+    reason: str = "",
+    *,
+    restored_number: int | None = None,
+) -> None:
+    """Keeps the working copy as the version `dashboard.version`, made at `dashboard.update_time`.
+
+    It takes the place of the version before when both are by one author, within 10 minutes, and without a reason. Raises
+    FAILED_PRECONDITION (DASHBOARD_TOO_LARGE), so it also bounds what a dashboard holds.
+    """
+    await session.flush()
+    content = (await content_of(session, dashboard)).SerializeToString(deterministic=True)
+    if len(content) > MAX_CONTENT_BYTES:
+        raise errors.failed_precondition(
+            "DASHBOARD_TOO_LARGE",
+            f"A dashboard holds at most {MAX_CONTENT_BYTES} bytes.",
+            limit_bytes=MAX_CONTENT_BYTES,
+            bytes=len(content),
+        )
+    values = {"number": dashboard.version, "content": content, "create_time": dashboard.update_time}
+    if not reason and restored_number is None and await _put_together(session, dashboard, author_id, values):
+        return
+    session.add(
+        Version(
+            workspace_id=dashboard.workspace_id,
+            dashboard_id=dashboard.dashboard_id,
+            author_id=author_id,
+            reason=reason,
+            restored_number=restored_number,
+            begin_time=dashboard.update_time,
+            **values,
+        )
+    )
+    await session.flush()
+    await _prune(session, dashboard)
+
+
+async def _put_together(
+    session: AsyncSession, dashboard: Dashboard, author_id: str, values: Mapping[str, object]
+) -> bool:
+    """Whether the last version has become this one. What viewers see while there is a draft stays."""
+    last = select(func.max(Version.number)).where(*versions_of(dashboard)).scalar_subquery()
+    number = await session.scalar(
+        update(Version)
+        .where(
+            *versions_of(dashboard),
+            Version.number == last,
+            Version.number.is_distinct_from(dashboard.published_version),
+            Version.author_id == author_id,
+            Version.reason == "",
+            Version.restored_number.is_(None),
+            Version.begin_time > dashboard.update_time - TOGETHER,
+        )
+        .values(**values)
+        .returning(Version.number)
+        .execution_options(synchronize_session=False)
+    )
+    return number is not None
+
+
+async def _prune(session: AsyncSession, dashboard: Dashboard) -> None:
+    oldest = (
+        select(Version.number)
+        .where(*versions_of(dashboard))
+        .order_by(Version.number.desc())
+        .offset(MAX_VERSIONS)
+        .limit(1)
+        .scalar_subquery()
+    )
+    await session.execute(
+        delete(Version)
+        .where(
+            *versions_of(dashboard),
+            Version.number <= oldest,
+            Version.number.is_distinct_from(dashboard.published_version),
+        )
+        .execution_options(synchronize_session=False)
+    )
+
+
+def versions_of(dashboard: Dashboard) -> tuple[ColumnElement[bool], ...]:
+    """The condition on versions that they are this dashboard's."""
+    return (
+        Version.workspace_id == dashboard.workspace_id,
+        Version.dashboard_id == dashboard.dashboard_id,
+    )
+
+
+def _widgets_of(dashboard: Dashboard) -> tuple[ColumnElement[bool], ...]:
+    return (
+        Widget.workspace_id == dashboard.workspace_id,
+        Widget.dashboard_id == dashboard.dashboard_id,
+    )
