@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
+from meshboard.dashboard.v1.draft_service_pb2_grpc import add_DraftServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
@@ -25,15 +27,19 @@ from services.chassis.process import until_stopped
 from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
+from services.dashboard_svc import bin, favourites
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
 from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
+from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 
 
@@ -58,6 +64,7 @@ async def serve(settings: Settings) -> None:
     )
 
     boards = Boards(sessions, cache)
+    sources = Sources(analytics_peer)
     pages = Pages(settings.derived_key("page tokens"))
     answers = Answers(analytics_peer)
     feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
@@ -68,6 +75,7 @@ async def serve(settings: Settings) -> None:
     dashboards = DashboardServicer(
         db=sessions,
         boards=boards,
+        sources=sources,
         pages=pages,
         grants=grants,
         search=search,
@@ -75,7 +83,10 @@ async def serve(settings: Settings) -> None:
         feeds=feeds,
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
+        bin_days=settings.bin_days,
     )
+    drafts = DraftServicer(sessions, boards, answers)
+    versions = VersionServicer(sessions, boards, sources, pages)
     folder_grants = grants_on_folders(sessions, user_peer, pages)
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
@@ -89,6 +100,7 @@ async def serve(settings: Settings) -> None:
     async def on_member_removed(session: AsyncSession, event: MemberRemoved) -> None:
         for owned in (grants, folder_grants):
             await owned.on_member_removed(session, event)
+        await favourites.on_member_removed(session, event)
 
     async def postgres_ready() -> bool:
         return await db.ready(sessions)
@@ -100,6 +112,8 @@ async def serve(settings: Settings) -> None:
         settings,
         [
             lambda s: add_DashboardServiceServicer_to_server(dashboards, s),
+            lambda s: add_DraftServiceServicer_to_server(drafts, s),
+            lambda s: add_VersionServiceServicer_to_server(versions, s),
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
@@ -112,6 +126,7 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
+            bin.run(sessions, times.now),
             Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(
                 bus,
@@ -121,7 +136,7 @@ async def serve(settings: Settings) -> None:
                     MemberRemoved: on_member_removed,
                     TeamDeleted: on_team_deleted,
                     WorkspaceDeleted: on_workspace_deleted,
-                    UserErasureRequested: erasing("dashboard", erase_grants),
+                    UserErasureRequested: erasing("dashboard", erase_grants, favourites.erase_favourites),
                 },
             ),
         )

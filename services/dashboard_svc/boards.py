@@ -1,7 +1,7 @@
-"""Dashboards with their widgets as viewers see them: read whole through the cache, locked for a change, loaded for a feed.
+"""Dashboards with their widgets as viewers see them: read whole through the cache, loaded for a feed; locked for changes.
 
-While a dashboard has a draft, viewers see the version that was the present one when the draft began. What is in the bin is
-absent.
+While a dashboard has a draft, viewers see the version that was the present one when the draft began. What is in the bin
+is absent.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ async def locked(
 ) -> Dashboard:
     """The row of a dashboard, locked against other changes; with `share`, only against its deletion.
 
-    Raises NOT_FOUND; ABORTED (ETAG_MISMATCH) when `etag` is given and is not the current one. With `in_bin` the dashboard
-    has to be in the bin, and FAILED_PRECONDITION (DASHBOARD_NOT_IN_BIN) is raised when it is not; else what is in the bin
-    is absent.
+    Raises NOT_FOUND; ABORTED (ETAG_MISMATCH) when `etag` is given and is not the current one. With `in_bin` the
+    dashboard has to be in the bin, and FAILED_PRECONDITION (DASHBOARD_NOT_IN_BIN) is raised when it is not; else what
+    is in the bin is absent.
     """
     row = await session.get(
         Dashboard,
@@ -73,6 +73,24 @@ async def shown(session: AsyncSession, rows: Sequence[Dashboard]) -> list[dashbo
     """The dashboards as viewers see them."""
     versions = await published(session, rows)
     return [dashboard_to_pb(row, versions.get(row.dashboard_id)) for row in rows]
+
+
+async def widget_titles(session: AsyncSession, rows: Sequence[Dashboard]) -> Mapping[str, list[str]]:
+    """The titles of the widgets that viewers see, by dashboard, in the order of the layout."""
+    titles: dict[str, list[str]] = {
+        dashboard_id: [widget.title for widget in published_widgets(version)]
+        for dashboard_id, version in (await published(session, rows)).items()
+    }
+    others = [(row.workspace_id, row.dashboard_id) for row in rows if row.dashboard_id not in titles]
+    if others:
+        found = await session.execute(
+            select(Widget.dashboard_id, Widget.title)
+            .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(others))
+            .order_by(Widget.y, Widget.x, Widget.widget_id)
+        )
+        for dashboard_id, title in found:
+            titles.setdefault(dashboard_id, []).append(title)
+    return titles
 
 
 class Boards:
@@ -112,7 +130,7 @@ class Boards:
             if row is None or row.delete_time:
                 return None
             for version in (await published(session, [row])).values():
-                return _published_widgets(version)
+                return published_widgets(version)
             return await widgets_of(session, row)
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
@@ -138,7 +156,7 @@ async def widgets_of(session: AsyncSession, dashboard: Dashboard) -> list[dashbo
     return [widget_to_pb(row) for row in rows]
 
 
-def _published_widgets(version: Version) -> list[dashboard_pb2.Widget]:
+def published_widgets(version: Version) -> list[dashboard_pb2.Widget]:
     """The widgets of a version. It holds no times and etags of theirs: they have the version's."""
     widgets = list(dashboard_pb2.DashboardContent.FromString(version.content).widgets)
     for widget in widgets:

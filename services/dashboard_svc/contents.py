@@ -1,13 +1,14 @@
 """The content of dashboards: read from the working copy, written to it, and kept as versions.
 
-Whoever changes a dashboard or its widgets holds the lock of the dashboard's row (`boards.locked`), and calls `record` at
-the end of the transaction, when the row has its new `version` and `update_time`.
+Whoever changes a dashboard or its widgets holds the lock of the dashboard's row (`boards.locked`), and calls `record`
+at the end of the transaction, when the row has its new `version` and `update_time`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from google.protobuf.message import Message
 from meshboard.dashboard.v1 import dashboard_pb2
@@ -25,10 +26,13 @@ MAX_CONTENT_BYTES = 2 << 20
 MAX_WIDGETS = 100
 MAX_VERSIONS = 1000
 TOGETHER = timedelta(minutes=10)
-# What a dashboard's row keeps in its column `content`.
-DEFINITIONS = ("variables", "settings", "annotation_queries")
-# What a widget has of its place and its time, and what is made of it: no content.
-_NO_CONTENT = ("dashboard_id", "create_time", "update_time", "etag", "html")
+_KEPT = ("variables", "settings", "annotation_queries")
+# What a content says beside the widgets.
+FIELDS = ("title", "description", "tags", *_KEPT)
+# Of a widget: its place, its times, and what is made of the rest.
+_NO_CONTENT = {"dashboard_id", "create_time", "update_time", "etag", "html"}
+
+M = TypeVar("M", bound=Message)
 
 
 async def content_of(session: AsyncSession, dashboard: Dashboard) -> DashboardContent:
@@ -44,22 +48,20 @@ async def content_of(session: AsyncSession, dashboard: Dashboard) -> DashboardCo
     return content
 
 
+async def shown_content(session: AsyncSession, dashboard: Dashboard) -> DashboardContent:
+    """What viewers see."""
+    if dashboard.published_version is None:
+        return await content_of(session, dashboard)
+    version = await session.get_one(
+        Version, (dashboard.workspace_id, dashboard.dashboard_id, dashboard.published_version)
+    )
+    return DashboardContent.FromString(version.content)
+
+
 def widget_content(row: Widget) -> dashboard_pb2.Widget:
     """The content of a widget."""
     widget = widget_to_pb(row)
-    for field in _NO_CONTENT:
-        widget.ClearField(field)
-    return widget
-
-
-def definitions_of(content: DashboardContent | dashboard_pb2.Dashboard) -> bytes:
-    """What the column `content` of a dashboard's row holds of this."""
-    kept = DashboardContent(
-        variables=content.variables, annotation_queries=content.annotation_queries, settings=content.settings
-    )
-    if not content.HasField("settings"):
-        kept.ClearField("settings")
-    return kept.SerializeToString(deterministic=True)
+    return only(widget, {field.name for field in widget.DESCRIPTOR.fields} - _NO_CONTENT)
 
 
 async def write_content(
@@ -79,7 +81,7 @@ async def write_content(
         raise errors.failed_precondition(
             "TOO_MANY_WIDGETS", f"A dashboard has at most {MAX_WIDGETS} widgets.", limit=MAX_WIDGETS
         )
-    changed = _write_fields(dashboard, content)
+    changed = write_fields(dashboard, content)
     widgets = await _write_widgets(session, dashboard, content, author_id, now)
     if not changed and not widgets:
         return False
@@ -98,14 +100,31 @@ def touch(dashboard: Dashboard, now: datetime) -> None:
     dashboard.update_time = now
 
 
-def _write_fields(dashboard: Dashboard, content: DashboardContent) -> bool:
-    fields = {
-        "title": content.title,
-        "description": content.description,
-        "tags": list(content.tags),
-        "content": definitions_of(content),
-    }
-    changes = {name: value for name, value in fields.items() if getattr(dashboard, name) != value}
+def only(message: M, fields: Collection[str]) -> M:
+    """A copy of the message with these fields alone."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    for field, _ in message.ListFields():
+        if field.name not in fields:
+            copy.ClearField(field.name)
+    return copy
+
+
+def kept_of(content: DashboardContent) -> bytes:
+    """What the column `content` of a dashboard's row holds of this: what has no column of its own."""
+    return only(content, _KEPT).SerializeToString(deterministic=True)
+
+
+def write_fields(dashboard: Dashboard, content: DashboardContent, fields: Collection[str] = FIELDS) -> bool:
+    """Gives the row these fields of the content. Says whether anything has changed."""
+    present = DashboardContent.FromString(dashboard.content)
+    kept = only(present, [field for field in _KEPT if field not in fields])
+    kept.MergeFrom(only(content, [field for field in _KEPT if field in fields]))
+    wanted: dict[str, object] = {"content": kept_of(kept)}
+    if "tags" in fields:
+        wanted["tags"] = list(content.tags)
+    wanted |= {name: getattr(content, name) for name in ("title", "description") if name in fields}
+    changes = {name: value for name, value in wanted.items() if getattr(dashboard, name) != value}
     for name, value in changes.items():
         setattr(dashboard, name, value)
     return bool(changes)
@@ -132,43 +151,35 @@ async def _write_widgets(
     # First what goes, then what comes: names of widgets are unique on a dashboard.
     await session.flush()
     for widget_id, widget in wanted.items():
-        if event := _write_widget(
-            session, dashboard, before.get(widget_id), widget_id, widget, author_id, now
-        ):
-            events.append(event)
+        if row := before.get(widget_id):
+            if _change_widget(row, widget, now):
+                events.append(WidgetUpdated(workspace_id=row.workspace_id, widget=widget_to_pb(row)))
+        else:
+            row = Widget(
+                workspace_id=dashboard.workspace_id,
+                dashboard_id=dashboard.dashboard_id,
+                widget_id=widget_id,
+                version=1,
+                creator_id=author_id,
+                create_time=now,
+                update_time=now,
+            )
+            fill_widget(row, widget)
+            session.add(row)
+            events.append(WidgetCreated(workspace_id=row.workspace_id, widget=widget_to_pb(row)))
     await session.flush()
     return events
 
 
-def _write_widget(
-    session: AsyncSession,
-    dashboard: Dashboard,
-    row: Widget | None,
-    widget_id: str,
-    widget: dashboard_pb2.Widget,
-    author_id: str,
-    now: datetime,
-) -> Message | None:
-    if row is None:
-        row = Widget(
-            workspace_id=dashboard.workspace_id,
-            dashboard_id=dashboard.dashboard_id,
-            widget_id=widget_id,
-            version=1,
-            creator_id=author_id,
-            create_time=now,
-            update_time=now,
-        )
-        fill_widget(row, widget)
-        session.add(row)
-        return WidgetCreated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
+def _change_widget(row: Widget, widget: dashboard_pb2.Widget, now: datetime) -> bool:
+    """Says whether anything has changed."""
     before = widget_content(row)
     fill_widget(row, widget)
     if widget_content(row) == before:
-        return None
+        return False
     row.version += 1
     row.update_time = now
-    return WidgetUpdated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
+    return True
 
 
 async def record(
@@ -181,8 +192,8 @@ async def record(
 ) -> None:
     """Keeps the working copy as the version `dashboard.version`, made at `dashboard.update_time`.
 
-    It takes the place of the version before when both are by one author, within 10 minutes, and without a reason. Raises
-    FAILED_PRECONDITION (DASHBOARD_TOO_LARGE), so it also bounds what a dashboard holds.
+    It takes the place of the version before when both are by one author, within 10 minutes, and without a reason.
+    Raises FAILED_PRECONDITION (DASHBOARD_TOO_LARGE), so it also bounds what a dashboard holds.
     """
     await session.flush()
     content = (await content_of(session, dashboard)).SerializeToString(deterministic=True)

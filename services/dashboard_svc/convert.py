@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshboard.analytics.v1 import query_pb2
-from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2
+from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2, version_service_pb2
 
 from services.chassis.times import timestamp_of
 from services.dashboard_svc.models import Dashboard, Folder, Version, Widget
@@ -41,6 +41,18 @@ def dashboard_to_pb(row: Dashboard, published: Version | None = None) -> dashboa
     if content.HasField("settings"):
         dashboard.settings.CopyFrom(content.settings)
     return dashboard
+
+
+def version_to_pb(row: Version, dashboard: Dashboard) -> version_service_pb2.Version:
+    """A version of the dashboard."""
+    return version_service_pb2.Version(
+        version_id=str(row.number),
+        author_id=row.author_id,
+        reason=row.reason,
+        create_time=timestamp_of(row.create_time),
+        restored_version_id=str(row.restored_number or ""),
+        published=row.number == dashboard.published_version,
+    )
 
 
 def folder_to_pb(row: Folder) -> folder_pb2.Folder:

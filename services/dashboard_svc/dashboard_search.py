@@ -13,7 +13,8 @@ from services.chassis.indexing import Corpus
 from services.chassis.resources import Reach, Resource, reach
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.boards import shown, widget_titles
+from services.dashboard_svc.models import Dashboard
 
 DASHBOARDS = Index("dashboards", {"title": 4, "widgets": 2, "description": 1})
 
@@ -64,40 +65,39 @@ def _within(rights: Rights, reached: Reach) -> Within:
 
 
 async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
+    """What viewers see; what is in the bin is not found."""
     rows = await session.scalars(
-        select(Dashboard).where(tuple_(Dashboard.workspace_id, Dashboard.dashboard_id).in_(keys))
+        select(Dashboard).where(
+            tuple_(Dashboard.workspace_id, Dashboard.dashboard_id).in_(keys), Dashboard.delete_time.is_(None)
+        )
     )
-    widgets = await session.execute(
-        select(Widget.workspace_id, Widget.dashboard_id, func.string_agg(Widget.title, "\n"))
-        .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(keys))
-        .group_by(Widget.workspace_id, Widget.dashboard_id)
-    )
-    titles = {(workspace_id, dashboard_id): text for workspace_id, dashboard_id, text in widgets}
+    found = rows.all()
+    titles = await widget_titles(session, found)
     return [
         Document(
             row.workspace_id,
             row.dashboard_id,
             {
-                "title": row.title,
-                "widgets": titles.get((row.workspace_id, row.dashboard_id), ""),
-                "description": row.description,
+                "title": dashboard.title,
+                "widgets": "\n".join(titles.get(row.dashboard_id, ())),
+                "description": dashboard.description,
             },
             parent_id=row.folder_id,
         )
-        for row in rows
+        for row, dashboard in zip(found, await shown(session, found), strict=True)
     ]
 
 
 async def _scan(session: AsyncSession, after: Key | None, limit: int) -> list[Key]:
     key = (Dashboard.workspace_id, Dashboard.dashboard_id)
-    keys = select(*key).order_by(*key).limit(limit)
+    keys = select(*key).where(Dashboard.delete_time.is_(None)).order_by(*key).limit(limit)
     if after is not None:
         keys = keys.where(tuple_(*key) > tuple_(*after, types=[Uuid(as_uuid=False)] * 2))
     return [(workspace_id, dashboard_id) for workspace_id, dashboard_id in await session.execute(keys)]
 
 
 async def _count(session: AsyncSession) -> int:
-    return await session.scalar(select(func.count()).select_from(Dashboard)) or 0
+    return await session.scalar(select(func.count()).where(Dashboard.delete_time.is_(None))) or 0
 
 
 CORPUS = Corpus(DASHBOARDS, _read, _scan, _count)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from datetime import datetime
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any
 
+from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
+from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceServicer
 from meshboard.dashboard.v1.events_pb2 import (
     DashboardCreated,
     DashboardDeleted,
+    DashboardFavourited,
     DashboardGrantCreated,
     DashboardGrantDeleted,
     DashboardMoved,
+    DashboardUndeleted,
+    DashboardUnfavourited,
     DashboardUpdated,
 )
-from sqlalchemy import and_, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ColumnElement, Text, and_, func, select
+from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth, outbox, times
+from services.chassis import auth, errors, outbox, times
 from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.grants import Grants, grant_to_pb
@@ -30,14 +37,27 @@ from services.chassis.paging import Pages
 from services.chassis.rechecks import Span
 from services.chassis.resources import Resource, visible, visible_ids
 from services.chassis.search import place_of
-from services.chassis.texts import clean_name
 from services.dashboard_svc.answers import Answers
-from services.dashboard_svc.boards import Boards, locked
+from services.dashboard_svc.bin import purge, take_out
+from services.dashboard_svc.boards import Boards, absent, locked, shown
+from services.dashboard_svc.contents import (
+    FIELDS,
+    kept_of,
+    only,
+    record,
+    shown_content,
+    touch,
+    write_content,
+    write_fields,
+)
 from services.dashboard_svc.convert import dashboard_to_pb
 from services.dashboard_svc.dashboard_search import DashboardSearch
+from services.dashboard_svc.definitions import clean, questions_of, sources_of
+from services.dashboard_svc.favourites import for_caller, is_favourite, mark, unmark
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.streams import stream
 
 Context = Any
@@ -47,8 +67,10 @@ DASHBOARD = Resource(
     Dashboard.dashboard_id,
     parent_id=Dashboard.folder_id,
     parent=FOLDER,
+    alive="{row}.delete_time IS NULL",
 )
-MUTABLE = ("title", "description")
+IN_BIN = replace(DASHBOARD, alive="{row}.delete_time IS NOT NULL")
+MUTABLE = (*FIELDS, "name")
 CATCH_UP_SECONDS = 5.0
 
 
@@ -60,6 +82,7 @@ class DashboardServicer(DashboardServiceServicer):
         *,
         db: async_sessionmaker[AsyncSession],
         boards: Boards,
+        sources: Sources,
         pages: Pages,
         grants: Grants,
         search: DashboardSearch,
@@ -67,10 +90,13 @@ class DashboardServicer(DashboardServiceServicer):
         feeds: Feeds,
         span: Span,
         draining: Callable[[], bool],
+        bin_days: int,
         now: Callable[[], datetime] = times.now,
     ) -> None:
         self.db = db
         self.boards = boards
+        self.sources = sources
+        self.bin_days = bin_days
         self.pages = pages
         self.grants = grants
         self.search = search
@@ -85,35 +111,17 @@ class DashboardServicer(DashboardServiceServicer):
     ) -> pb.CreateDashboardResponse:
         """Creates the dashboard and the creator's grant."""
         caller = auth.caller()
-        title, now = clean_name(request.title, "title"), self.now()
+        content = _content_from(request)
+        clean(content, FIELDS)
+        await self.sources.validate(questions_of(content).values())
         async with self.db.begin() as session:
-            dashboard = await session.scalar(
-                insert(Dashboard)
-                .values(
-                    workspace_id=caller.workspace_id,
-                    dashboard_id=new_id(),
-                    folder_id=await held_folder(session, caller.workspace_id, request.folder_id),
-                    title=title,
-                    description=request.description,
-                    version=1,
-                    creator_id=caller.user_id,
-                    request_id=request.request_id or None,
-                    create_time=now,
-                    update_time=now,
-                )
-                .on_conflict_do_nothing(constraint="dashboards_request_once")
-                .returning(Dashboard)
+            dashboard = await self._insert(
+                session, content, request.folder_id, request.request_id, name=request.name
             )
             if dashboard is None:
-                first = await session.scalars(
-                    select(Dashboard).where(
-                        Dashboard.workspace_id == caller.workspace_id,
-                        Dashboard.creator_id == caller.user_id,
-                        Dashboard.request_id == request.request_id,
-                    )
-                )
-                return pb.CreateDashboardResponse(dashboard=dashboard_to_pb(first.one()))
-            self.grants.own(session, dashboard.dashboard_id)
+                first = await self._first(session, request.request_id, request.name)
+                return pb.CreateDashboardResponse(dashboard=first)
+            await record(session, dashboard, caller.user_id)
             created = dashboard_to_pb(dashboard)
             outbox.add(session, DashboardCreated(dashboard=created), workspace_id=caller.workspace_id)
         return pb.CreateDashboardResponse(dashboard=created)
@@ -121,9 +129,10 @@ class DashboardServicer(DashboardServiceServicer):
     async def GetDashboard(
         self, request: pb.GetDashboardRequest, context: Context
     ) -> pb.GetDashboardResponse:
-        """Reads through the cache."""
+        """Reads through the cache, but for the caller's mark."""
         dashboard = await self.boards.dashboard(auth.caller().workspace_id, request.dashboard_id.lower())
-        return pb.GetDashboardResponse(dashboard=dashboard)
+        async with self.db() as session:
+            return pb.GetDashboardResponse(dashboard=await for_caller(session, dashboard))
 
     async def ListDashboards(
         self, request: pb.ListDashboardsRequest, context: Context
@@ -132,30 +141,29 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         assert caller.rights is not None, "the access stage settles the rights"
         page = self.pages.open(request, caller.workspace_id)
-        now = self.now()
-        if request.folder_id:
+        resource, now = IN_BIN if request.deleted else DASHBOARD, self.now()
+        favourite = is_favourite(caller)
+        if filters := _filters(request, favourite):
             found = and_(
-                Dashboard.folder_id == request.folder_id,
+                *filters,
                 page.after(Dashboard.dashboard_id, descending=True),
-                visible(DASHBOARD, caller.rights, now),
+                visible(resource, caller.rights, now),
             )
         else:
-            found = and_(
-                visible_ids(
-                    DASHBOARD, caller.rights, now, str(page.last[0]) if page.last else None, page.limit
-                )
-            )
+            last_id = str(page.last[0]) if page.last else None
+            found = and_(visible_ids(resource, caller.rights, now, last_id, page.limit))
         async with self.db() as session:
-            rows = await session.scalars(
-                select(Dashboard)
+            rows = await session.execute(
+                select(Dashboard, favourite)
                 .where(Dashboard.workspace_id == caller.workspace_id, found)
                 .order_by(Dashboard.dashboard_id.desc())
                 .limit(page.limit)
             )
-        dashboards, next_page_token = page.close(rows.all(), lambda row: (row.dashboard_id,))
-        return pb.ListDashboardsResponse(
-            dashboards=map(dashboard_to_pb, dashboards), next_page_token=next_page_token
-        )
+            found_rows, next_page_token = page.close(rows.all(), lambda row: (row[0].dashboard_id,))
+            dashboards = await shown(session, [row for row, _ in found_rows])
+        for dashboard, (_, marked) in zip(dashboards, found_rows, strict=True):
+            dashboard.favourite = marked
+        return pb.ListDashboardsResponse(dashboards=dashboards, next_page_token=next_page_token)
 
     async def SearchDashboards(
         self, request: pb.SearchDashboardsRequest, context: Context
@@ -166,30 +174,35 @@ class DashboardServicer(DashboardServiceServicer):
         page = self.pages.open(request, caller.workspace_id)
         found = await self.search.find(caller.rights, request.query, place_of(page), page.limit)
         hits, next_page_token = page.close(found, lambda hit: (hit.score, hit.id))
-        return pb.SearchDashboardsResponse(
-            dashboards=[dashboard_to_pb(hit.row) for hit in hits], next_page_token=next_page_token
-        )
+        async with self.db() as session:
+            dashboards = await shown(session, [hit.row for hit in hits])
+        return pb.SearchDashboardsResponse(dashboards=dashboards, next_page_token=next_page_token)
 
     async def UpdateDashboard(
         self, request: pb.UpdateDashboardRequest, context: Context
     ) -> pb.UpdateDashboardResponse:
         """Changes what the mask names."""
-        caller = auth.caller()
-        wanted = request.dashboard
+        caller, wanted = auth.caller(), request.dashboard
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
-        changes = {field: getattr(wanted, field) for field in fields}
-        if "title" in fields:
-            changes["title"] = clean_name(wanted.title, "dashboard.title")
-        async with self.db.begin() as session:
-            dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id, wanted.etag)
-            for field, value in changes.items():
-                setattr(dashboard, field, value)
-            dashboard.version += 1
-            dashboard.update_time = self.now()
-            updated = dashboard_to_pb(dashboard)
-            outbox.add(session, DashboardUpdated(dashboard=updated), workspace_id=caller.workspace_id)
+        content = _content_from(wanted, fields)
+        clean(content, fields, "dashboard.")
+        known = await self._validate_new(wanted.dashboard_id, content)
+        try:
+            async with self.db.begin() as session:
+                dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id, wanted.etag)
+                _require_known(known, dashboard)
+                write_fields(dashboard, content, fields)
+                if "name" in fields:
+                    dashboard.name = wanted.name or None
+                touch(dashboard, self.now())
+                await record(session, dashboard, caller.user_id, request.reason)
+                updated = dashboard_to_pb(dashboard)
+                outbox.add(session, DashboardUpdated(dashboard=updated), workspace_id=caller.workspace_id)
+                answer = await for_caller(session, updated)
+        except IntegrityError:  # the constraint on names
+            raise _name_taken(wanted.name) from None
         await self.boards.changed(updated.workspace_id, updated.dashboard_id)
-        return pb.UpdateDashboardResponse(dashboard=updated)
+        return pb.UpdateDashboardResponse(dashboard=answer)
 
     async def MoveDashboard(
         self, request: pb.MoveDashboardRequest, context: Context
@@ -200,27 +213,109 @@ class DashboardServicer(DashboardServiceServicer):
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id, request.etag)
             before = dashboard.folder_id
             dashboard.folder_id = await held_folder(session, caller.workspace_id, request.folder_id)
-            dashboard.version += 1
-            dashboard.update_time = self.now()
+            touch(dashboard, self.now())
             moved = dashboard_to_pb(dashboard)
             event = DashboardMoved(dashboard=moved, from_folder_id=before or "")
             outbox.add(session, event, workspace_id=caller.workspace_id)
+            answer = await for_caller(session, moved)
         await self.boards.changed(moved.workspace_id, moved.dashboard_id)
-        return pb.MoveDashboardResponse(dashboard=moved)
+        return pb.MoveDashboardResponse(dashboard=answer)
+
+    async def DuplicateDashboard(
+        self, request: pb.DuplicateDashboardRequest, context: Context
+    ) -> pb.DuplicateDashboardResponse:
+        """Copies what viewers see."""
+        caller, now = auth.caller(), self.now()
+        async with self.db() as session:
+            original = await session.get(Dashboard, (caller.workspace_id, request.dashboard_id.lower()))
+            if original is None or original.delete_time:
+                raise absent()
+            content = await shown_content(session, original)
+        if request.title:
+            content.title = request.title
+            clean(content, ["title"])
+        await self.sources.require(sources_of(content))
+        for widget in content.widgets:
+            widget.widget_id = new_id()
+        async with self.db.begin() as session:
+            dashboard = await self._insert(session, content, request.folder_id, request.request_id)
+            if dashboard is None:
+                first = await self._first(session, request.request_id)
+                return pb.DuplicateDashboardResponse(dashboard=first)
+            outbox.add(
+                session,
+                DashboardCreated(dashboard=dashboard_to_pb(dashboard)),
+                workspace_id=caller.workspace_id,
+            )
+            await write_content(session, dashboard, content, author_id=caller.user_id, now=now)
+            await record(session, dashboard, caller.user_id)
+        return pb.DuplicateDashboardResponse(dashboard=dashboard_to_pb(dashboard))
 
     async def DeleteDashboard(
         self, request: pb.DeleteDashboardRequest, context: Context
     ) -> pb.DeleteDashboardResponse:
-        """Deletes the dashboard; the widgets go with its row, the grants here."""
-        caller = auth.caller()
+        """Puts the dashboard into the bin."""
+        caller, now = auth.caller(), self.now()
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id, request.etag)
-            await session.delete(dashboard)
-            await self.grants.forget(session, dashboard.dashboard_id)
+            dashboard.delete_time = now
+            dashboard.purge_time = now + timedelta(days=self.bin_days)
+            touch(dashboard, now)
             gone = DashboardDeleted(workspace_id=caller.workspace_id, dashboard_id=dashboard.dashboard_id)
             outbox.add(session, gone, workspace_id=caller.workspace_id)
         await self.boards.changed(gone.workspace_id, gone.dashboard_id)
         return pb.DeleteDashboardResponse()
+
+    async def UndeleteDashboard(
+        self, request: pb.UndeleteDashboardRequest, context: Context
+    ) -> pb.UndeleteDashboardResponse:
+        """Takes the dashboard out of the bin."""
+        workspace_id = auth.caller().workspace_id
+        async with self.db.begin() as session:
+            dashboard = await locked(session, workspace_id, request.dashboard_id, request.etag, in_bin=True)
+            await take_out(session, dashboard)
+            touch(dashboard, self.now())
+            (there,) = await shown(session, [dashboard])
+            outbox.add(session, DashboardUndeleted(dashboard=there), workspace_id=workspace_id)
+            answer = await for_caller(session, there)
+        await self.boards.changed(workspace_id, there.dashboard_id)
+        return pb.UndeleteDashboardResponse(dashboard=answer)
+
+    async def PurgeDashboard(
+        self, request: pb.PurgeDashboardRequest, context: Context
+    ) -> pb.PurgeDashboardResponse:
+        """Deletes the dashboard for good."""
+        workspace_id = auth.caller().workspace_id
+        async with self.db.begin() as session:
+            dashboard = await locked(session, workspace_id, request.dashboard_id, request.etag, in_bin=True)
+            await purge(session, dashboard)
+        return pb.PurgeDashboardResponse()
+
+    async def FavouriteDashboard(
+        self, request: pb.FavouriteDashboardRequest, context: Context
+    ) -> pb.FavouriteDashboardResponse:
+        """Marks the dashboard."""
+        caller = auth.caller()
+        async with self.db.begin() as session:
+            dashboard = await locked(session, caller.workspace_id, request.dashboard_id, share=True)
+            key = {"workspace_id": dashboard.workspace_id, "dashboard_id": dashboard.dashboard_id}
+            if await mark(session, caller, dashboard.dashboard_id, self.now()):
+                event = DashboardFavourited(**key, user_id=caller.user_id)
+                outbox.add(session, event, workspace_id=caller.workspace_id)
+        return pb.FavouriteDashboardResponse()
+
+    async def UnfavouriteDashboard(
+        self, request: pb.UnfavouriteDashboardRequest, context: Context
+    ) -> pb.UnfavouriteDashboardResponse:
+        """Takes the mark away."""
+        caller = auth.caller()
+        async with self.db.begin() as session:
+            dashboard = await locked(session, caller.workspace_id, request.dashboard_id, share=True)
+            key = {"workspace_id": dashboard.workspace_id, "dashboard_id": dashboard.dashboard_id}
+            if await unmark(session, caller, dashboard.dashboard_id):
+                event = DashboardUnfavourited(**key, user_id=caller.user_id)
+                outbox.add(session, event, workspace_id=caller.workspace_id)
+        return pb.UnfavouriteDashboardResponse()
 
     async def GetDashboardData(
         self, request: pb.GetDashboardDataRequest, context: Context
@@ -240,13 +335,22 @@ class DashboardServicer(DashboardServiceServicer):
             has = feed.read_cursor(request.cursor) if request.cursor else None
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await feed.catch_up()
-            async for response in stream(feed, has, self.span, auth.recheck, self.draining):
+
+            async def recheck() -> None:
+                if feed.gone:  # in the bin: the grants on it are still there
+                    raise absent()
+                await auth.recheck()
+
+            if feed.gone:
+                raise absent()
+            async for response in stream(feed, has, self.span, recheck, self.draining):
                 yield response
 
     async def CreateDashboardGrant(
         self, request: pb.CreateDashboardGrantRequest, context: Context
     ) -> pb.CreateDashboardGrantResponse:
         """Makes the grant."""
+        await self._require_alive(request.dashboard_id)
         grant = await self.grants.create(request.dashboard_id, request)
         return pb.CreateDashboardGrantResponse(grant=grant)
 
@@ -254,6 +358,7 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.ListDashboardGrantsRequest, context: Context
     ) -> pb.ListDashboardGrantsResponse:
         """Lists all grants, expired ones too."""
+        await self._require_alive(request.dashboard_id)
         grants, next_page_token = await self.grants.list(request.dashboard_id, request)
         return pb.ListDashboardGrantsResponse(grants=grants, next_page_token=next_page_token)
 
@@ -261,6 +366,7 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.DeleteDashboardGrantRequest, context: Context
     ) -> pb.DeleteDashboardGrantResponse:
         """Takes the grant back."""
+        await self._require_alive(request.dashboard_id)
         await self.grants.delete(request.dashboard_id, request.grant_id)
         return pb.DeleteDashboardGrantResponse()
 
@@ -268,8 +374,114 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.BatchUpdateDashboardGrantsRequest, context: Context
     ) -> pb.BatchUpdateDashboardGrantsResponse:
         """Changes the grants together."""
+        await self._require_alive(request.dashboard_id)
         grants = await self.grants.batch_update(request.dashboard_id, request)
         return pb.BatchUpdateDashboardGrantsResponse(grants=grants)
+
+    async def _require_alive(self, dashboard_id: str) -> None:
+        """Raises NOT_FOUND for what is in the bin."""
+        await self.boards.dashboard(auth.caller().workspace_id, dashboard_id.lower())
+
+    async def _insert(
+        self,
+        session: AsyncSession,
+        content: DashboardContent,
+        folder_id: str,
+        request_id: str,
+        name: str = "",
+    ) -> Dashboard | None:
+        """The new dashboard, without widgets, and the caller's grant on it; None: something like it is there."""
+        caller, now = auth.caller(), self.now()
+        dashboard = await session.scalar(
+            insert(Dashboard)
+            .values(
+                workspace_id=caller.workspace_id,
+                dashboard_id=new_id(),
+                folder_id=await held_folder(session, caller.workspace_id, folder_id),
+                title=content.title,
+                description=content.description,
+                tags=list(content.tags),
+                content=kept_of(content),
+                name=name or None,
+                version=1,
+                creator_id=caller.user_id,
+                request_id=request_id or None,
+                create_time=now,
+                update_time=now,
+            )
+            .on_conflict_do_nothing()
+            .returning(Dashboard)
+        )
+        if dashboard is not None:
+            self.grants.own(session, dashboard.dashboard_id)
+        return dashboard
+
+    async def _first(self, session: AsyncSession, request_id: str, name: str = "") -> dashboard_pb2.Dashboard:
+        """The dashboard that an earlier call made; without one, ALREADY_EXISTS is raised: it is the name, then."""
+        caller = auth.caller()
+        first = await session.scalar(
+            select(Dashboard).where(
+                Dashboard.workspace_id == caller.workspace_id,
+                Dashboard.creator_id == caller.user_id,
+                Dashboard.request_id == request_id,
+            )
+        )
+        if first is None:
+            raise _name_taken(name)
+        (dashboard,) = await shown(session, [first])
+        return await for_caller(session, dashboard)
+
+    async def _validate_new(self, dashboard_id: str, content: DashboardContent) -> set[bytes]:
+        """Has analytics_svc judge what the content newly asks of sources; gives what was asked before already."""
+        if not (asked := questions_of(content)):
+            return set()
+        async with self.db() as session:
+            key = (auth.caller().workspace_id, dashboard_id.lower())
+            row = await session.get(Dashboard, key)
+        known = questions_of(DashboardContent.FromString(row.content)).keys() if row else set()
+        await self.sources.validate(query for key, query in asked.items() if key not in known)
+        return asked.keys() & known
+
+
+def _content_from(
+    source: dashboard_pb2.Dashboard | pb.CreateDashboardRequest, fields: Collection[str] = FIELDS
+) -> DashboardContent:
+    """These fields of a message, as a content."""
+    content = DashboardContent(
+        title=source.title,
+        description=source.description,
+        tags=source.tags,
+        variables=source.variables,
+        settings=source.settings if source.HasField("settings") else None,
+        annotation_queries=source.annotation_queries,
+    )
+    return only(content, fields)
+
+
+def _require_known(asked: set[bytes], dashboard: Dashboard) -> None:
+    """Raises ABORTED when somebody has taken away meanwhile what was not judged because it was there."""
+    if asked and not asked <= questions_of(DashboardContent.FromString(dashboard.content)).keys():
+        raise errors.etag_mismatch()
+
+
+def _filters(request: pb.ListDashboardsRequest, favourite: ColumnElement[bool]) -> list[ColumnElement[bool]]:
+    filters: list[ColumnElement[bool]] = []
+    if request.folder_id:
+        filters.append(Dashboard.folder_id == request.folder_id)
+    if request.tags:
+        tags = func.coalesce(Dashboard.published_tags, Dashboard.tags, type_=ARRAY(Text))
+        filters.append(tags.contains(list(request.tags)))
+    if request.favourites:
+        filters.append(favourite)
+    if request.name:
+        filters.append(Dashboard.name == request.name)
+    return filters
+
+
+def _name_taken(name: str) -> errors.Error:
+    return errors.already_exists(
+        "DASHBOARD_NAME_TAKEN", "Another dashboard of the workspace has this name.", name=name
+    )
 
 
 def grants_on_dashboards(

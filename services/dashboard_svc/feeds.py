@@ -43,16 +43,21 @@ _feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_m
 Load = Callable[[str, str], Awaitable[list[Widget] | None]]
 News = tuple[WatchDashboardResponse, cursors.Digests]
 
-_EVENTS = {
+# What changes what viewers see of a dashboard, or, with a draft, may.
+_CHANGES = {
     kind.DESCRIPTOR.full_name: kind
     for kind in (
         events_pb2.DashboardDeleted,
+        events_pb2.DashboardPublished,
         events_pb2.WidgetCreated,
         events_pb2.WidgetUpdated,
         events_pb2.WidgetDeleted,
-        events_pb2.DashboardGrantCreated,
-        events_pb2.DashboardGrantDeleted,
     )
+}
+
+_GRANTS = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (events_pb2.DashboardGrantCreated, events_pb2.DashboardGrantDeleted)
 }
 
 # What changes who may see any dashboard that lies below.
@@ -118,7 +123,7 @@ class Feed:
     """The present state of one dashboard.
 
     `changed` is set, and another event put in its place, when the state has changed. `doubts` grows when watchers have
-    reason to check at once whether they may still watch.
+    reason to check at once whether they may still watch. `gone` says that the dashboard was deleted.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Feed:
         self.dashboard_id = dashboard_id
         self.changed = asyncio.Event()
         self.doubts = 0
+        self.gone = False
         self.watchers = 0
         self._load = load
         self._answers = answers
@@ -241,6 +247,7 @@ class Feed:
                 log.warning("feed_waits_for_postgres", error=repr(error))
                 await asyncio.sleep(0.5)
                 continue
+            self.gone = widgets is None
             if widgets is None:
                 self.doubt()
             else:
@@ -369,7 +376,7 @@ class Feeds:
             line.stale.set()
 
     def _happened(self, message: Received) -> None:
-        kind = _EVENTS.get(message.subject) or _PLACED.get(message.subject)
+        kind = _CHANGES.get(message.subject) or _GRANTS.get(message.subject) or _PLACED.get(message.subject)
         if kind is None or not self._feeds:
             return
         event: Any = kind.FromString(message.payload)
@@ -378,13 +385,13 @@ class Feeds:
                 if feed.workspace_id == _workspace_of(event):
                     feed.doubt()
             return
-        watched = self._feeds.get((event.workspace_id, _dashboard_of(event)))
+        watched = self._feeds.get((_workspace_of(event), _dashboard_of(event)))
         if watched is None:
             return
-        if "widget" in event.DESCRIPTOR.fields_by_name or "widget_id" in event.DESCRIPTOR.fields_by_name:
-            watched.reload()
-        else:
+        if message.subject in _GRANTS:
             watched.doubt()
+        else:
+            watched.reload()
 
     def mistrust(self) -> None:
         """Notes that ticks and events may have been missed."""
@@ -399,8 +406,9 @@ def _replace(event: asyncio.Event) -> asyncio.Event:
 
 
 def _dashboard_of(event: Any) -> str:
-    widget: Widget | None = getattr(event, "widget", None)
-    return str(widget.dashboard_id if widget is not None else event.dashboard_id)
+    fields = event.DESCRIPTOR.fields_by_name
+    named = event.widget if "widget" in fields else event.dashboard if "dashboard" in fields else event
+    return str(named.dashboard_id)
 
 
 def _workspace_of(event: Any) -> str:

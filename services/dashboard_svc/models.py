@@ -48,9 +48,10 @@ class Folder(Base):
 class Dashboard(Base):
     """A dashboard; `version` grows with each change of it or of one of its widgets.
 
-    The row and its widgets are what editors work on. While there is a draft, viewers see the version `published_version`,
-    which has the tags `published_tags`. `content` is a serialized meshboard.dashboard.v1.DashboardContent, of the fields
-    that have no column. `delete_time` and `purge_time` are set in the bin.
+    The row and its widgets are what editors work on. While there is a draft, viewers see the version
+    `published_version`, which has the tags `published_tags`. `content` is a serialized
+    meshboard.dashboard.v1.DashboardContent, of the fields that have no column. `delete_time` and `purge_time` are set
+    in the bin.
     """
 
     __tablename__ = "dashboards"

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1 import search_service_pb2 as pb
 from meshboard.dashboard.v1.search_service_pb2_grpc import SearchServiceServicer
 from meshboard.user.v1.internal_user_service_pb2 import MemberHit, SearchMembersRequest, SearchPlace
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
 from services.chassis.search import Found, Place, Query, highlight, place_of
-from services.dashboard_svc.convert import dashboard_to_pb
+from services.dashboard_svc.boards import shown, widget_titles
 from services.dashboard_svc.dashboard_search import DashboardSearch
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.models import Dashboard
 
 Context = Any
 MAX_HIGHLIGHTS = 10
@@ -48,10 +48,14 @@ class SearchServicer(SearchServiceServicer):
         hits = [_Hit(found.score, found.id, found.row) for found in dashboards]
         hits += [_Hit(found.score, found.user.user_id, found) for found in users]
         hits.sort(key=lambda hit: (hit.score, hit.id), reverse=True)
-        shown, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
-        titles = await self._widget_titles(hit.row for hit in shown)
+        shown_hits, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
+        found = [hit.row for hit in shown_hits if isinstance(hit.row, Dashboard)]
+        async with self.db() as session:
+            titles = await widget_titles(session, found)
+            seen = {each.dashboard_id: each for each in await shown(session, found)}
         return pb.SearchResponse(
-            hits=[_hit_to_pb(query, hit.row, titles) for hit in shown], next_page_token=next_page_token
+            hits=[_hit_to_pb(query, hit.row, seen, titles) for hit in shown_hits],
+            next_page_token=next_page_token,
         )
 
     async def _dashboards(self, query: str, after: Place | None, limit: int) -> list[Found[Dashboard]]:
@@ -71,23 +75,6 @@ class SearchServicer(SearchServiceServicer):
         )
         return list(found.hits)
 
-    async def _widget_titles(self, rows: Iterable[Dashboard | MemberHit]) -> dict[str, list[str]]:
-        dashboard_ids = [row.dashboard_id for row in rows if isinstance(row, Dashboard)]
-        titles: dict[str, list[str]] = {}
-        if dashboard_ids:
-            async with self.db() as session:
-                widgets = await session.execute(
-                    select(Widget.dashboard_id, Widget.title)
-                    .where(
-                        Widget.workspace_id == auth.caller().workspace_id,
-                        Widget.dashboard_id.in_(dashboard_ids),
-                    )
-                    .order_by(Widget.y, Widget.x, Widget.widget_id)
-                )
-            for dashboard_id, title in widgets:
-                titles.setdefault(dashboard_id, []).append(title)
-        return titles
-
 
 @dataclass(frozen=True, slots=True)
 class _Hit:
@@ -96,11 +83,17 @@ class _Hit:
     row: Dashboard | MemberHit
 
 
-def _hit_to_pb(query: Query, row: Dashboard | MemberHit, titles: dict[str, list[str]]) -> pb.SearchHit:
+def _hit_to_pb(
+    query: Query,
+    row: Dashboard | MemberHit,
+    dashboards: Mapping[str, dashboard_pb2.Dashboard],
+    titles: Mapping[str, list[str]],
+) -> pb.SearchHit:
     if isinstance(row, Dashboard):
+        dashboard = dashboards[row.dashboard_id]
         widgets = [("widget.title", title) for title in titles.get(row.dashboard_id, ())]
-        texts = [("title", row.title), ("description", row.description), *widgets]
-        return pb.SearchHit(dashboard=dashboard_to_pb(row), highlights=_highlights(query, texts))
+        texts = [("title", dashboard.title), ("description", dashboard.description), *widgets]
+        return pb.SearchHit(dashboard=dashboard, highlights=_highlights(query, texts))
     texts = [("display_name", row.user.display_name), ("email", row.user.email)]
     return pb.SearchHit(user=row.user, highlights=_highlights(query, texts))
 

@@ -13,3 +13,5 @@ class Settings(ChassisSettings):
     heartbeat_seconds: float = 15.0
     # A stream ends after this long, so that streams spread over replicas again.
     watch_seconds: float = 3600.0
+    # A dashboard stays in the bin for so long.
+    bin_days: int = 30

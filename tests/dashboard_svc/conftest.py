@@ -20,6 +20,10 @@ from meshboard.dashboard.v1.dashboard_service_pb2_grpc import (
     DashboardServiceStub,
     add_DashboardServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.draft_service_pb2_grpc import (
+    DraftServiceStub,
+    add_DraftServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.folder_pb2 import Folder as FolderMessage
 from meshboard.dashboard.v1.folder_service_pb2 import CreateFolderRequest
 from meshboard.dashboard.v1.folder_service_pb2_grpc import (
@@ -29,6 +33,10 @@ from meshboard.dashboard.v1.folder_service_pb2_grpc import (
 from meshboard.dashboard.v1.search_service_pb2_grpc import (
     SearchServiceStub,
     add_SearchServiceServicer_to_server,
+)
+from meshboard.dashboard.v1.version_service_pb2_grpc import (
+    VersionServiceStub,
+    add_VersionServiceServicer_to_server,
 )
 from meshboard.dashboard.v1.widget_service_pb2 import CreateWidgetRequest
 from meshboard.dashboard.v1.widget_service_pb2_grpc import (
@@ -58,10 +66,13 @@ from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
+from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
 from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving
@@ -81,6 +92,8 @@ class Mesh:
     feeds: Feeds
     engine: Engine
     dashboards: Any
+    drafts: Any
+    versions: Any
     folders: Any
     widgets: Any
     internal_grants: Any
@@ -192,7 +205,7 @@ async def mesh(
             tokens = auth.ServiceTokens("dashboard", keys)
             peers = [Peer("user", address, tokens), Peer("analytics", address, tokens)]
             boards, pages = Boards(db, cache), Pages(settings.derived_key("page tokens"))
-            answers = Answers(peers[1])
+            answers, sources = Answers(peers[1]), Sources(peers[1])
             feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
             await feeds.listen(bus)
             search = DashboardSearch(db, engine, DASHBOARD)
@@ -200,6 +213,7 @@ async def mesh(
             dashboards = DashboardServicer(
                 db=db,
                 boards=boards,
+                sources=sources,
                 pages=pages,
                 grants=grants_on_dashboards(db, peers[0], pages),
                 search=search,
@@ -207,7 +221,10 @@ async def mesh(
                 feeds=feeds,
                 span=span,
                 draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
+                bin_days=settings.bin_days,
             )
+            drafts = DraftServicer(db, boards, answers)
+            versions = VersionServicer(db, boards, sources, pages)
             widgets = WidgetServicer(db, boards, pages, peers[1])
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
@@ -215,6 +232,8 @@ async def mesh(
             searches = SearchServicer(db, search, peers[0], pages)
             registrations = [
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
+                lambda server: add_DraftServiceServicer_to_server(drafts, server),
+                lambda server: add_VersionServiceServicer_to_server(versions, server),
                 lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
@@ -238,6 +257,8 @@ async def mesh(
                 feeds=feeds,
                 engine=engine,
                 dashboards=DashboardServiceStub(channel),
+                drafts=DraftServiceStub(channel),
+                versions=VersionServiceStub(channel),
                 folders=FolderServiceStub(channel),
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),

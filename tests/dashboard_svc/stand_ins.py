@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.struct_pb2 import ListValue, Value
+from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1 import internal_query_service_pb2, query_service_pb2
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceServicer,
@@ -35,7 +36,8 @@ Context = Any
 class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     """Answers each query with the number that `count` has for its first source.
 
-    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises.
+    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
+    for a query of one of the sources in `hidden`, or, without any there, for all. `absent` sources are not there.
     """
 
     def __init__(self) -> None:
@@ -43,6 +45,8 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.failures: dict[str, errors.Error] = {}
         self.delays: dict[str, float] = {}
         self.refused: errors.Error | None = None
+        self.hidden: set[str] = set()
+        self.absent: set[str] = set()
         self.asked: list[internal_query_service_pb2.RunWidgetQueryRequest] = []
         self.validated: list[tuple[Query, dict[str, str]]] = []
         self.at_once = 0
@@ -75,9 +79,22 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.validated.append(
             (request.query, {key: str(value) for key, value in context.invocation_metadata()})
         )
-        if self.refused:
+        if self.refused and (not self.hidden or self.hidden.intersection(request.query.source_ids)):
             await abort(context, self.refused)
         return query_service_pb2.ValidateQueryResponse()
+
+    async def CheckWidgetQueries(
+        self, request: internal_query_service_pb2.CheckWidgetQueriesRequest, context: Context
+    ) -> internal_query_service_pb2.CheckWidgetQueriesResponse:
+        gone = errors.not_found("SOURCE_NOT_FOUND", "There is no such source.").status()
+        asked = [
+            {*each.query.source_ids, *each.funnel.source_ids, *each.retention.source_ids}
+            for each in request.questions
+        ]
+        return internal_query_service_pb2.CheckWidgetQueriesResponse(
+            problems=[gone if sources & self.absent else Status() for sources in asked],
+            absent_source_ids=sorted(self.absent.intersection(set().union(*asked))),
+        )
 
     def times_asked(self, source_id: str) -> int:
         """How often a query of the source was run."""
