@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.chassis import errors
 from services.chassis.cache import Cache, CachedMessages
 from services.dashboard_svc.convert import dashboard_to_pb, widget_to_pb
+from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Widget
 
 
@@ -79,7 +80,7 @@ class Boards:
                 .where(Widget.workspace_id == workspace_id, Widget.dashboard_id == dashboard_id)
                 .order_by(Widget.y, Widget.x, Widget.widget_id)
             )
-            return [widget_to_pb(row) for row in rows]
+            return await shown_widgets(session, workspace_id, map(widget_to_pb, rows))
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:

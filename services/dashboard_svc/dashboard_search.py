@@ -1,10 +1,12 @@
-"""Searching dashboards, by their titles, descriptions and the titles of their widgets."""
+"""Searching dashboards, by their titles, descriptions and what their widgets say."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
+from meshboard.dashboard.v1 import dashboard_pb2
 from sqlalchemy import Uuid, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -13,8 +15,13 @@ from services.chassis.indexing import Corpus
 from services.chassis.resources import Reach, Resource, reach
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
+from services.dashboard_svc.convert import widget_to_pb
+from services.dashboard_svc.library import shown_widgets
+from services.dashboard_svc.markdown import to_text
 from services.dashboard_svc.models import Dashboard, Widget
 
+# Characters of the texts on one dashboard that are looked at.
+MAX_TEXT = 10_000
 DASHBOARDS = Index("dashboards", {"title": 4, "widgets": 2, "description": 1})
 
 
@@ -63,23 +70,38 @@ def _within(rights: Rights, reached: Reach) -> Within:
     return Within(rights.workspace_id, parents, reached.allowed, reached.denied)
 
 
+async def texts_of_widgets(session: AsyncSession, keys: Sequence[Key]) -> Mapping[Key, list[tuple[str, str]]]:
+    """What is searched of the widgets of these dashboards, with the names of the fields that highlights have."""
+    rows = await session.scalars(
+        select(Widget)
+        .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(keys))
+        .order_by(Widget.y, Widget.x, Widget.widget_id)
+    )
+    by_workspace: dict[str, list[dashboard_pb2.Widget]] = defaultdict(list)
+    for row in rows:
+        by_workspace[row.workspace_id].append(widget_to_pb(row))
+    texts: dict[Key, list[tuple[str, str]]] = defaultdict(list)
+    for workspace_id, widgets in by_workspace.items():
+        for widget in await shown_widgets(session, workspace_id, widgets):
+            found = texts[workspace_id, widget.dashboard_id]
+            found.append(("widget.title", widget.title))
+            if room := MAX_TEXT - sum(len(text) for field, text in found if field == "widget.text"):
+                found.append(("widget.text", to_text(widget.html)[:room]))
+    return texts
+
+
 async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
     rows = await session.scalars(
         select(Dashboard).where(tuple_(Dashboard.workspace_id, Dashboard.dashboard_id).in_(keys))
     )
-    widgets = await session.execute(
-        select(Widget.workspace_id, Widget.dashboard_id, func.string_agg(Widget.title, "\n"))
-        .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(keys))
-        .group_by(Widget.workspace_id, Widget.dashboard_id)
-    )
-    titles = {(workspace_id, dashboard_id): text for workspace_id, dashboard_id, text in widgets}
+    texts = await texts_of_widgets(session, keys)
     return [
         Document(
             row.workspace_id,
             row.dashboard_id,
             {
                 "title": row.title,
-                "widgets": titles.get((row.workspace_id, row.dashboard_id), ""),
+                "widgets": "\n".join(text for _, text in texts[row.workspace_id, row.dashboard_id]),
                 "description": row.description,
             },
             parent_id=row.folder_id,

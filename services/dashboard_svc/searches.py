@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from meshboard.dashboard.v1 import search_service_pb2 as pb
 from meshboard.dashboard.v1.search_service_pb2_grpc import SearchServiceServicer
 from meshboard.user.v1.internal_user_service_pb2 import MemberHit, SearchMembersRequest, SearchPlace
 from meshboard.user.v1.internal_user_service_pb2_grpc import InternalUserServiceStub
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
-from services.chassis.search import Found, Place, Query, highlight, place_of
+from services.chassis.search import Found, Key, Place, Query, highlight, place_of
 from services.dashboard_svc.convert import dashboard_to_pb
-from services.dashboard_svc.dashboard_search import DashboardSearch
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.dashboard_search import DashboardSearch, texts_of_widgets
+from services.dashboard_svc.models import Dashboard
 
 Context = Any
 MAX_HIGHLIGHTS = 10
@@ -49,9 +49,9 @@ class SearchServicer(SearchServiceServicer):
         hits += [_Hit(found.score, found.user.user_id, found) for found in users]
         hits.sort(key=lambda hit: (hit.score, hit.id), reverse=True)
         shown, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
-        titles = await self._widget_titles(hit.row for hit in shown)
+        texts = await self._widget_texts(hit.row for hit in shown)
         return pb.SearchResponse(
-            hits=[_hit_to_pb(query, hit.row, titles) for hit in shown], next_page_token=next_page_token
+            hits=[_hit_to_pb(query, hit.row, texts) for hit in shown], next_page_token=next_page_token
         )
 
     async def _dashboards(self, query: str, after: Place | None, limit: int) -> list[Found[Dashboard]]:
@@ -71,22 +71,12 @@ class SearchServicer(SearchServiceServicer):
         )
         return list(found.hits)
 
-    async def _widget_titles(self, rows: Iterable[Dashboard | MemberHit]) -> dict[str, list[str]]:
-        dashboard_ids = [row.dashboard_id for row in rows if isinstance(row, Dashboard)]
-        titles: dict[str, list[str]] = {}
-        if dashboard_ids:
-            async with self.db() as session:
-                widgets = await session.execute(
-                    select(Widget.dashboard_id, Widget.title)
-                    .where(
-                        Widget.workspace_id == auth.caller().workspace_id,
-                        Widget.dashboard_id.in_(dashboard_ids),
-                    )
-                    .order_by(Widget.y, Widget.x, Widget.widget_id)
-                )
-            for dashboard_id, title in widgets:
-                titles.setdefault(dashboard_id, []).append(title)
-        return titles
+    async def _widget_texts(
+        self, rows: Iterable[Dashboard | MemberHit]
+    ) -> Mapping[Key, list[tuple[str, str]]]:
+        keys = [(row.workspace_id, row.dashboard_id) for row in rows if isinstance(row, Dashboard)]
+        async with self.db() as session:
+            return await texts_of_widgets(session, keys) if keys else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +86,11 @@ class _Hit:
     row: Dashboard | MemberHit
 
 
-def _hit_to_pb(query: Query, row: Dashboard | MemberHit, titles: dict[str, list[str]]) -> pb.SearchHit:
+def _hit_to_pb(
+    query: Query, row: Dashboard | MemberHit, of_widgets: Mapping[Key, list[tuple[str, str]]]
+) -> pb.SearchHit:
     if isinstance(row, Dashboard):
-        widgets = [("widget.title", title) for title in titles.get(row.dashboard_id, ())]
+        widgets = of_widgets.get((row.workspace_id, row.dashboard_id), ())
         texts = [("title", row.title), ("description", row.description), *widgets]
         return pb.SearchHit(dashboard=dashboard_to_pb(row), highlights=_highlights(query, texts))
     texts = [("display_name", row.user.display_name), ("email", row.user.email)]
@@ -107,10 +99,11 @@ def _hit_to_pb(query: Query, row: Dashboard | MemberHit, titles: dict[str, list[
 
 def _highlights(query: Query, texts: list[tuple[str, str]]) -> list[pb.Highlight]:
     found = ((field, highlight(query, text)) for field, text in texts)
-    return [
+    highlights = (
         pb.Highlight(
             field=field, fragments=[pb.Fragment(text=text, matched=matched) for text, matched in pieces]
         )
         for field, pieces in found
         if pieces
-    ][:MAX_HIGHLIGHTS]
+    )
+    return list(islice(highlights, MAX_HIGHLIGHTS))

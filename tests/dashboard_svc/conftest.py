@@ -26,6 +26,10 @@ from meshboard.dashboard.v1.folder_service_pb2_grpc import (
     FolderServiceStub,
     add_FolderServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.library_service_pb2_grpc import (
+    LibraryWidgetServiceStub,
+    add_LibraryWidgetServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.search_service_pb2_grpc import (
     SearchServiceStub,
     add_SearchServiceServicer_to_server,
@@ -60,6 +64,8 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
+from services.dashboard_svc.library_widgets import LibraryWidgetServicer
+from services.dashboard_svc.questions import Questions
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.widgets import WidgetServicer
@@ -83,6 +89,7 @@ class Mesh:
     dashboards: Any
     folders: Any
     widgets: Any
+    library: Any
     internal_grants: Any
     searches: Any
     another: Any = field(repr=False)
@@ -208,7 +215,11 @@ async def mesh(
                 span=span,
                 draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
             )
-            widgets = WidgetServicer(db, boards, pages, peers[1])
+            questions = Questions(db, peers[1])
+            widgets = WidgetServicer(db, boards, pages, questions)
+            library = LibraryWidgetServicer(
+                db=db, boards=boards, pages=pages, questions=questions, dashboards=DASHBOARD
+            )
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
             access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
@@ -217,6 +228,7 @@ async def mesh(
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
                 lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
+                lambda server: add_LibraryWidgetServiceServicer_to_server(library, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
                 lambda server: add_SearchServiceServicer_to_server(searches, server),
             ]
@@ -241,6 +253,7 @@ async def mesh(
                 folders=FolderServiceStub(channel),
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
+                library=LibraryWidgetServiceStub(channel),
                 searches=SearchServiceStub(channel),
                 another=replica,
             )

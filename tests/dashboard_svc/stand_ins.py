@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.struct_pb2 import ListValue, Value
+from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1 import internal_query_service_pb2, query_service_pb2
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceServicer,
@@ -35,7 +36,8 @@ Context = Any
 class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     """Answers each query with the number that `count` has for its first source.
 
-    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises.
+    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
+    `problem` what CheckWidgetQueries says of each question.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,8 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.refused: errors.Error | None = None
         self.asked: list[internal_query_service_pb2.RunWidgetQueryRequest] = []
         self.validated: list[tuple[Query, dict[str, str]]] = []
+        self.checked: list[internal_query_service_pb2.WidgetQuestion] = []
+        self.problem: errors.Error | None = None
         self.at_once = 0
         self.most_at_once = 0
 
@@ -78,6 +82,15 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         if self.refused:
             await abort(context, self.refused)
         return query_service_pb2.ValidateQueryResponse()
+
+    async def CheckWidgetQueries(
+        self, request: internal_query_service_pb2.CheckWidgetQueriesRequest, context: Context
+    ) -> internal_query_service_pb2.CheckWidgetQueriesResponse:
+        self.checked += request.questions
+        problem = self.problem.status() if self.problem else Status()
+        return internal_query_service_pb2.CheckWidgetQueriesResponse(
+            problems=[problem] * len(request.questions)
+        )
 
     def times_asked(self, source_id: str) -> int:
         """How often a query of the source was run."""

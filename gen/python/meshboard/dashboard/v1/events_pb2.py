@@ -24,44 +24,51 @@ _sym_db = _symbol_database.Default()
 
 from meshboard.dashboard.v1 import dashboard_pb2 as meshboard_dot_dashboard_dot_v1_dot_dashboard__pb2
 from meshboard.dashboard.v1 import folder_pb2 as meshboard_dot_dashboard_dot_v1_dot_folder__pb2
+from meshboard.dashboard.v1 import library_pb2 as meshboard_dot_dashboard_dot_v1_dot_library__pb2
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a$meshboard/dashboard/v1/library.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"d\n\x14LibraryWidgetCreated\x12L\n\x0elibrary_widget\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.LibraryWidgetR\rlibraryWidget\"\x89\x01\n\x14LibraryWidgetUpdated\x12L\n\x0elibrary_widget\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.LibraryWidgetR\rlibraryWidget\x12#\n\rdashboard_ids\x18\x02 \x03(\tR\x0c\x64\x61shboardIds\"e\n\x14LibraryWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12*\n\x11library_widget_id\x18\x02 \x01(\tR\x0flibraryWidgetId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.dashboard.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DASHBOARDCREATED']._serialized_start=171
-  _globals['_DASHBOARDCREATED']._serialized_end=254
-  _globals['_DASHBOARDUPDATED']._serialized_start=256
-  _globals['_DASHBOARDUPDATED']._serialized_end=339
-  _globals['_DASHBOARDMOVED']._serialized_start=341
-  _globals['_DASHBOARDMOVED']._serialized_end=460
-  _globals['_DASHBOARDDELETED']._serialized_start=462
-  _globals['_DASHBOARDDELETED']._serialized_end=550
-  _globals['_WIDGETCREATED']._serialized_start=552
-  _globals['_WIDGETCREATED']._serialized_end=658
-  _globals['_WIDGETUPDATED']._serialized_start=660
-  _globals['_WIDGETUPDATED']._serialized_end=766
-  _globals['_WIDGETDELETED']._serialized_start=768
-  _globals['_WIDGETDELETED']._serialized_end=882
-  _globals['_DASHBOARDGRANTCREATED']._serialized_start=885
-  _globals['_DASHBOARDGRANTCREATED']._serialized_end=1026
-  _globals['_DASHBOARDGRANTDELETED']._serialized_start=1028
-  _globals['_DASHBOARDGRANTDELETED']._serialized_end=1148
-  _globals['_FOLDERCREATED']._serialized_start=1150
-  _globals['_FOLDERCREATED']._serialized_end=1221
-  _globals['_FOLDERUPDATED']._serialized_start=1223
-  _globals['_FOLDERUPDATED']._serialized_end=1294
-  _globals['_FOLDERMOVED']._serialized_start=1296
-  _globals['_FOLDERMOVED']._serialized_end=1416
-  _globals['_FOLDERDELETED']._serialized_start=1418
-  _globals['_FOLDERDELETED']._serialized_end=1497
-  _globals['_FOLDERGRANTCREATED']._serialized_start=1500
-  _globals['_FOLDERGRANTCREATED']._serialized_end=1632
-  _globals['_FOLDERGRANTDELETED']._serialized_start=1634
-  _globals['_FOLDERGRANTDELETED']._serialized_end=1745
+  _globals['_DASHBOARDCREATED']._serialized_start=209
+  _globals['_DASHBOARDCREATED']._serialized_end=292
+  _globals['_DASHBOARDUPDATED']._serialized_start=294
+  _globals['_DASHBOARDUPDATED']._serialized_end=377
+  _globals['_DASHBOARDMOVED']._serialized_start=379
+  _globals['_DASHBOARDMOVED']._serialized_end=498
+  _globals['_DASHBOARDDELETED']._serialized_start=500
+  _globals['_DASHBOARDDELETED']._serialized_end=588
+  _globals['_WIDGETCREATED']._serialized_start=590
+  _globals['_WIDGETCREATED']._serialized_end=696
+  _globals['_WIDGETUPDATED']._serialized_start=698
+  _globals['_WIDGETUPDATED']._serialized_end=804
+  _globals['_WIDGETDELETED']._serialized_start=806
+  _globals['_WIDGETDELETED']._serialized_end=920
+  _globals['_LIBRARYWIDGETCREATED']._serialized_start=922
+  _globals['_LIBRARYWIDGETCREATED']._serialized_end=1022
+  _globals['_LIBRARYWIDGETUPDATED']._serialized_start=1025
+  _globals['_LIBRARYWIDGETUPDATED']._serialized_end=1162
+  _globals['_LIBRARYWIDGETDELETED']._serialized_start=1164
+  _globals['_LIBRARYWIDGETDELETED']._serialized_end=1265
+  _globals['_DASHBOARDGRANTCREATED']._serialized_start=1268
+  _globals['_DASHBOARDGRANTCREATED']._serialized_end=1409
+  _globals['_DASHBOARDGRANTDELETED']._serialized_start=1411
+  _globals['_DASHBOARDGRANTDELETED']._serialized_end=1531
+  _globals['_FOLDERCREATED']._serialized_start=1533
+  _globals['_FOLDERCREATED']._serialized_end=1604
+  _globals['_FOLDERUPDATED']._serialized_start=1606
+  _globals['_FOLDERUPDATED']._serialized_end=1677
+  _globals['_FOLDERMOVED']._serialized_start=1679
+  _globals['_FOLDERMOVED']._serialized_end=1799
+  _globals['_FOLDERDELETED']._serialized_start=1801
+  _globals['_FOLDERDELETED']._serialized_end=1880
+  _globals['_FOLDERGRANTCREATED']._serialized_start=1883
+  _globals['_FOLDERGRANTCREATED']._serialized_end=2015
+  _globals['_FOLDERGRANTDELETED']._serialized_start=2017
+  _globals['_FOLDERGRANTDELETED']._serialized_end=2128
 # @@protoc_insertion_point(module_scope)
