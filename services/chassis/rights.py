@@ -40,6 +40,8 @@ _VIEWER = frozenset(
         "dashboards.view",
         "folders.list",
         "folders.view",
+        "library_widgets.list",
+        "library_widgets.view",
         "roles.view",
     }
 )
@@ -51,6 +53,7 @@ _EDITOR = _VIEWER | {
     "dashboards.edit",
     "folders.create",
     "folders.edit",
+    "library_widgets.edit",
 }
 _ADMIN = _EDITOR | {
     "workspaces.edit",

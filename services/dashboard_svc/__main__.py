@@ -5,6 +5,7 @@ from __future__ import annotations
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.draft_service_pb2_grpc import add_DraftServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
+from meshboard.dashboard.v1.library_service_pb2_grpc import add_LibraryWidgetServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
@@ -36,6 +37,8 @@ from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, gran
 from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
+from services.dashboard_svc.library_widgets import LibraryWidgetServicer
+from services.dashboard_svc.questions import Questions
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
@@ -90,7 +93,11 @@ async def serve(settings: Settings) -> None:
     folder_grants = grants_on_folders(sessions, user_peer, pages)
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
-    widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+    questions = Questions(sessions, analytics_peer)
+    widgets = WidgetServicer(sessions, boards, pages, questions)
+    library = LibraryWidgetServicer(
+        db=sessions, boards=boards, pages=pages, questions=questions, dashboards=DASHBOARD
+    )
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -116,6 +123,7 @@ async def serve(settings: Settings) -> None:
             lambda s: add_VersionServiceServicer_to_server(versions, s),
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
+            lambda s: add_LibraryWidgetServiceServicer_to_server(library, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
         ],

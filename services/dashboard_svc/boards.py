@@ -1,4 +1,4 @@
-"""Dashboards with their widgets as viewers see them: read whole through the cache, loaded for a feed; locked for changes.
+"""Dashboards with their widgets as viewers see them: read through the cache, loaded for a feed; locked for changes.
 
 While a dashboard has a draft, viewers see the version that was the present one when the draft began. What is in the bin
 is absent.
@@ -6,6 +6,7 @@ is absent.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -18,6 +19,7 @@ from services.chassis import errors
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.times import timestamp_of
 from services.dashboard_svc.convert import dashboard_to_pb, widget_to_pb
+from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Version, Widget
 
 
@@ -75,22 +77,18 @@ async def shown(session: AsyncSession, rows: Sequence[Dashboard]) -> list[dashbo
     return [dashboard_to_pb(row, versions.get(row.dashboard_id)) for row in rows]
 
 
-async def widget_titles(session: AsyncSession, rows: Sequence[Dashboard]) -> Mapping[str, list[str]]:
-    """The titles of the widgets that viewers see, by dashboard, in the order of the layout."""
-    titles: dict[str, list[str]] = {
-        dashboard_id: [widget.title for widget in published_widgets(version)]
-        for dashboard_id, version in (await published(session, rows)).items()
-    }
-    others = [(row.workspace_id, row.dashboard_id) for row in rows if row.dashboard_id not in titles]
-    if others:
-        found = await session.execute(
-            select(Widget.dashboard_id, Widget.title)
-            .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(others))
-            .order_by(Widget.y, Widget.x, Widget.widget_id)
-        )
-        for dashboard_id, title in found:
-            titles.setdefault(dashboard_id, []).append(title)
-    return titles
+async def shown_widgets_of(
+    session: AsyncSession, rows: Sequence[Dashboard]
+) -> Mapping[str, list[dashboard_pb2.Widget]]:
+    """The widgets that viewers see, by dashboard, in the order of the layout."""
+    versions = await published(session, rows)
+    present = await _widgets_of(session, [row for row in rows if row.dashboard_id not in versions])
+    found = {}
+    for row in rows:
+        version = versions.get(row.dashboard_id)
+        widgets = published_widgets(version) if version else present.get(row.dashboard_id, [])
+        found[row.dashboard_id] = await shown_widgets(session, row.workspace_id, widgets)
+    return found
 
 
 class Boards:
@@ -129,9 +127,7 @@ class Boards:
             row = await session.get(Dashboard, (workspace_id, dashboard_id))
             if row is None or row.delete_time:
                 return None
-            for version in (await published(session, [row])).values():
-                return published_widgets(version)
-            return await widgets_of(session, row)
+            return (await shown_widgets_of(session, [row]))[row.dashboard_id]
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:
@@ -148,12 +144,23 @@ class Boards:
 
 async def widgets_of(session: AsyncSession, dashboard: Dashboard) -> list[dashboard_pb2.Widget]:
     """The widgets as editors have them, in the order of the layout."""
-    rows = await session.scalars(
-        select(Widget)
-        .where(Widget.workspace_id == dashboard.workspace_id, Widget.dashboard_id == dashboard.dashboard_id)
-        .order_by(Widget.y, Widget.x, Widget.widget_id)
-    )
-    return [widget_to_pb(row) for row in rows]
+    widgets = (await _widgets_of(session, [dashboard])).get(dashboard.dashboard_id, [])
+    return await shown_widgets(session, dashboard.workspace_id, widgets)
+
+
+async def _widgets_of(
+    session: AsyncSession, rows: Sequence[Dashboard]
+) -> Mapping[str, list[dashboard_pb2.Widget]]:
+    widgets: dict[str, list[dashboard_pb2.Widget]] = defaultdict(list)
+    if keys := [(row.workspace_id, row.dashboard_id) for row in rows]:
+        found = await session.scalars(
+            select(Widget)
+            .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(keys))
+            .order_by(Widget.y, Widget.x, Widget.widget_id)
+        )
+        for row in found:
+            widgets[row.dashboard_id].append(widget_to_pb(row))
+    return widgets
 
 
 def published_widgets(version: Version) -> list[dashboard_pb2.Widget]:

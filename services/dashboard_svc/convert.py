@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from meshboard.analytics.v1 import query_pb2
-from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2, version_service_pb2
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf.message import Message
+from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2, library_pb2, version_service_pb2
 
 from services.chassis.times import timestamp_of
-from services.dashboard_svc.models import Dashboard, Folder, Version, Widget
+from services.dashboard_svc import markdown
+from services.dashboard_svc.models import Dashboard, Folder, LibraryWidget, Version, Widget
+
+# What a widget says of itself or a library widget of it, beside title and kind.
+CONTENT = ("description", "query", "funnel", "retention", "markdown", "custom", "display")
 
 
 def dashboard_to_pb(row: Dashboard, published: Version | None = None) -> dashboard_pb2.Dashboard:
@@ -70,24 +77,84 @@ def folder_to_pb(row: Folder) -> folder_pb2.Folder:
 
 
 def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:
-    """A widget."""
-    return dashboard_pb2.Widget(
-        widget_id=row.widget_id,
-        dashboard_id=row.dashboard_id,
+    """A widget; what one of the library says of it is not in it."""
+    widget = dashboard_pb2.Widget.FromString(row.content)
+    widget.MergeFrom(
+        dashboard_pb2.Widget(
+            widget_id=row.widget_id,
+            dashboard_id=row.dashboard_id,
+            title=row.title,
+            kind=dashboard_pb2.Widget.Kind.ValueType(row.kind),
+            layout=dashboard_pb2.Layout(x=row.x, y=row.y, width=row.width, height=row.height),
+            library_widget_id=row.library_widget_id or "",
+            name=row.name or "",
+            create_time=timestamp_of(row.create_time),
+            update_time=timestamp_of(row.update_time),
+            etag=str(row.version),
+        )
+    )
+    return widget
+
+
+def fill_widget(row: Widget, widget: dashboard_pb2.Widget) -> None:
+    """Makes the row say what the widget says, but for ids, times and the version."""
+    shown = dashboard_pb2.Widget() if widget.library_widget_id else widget
+    row.title, row.kind = shown.title, shown.kind
+    row.content = content_of_widget(
+        shown,
+        row.content,
+        own_time_range=widget.own_time_range,
+        time_range_variable=widget.time_range_variable,
+    )
+    row.query = shown.query.SerializeToString()
+    row.library_widget_id = widget.library_widget_id.lower() or None
+    row.name = widget.name or None
+    layout = widget.layout
+    row.x, row.y, row.width, row.height = layout.x, layout.y, layout.width, layout.height
+
+
+def library_widget_to_pb(row: LibraryWidget) -> library_pb2.LibraryWidget:
+    """A widget of the library."""
+    shown = dashboard_pb2.Widget.FromString(row.content)
+    widget = library_pb2.LibraryWidget(
+        library_widget_id=row.library_widget_id,
+        workspace_id=row.workspace_id,
         title=row.title,
         kind=dashboard_pb2.Widget.Kind.ValueType(row.kind),
-        query=query_pb2.Query.FromString(row.query),
-        layout=dashboard_pb2.Layout(x=row.x, y=row.y, width=row.width, height=row.height),
+        creator_id=row.creator_id,
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
+    for field in (*CONTENT, "html"):
+        copy_field(shown, widget, field)
+    return widget
 
 
-def fill_widget(row: Widget, widget: dashboard_pb2.Widget) -> None:
-    """Gives a row the content of a widget."""
-    row.title = widget.title
-    row.kind = widget.kind
-    row.query = widget.query.SerializeToString()
-    layout = widget.layout
-    row.x, row.y, row.width, row.height = layout.x, layout.y, layout.width, layout.height
+def copy_field(from_: Message, to: Message, field: str) -> None:
+    """Makes a field of one message what the field of this name is in another, also when that is not set."""
+    to.ClearField(field)
+    value = getattr(from_, field)
+    if not isinstance(value, Message):
+        setattr(to, field, value)
+    elif from_.HasField(field):
+        getattr(to, field).CopyFrom(value)
+
+
+def fields_of(message: Message, fields: Iterable[str]) -> dashboard_pb2.Widget:
+    """The fields of a message that has them under the names that a widget has."""
+    widget = dashboard_pb2.Widget()
+    for field in fields:
+        copy_field(message, widget, field)
+    return widget
+
+
+def content_of_widget(widget: dashboard_pb2.Widget, before: bytes | None = None, **more: Any) -> bytes:
+    """What the column `content` holds of a widget: its content, and `more` fields; `before` is what it held."""
+    content = dashboard_pb2.Widget(**more)
+    for field in CONTENT:
+        copy_field(widget, content, field)
+    # Made here, where all that is stored passes, so that nobody can bring HTML of their own.
+    known = dashboard_pb2.Widget.FromString(before or b"")
+    content.html = known.html if known.markdown == widget.markdown else markdown.to_html(widget.markdown)
+    return content.SerializeToString(deterministic=True)

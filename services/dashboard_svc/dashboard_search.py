@@ -1,4 +1,4 @@
-"""Searching dashboards, by their titles, descriptions and the titles of their widgets."""
+"""Searching dashboards, by their titles, descriptions and what their widgets say."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from services.chassis.indexing import Corpus
 from services.chassis.resources import Reach, Resource, reach
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
-from services.dashboard_svc.boards import shown, widget_titles
+from services.dashboard_svc.boards import shown, shown_widgets_of
+from services.dashboard_svc.markdown import to_text
 from services.dashboard_svc.models import Dashboard
 
+# Characters of the texts on one dashboard that are looked at.
+MAX_TEXT = 10_000
 DASHBOARDS = Index("dashboards", {"title": 4, "widgets": 2, "description": 1})
 
 
@@ -64,6 +67,22 @@ def _within(rights: Rights, reached: Reach) -> Within:
     return Within(rights.workspace_id, parents, reached.allowed, reached.denied)
 
 
+async def texts_of_widgets(
+    session: AsyncSession, rows: Sequence[Dashboard]
+) -> Mapping[str, list[tuple[str, str]]]:
+    """What is searched of the widgets of dashboards, by dashboard, under the names of fields in highlights."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for dashboard_id, widgets in (await shown_widgets_of(session, rows)).items():
+        found = texts[dashboard_id] = []
+        room = MAX_TEXT
+        for widget in widgets:
+            found.append(("widget.title", widget.title))
+            if text := to_text(widget.html)[:room]:
+                found.append(("widget.text", text))
+                room -= len(text)
+    return texts
+
+
 async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
     """What viewers see; what is in the bin is not found."""
     rows = await session.scalars(
@@ -72,14 +91,14 @@ async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
         )
     )
     found = rows.all()
-    titles = await widget_titles(session, found)
+    texts = await texts_of_widgets(session, found)
     return [
         Document(
             row.workspace_id,
             row.dashboard_id,
             {
                 "title": dashboard.title,
-                "widgets": "\n".join(titles.get(row.dashboard_id, ())),
+                "widgets": "\n".join(text for _, text in texts[row.dashboard_id]),
                 "description": dashboard.description,
             },
             parent_id=row.folder_id,

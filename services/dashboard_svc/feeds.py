@@ -52,6 +52,7 @@ _CHANGES = {
         events_pb2.WidgetCreated,
         events_pb2.WidgetUpdated,
         events_pb2.WidgetDeleted,
+        events_pb2.LibraryWidgetUpdated,
     )
 }
 
@@ -380,6 +381,11 @@ class Feeds:
         if kind is None or not self._feeds:
             return
         event: Any = kind.FromString(message.payload)
+        if isinstance(event, events_pb2.LibraryWidgetUpdated):
+            for dashboard_id in event.dashboard_ids:
+                if feed := self._feeds.get((event.library_widget.workspace_id, dashboard_id)):
+                    feed.reload()
+            return
         if message.subject in _PLACED:
             for feed in self._feeds.values():
                 if feed.workspace_id == _workspace_of(event):

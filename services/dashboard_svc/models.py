@@ -134,8 +134,32 @@ class Favourite(Base):
     create_time: Mapped[Time]
 
 
+class LibraryWidget(Base):
+    """A widget of the library; `content` as in `Widget`."""
+
+    __tablename__ = "library_widgets"
+    __table_args__ = (
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="library_widgets_request_once"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    library_widget_id: Mapped[Id] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(Text)
+    kind: Mapped[int] = mapped_column(SmallInteger)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
 class Widget(Base):
-    """A widget. `kind` is the contract's number, `query` a serialized meshboard.analytics.v1.Query."""
+    """A widget. `kind` is the contract's number, `content` a serialized Widget of the contract.
+
+    The content lacks what has a column of its own. A widget that shows one of the library has no title, kind 0, and
+    nothing in its content that the library says. `query` is what the release before this one reads and writes.
+    """
 
     __tablename__ = "widgets"
     __table_args__ = (
@@ -147,6 +171,22 @@ class Widget(Base):
         UniqueConstraint(
             "workspace_id", "dashboard_id", "creator_id", "request_id", name="widgets_request_once"
         ),
+        # Looked at in the end, so that two widgets can change names.
+        UniqueConstraint(
+            "workspace_id",
+            "dashboard_id",
+            "name",
+            name="widgets_name_once",
+            deferrable=True,
+            initially="DEFERRED",
+        ),
+        Index(
+            "widgets_by_library",
+            "workspace_id",
+            "library_widget_id",
+            "dashboard_id",
+            postgresql_where=text("library_widget_id IS NOT NULL"),
+        ),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
@@ -154,7 +194,10 @@ class Widget(Base):
     widget_id: Mapped[Id] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(Text)
     kind: Mapped[int] = mapped_column(SmallInteger)
-    query: Mapped[bytes] = mapped_column(LargeBinary)
+    query: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    content: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    library_widget_id: Mapped[Id | None]
+    name: Mapped[str | None] = mapped_column(Text)
     x: Mapped[int]
     y: Mapped[int]
     width: Mapped[int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from meshboard.dashboard.v1 import dashboard_pb2
@@ -18,8 +19,8 @@ from services.chassis import auth
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
 from services.chassis.search import Found, Place, Query, highlight, place_of
-from services.dashboard_svc.boards import shown, widget_titles
-from services.dashboard_svc.dashboard_search import DashboardSearch
+from services.dashboard_svc.boards import shown
+from services.dashboard_svc.dashboard_search import DashboardSearch, texts_of_widgets
 from services.dashboard_svc.models import Dashboard
 
 Context = Any
@@ -51,10 +52,10 @@ class SearchServicer(SearchServiceServicer):
         shown_hits, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
         found = [hit.row for hit in shown_hits if isinstance(hit.row, Dashboard)]
         async with self.db() as session:
-            titles = await widget_titles(session, found)
+            texts = await texts_of_widgets(session, found)
             seen = {each.dashboard_id: each for each in await shown(session, found)}
         return pb.SearchResponse(
-            hits=[_hit_to_pb(query, hit.row, seen, titles) for hit in shown_hits],
+            hits=[_hit_to_pb(query, hit.row, seen, texts) for hit in shown_hits],
             next_page_token=next_page_token,
         )
 
@@ -87,23 +88,25 @@ def _hit_to_pb(
     query: Query,
     row: Dashboard | MemberHit,
     dashboards: Mapping[str, dashboard_pb2.Dashboard],
-    titles: Mapping[str, list[str]],
+    of_widgets: Mapping[str, list[tuple[str, str]]],
 ) -> pb.SearchHit:
     if isinstance(row, Dashboard):
         dashboard = dashboards[row.dashboard_id]
-        widgets = [("widget.title", title) for title in titles.get(row.dashboard_id, ())]
-        texts = [("title", dashboard.title), ("description", dashboard.description), *widgets]
-        return pb.SearchHit(dashboard=dashboard, highlights=_highlights(query, texts))
+        own = [("title", dashboard.title), ("description", dashboard.description)]
+        return pb.SearchHit(
+            dashboard=dashboard, highlights=_highlights(query, own + of_widgets[row.dashboard_id])
+        )
     texts = [("display_name", row.user.display_name), ("email", row.user.email)]
     return pb.SearchHit(user=row.user, highlights=_highlights(query, texts))
 
 
 def _highlights(query: Query, texts: list[tuple[str, str]]) -> list[pb.Highlight]:
     found = ((field, highlight(query, text)) for field, text in texts)
-    return [
+    highlights = (
         pb.Highlight(
             field=field, fragments=[pb.Fragment(text=text, matched=matched) for text, matched in pieces]
         )
         for field, pieces in found
         if pieces
-    ][:MAX_HIGHLIGHTS]
+    )
+    return list(islice(highlights, MAX_HIGHLIGHTS))

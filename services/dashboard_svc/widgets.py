@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from meshboard.analytics.v1.query_pb2 import Query
-from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
-from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceStub
 from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1 import widget_service_pb2 as pb
 from meshboard.dashboard.v1.events_pb2 import WidgetCreated, WidgetDeleted, WidgetUpdated
@@ -18,19 +15,25 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 
 from services.chassis import auth, errors, outbox
-from services.chassis.clients import Peer
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
-from services.dashboard_svc import layouts
+from services.dashboard_svc import kinds, layouts, library
 from services.dashboard_svc.boards import Boards, locked
-from services.dashboard_svc.contents import record, touch
-from services.dashboard_svc.convert import widget_to_pb
-from services.dashboard_svc.kinds import check_fit
+from services.dashboard_svc.contents import MAX_WIDGETS, record, touch
+from services.dashboard_svc.convert import copy_field, dashboard_to_pb, fields_of, fill_widget, widget_to_pb
+from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.questions import Questions, check_variables
 
 Context = Any
-MUTABLE = ("title", "kind", "query", "layout")
-MAX_WIDGETS = 100
+MUTABLE = (
+    *kinds.OF_THE_LIBRARY,
+    "library_widget_id",
+    "name",
+    "own_time_range",
+    "time_range_variable",
+    "layout",
+)
 
 
 class WidgetServicer(WidgetServiceServicer):
@@ -41,7 +44,7 @@ class WidgetServicer(WidgetServiceServicer):
         db: async_sessionmaker[AsyncSession],
         boards: Boards,
         pages: Pages,
-        analytics: Peer,
+        questions: Questions,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         new_id: Callable[[], str] = lambda: str(uuid7()),
@@ -49,7 +52,7 @@ class WidgetServicer(WidgetServiceServicer):
         self.db = db
         self.boards = boards
         self.pages = pages
-        self.queries = analytics.stub(QueryServiceStub)
+        self.questions = questions
         self.now = now
         self.new_id = new_id
 
@@ -58,8 +61,9 @@ class WidgetServicer(WidgetServiceServicer):
     ) -> pb.CreateWidgetResponse:
         """Adds the widget."""
         caller = auth.caller()
-        check_fit(request.kind, request.query)
-        await self._validate(request.query)
+        widget = fields_of(request, MUTABLE)
+        kinds.check(widget)
+        await self.questions.check(caller.workspace_id, [widget])
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id)
             others = await _widgets(session, dashboard)
@@ -68,34 +72,25 @@ class WidgetServicer(WidgetServiceServicer):
                     caller.user_id,
                     request.request_id,
                 ):
-                    return pb.CreateWidgetResponse(widget=widget_to_pb(other))
+                    return pb.CreateWidgetResponse(widget=await _shown(session, other))
             if len(others) >= MAX_WIDGETS:
                 raise errors.failed_precondition(
                     "TOO_MANY_WIDGETS", f"A dashboard has at most {MAX_WIDGETS} widgets.", limit=MAX_WIDGETS
                 )
-            wanted = request.layout if request.HasField("layout") else None
-            layout = layouts.settle(wanted) if wanted else _below(others)
-            now = self.now()
             row = Widget(
                 workspace_id=dashboard.workspace_id,
                 dashboard_id=dashboard.dashboard_id,
                 widget_id=self.new_id(),
-                title=request.title,
-                kind=request.kind,
-                query=request.query.SerializeToString(),
-                x=layout.x,
-                y=layout.y,
-                width=layout.width,
-                height=layout.height,
                 version=1,
                 creator_id=caller.user_id,
                 request_id=request.request_id or None,
-                create_time=now,
-                update_time=now,
+                create_time=self.now(),
+                update_time=self.now(),
             )
+            await _fit_in(session, dashboard, row, widget, others)
             session.add(row)
-            await self._touch(session, dashboard, now)
-            created = WidgetCreated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
+            await self._touch(session, dashboard)
+            created = WidgetCreated(workspace_id=row.workspace_id, widget=await _shown(session, row))
             outbox.add(session, created, workspace_id=caller.workspace_id)
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
         return pb.CreateWidgetResponse(widget=created.widget)
@@ -124,38 +119,42 @@ class WidgetServicer(WidgetServiceServicer):
         self, request: pb.UpdateWidgetRequest, context: Context
     ) -> pb.UpdateWidgetResponse:
         """Changes what the mask names."""
-        caller = auth.caller()
-        wanted = request.widget
+        caller, wanted = auth.caller(), request.widget
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
-        if "kind" in fields and not wanted.kind:
-            raise errors.invalid_fields([("widget.kind", "is not set")])
-        if "query" in fields:
-            if not wanted.HasField("query"):
-                raise errors.invalid_fields([("widget.query", "is not set")])
-            await self._validate(wanted.query)
+        changes = fields_of(wanted, fields)
+        await self.questions.check(caller.workspace_id, [changes])
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id)
-            row = await _widget(session, dashboard, wanted.widget_id)
+            rows = await _widgets(session, dashboard)
+            row = _find(rows, wanted.widget_id)
             if wanted.etag and wanted.etag != str(row.version):
                 raise errors.etag_mismatch()
-            if "title" in fields:
-                row.title = wanted.title
-            if "kind" in fields:
-                row.kind = wanted.kind
-            if "query" in fields:
-                row.query = wanted.query.SerializeToString()
-            if "layout" in fields:
-                others = [other for other in await _widgets(session, dashboard) if other is not row]
-                _place(row, layouts.settle(wanted.layout) if wanted.HasField("layout") else _below(others))
-            now = self.now()
-            row.version += 1
-            row.update_time = now
-            await self._touch(session, dashboard, now)
-            updated = WidgetUpdated(workspace_id=row.workspace_id, widget=widget_to_pb(row))
-            check_fit(updated.widget.kind, updated.widget.query)
-            outbox.add(session, updated, workspace_id=caller.workspace_id)
+            widget = await _changed(session, row, changes, fields)
+            await _fit_in(session, dashboard, row, widget, [other for other in rows if other is not row])
+            updated = await self._update(session, dashboard, [row])
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
-        return pb.UpdateWidgetResponse(widget=updated.widget)
+        return pb.UpdateWidgetResponse(widget=updated[0])
+
+    async def ArrangeWidgets(
+        self, request: pb.ArrangeWidgetsRequest, context: Context
+    ) -> pb.ArrangeWidgetsResponse:
+        """Moves the widgets, then looks whether they have room."""
+        caller = auth.caller()
+        wanted = {placement.widget_id.lower(): placement.layout for placement in request.placements}
+        if len(wanted) < len(request.placements):
+            raise errors.invalid_fields([("placements", "a widget is there twice")])
+        async with self.db.begin() as session:
+            dashboard = await locked(session, caller.workspace_id, request.dashboard_id, request.etag)
+            rows = await _widgets(session, dashboard)
+            moved = [_find(rows, widget_id) for widget_id in wanted]
+            for row, layout in zip(moved, map(layouts.settle, wanted.values()), strict=True):
+                row.x, row.y, row.width, row.height = layout.x, layout.y, layout.width, layout.height
+            places = _layouts(rows)
+            for row in moved:
+                layouts.check_free(row.widget_id, places[row.widget_id], places)
+            updated = await self._update(session, dashboard, moved)
+        await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
+        return pb.ArrangeWidgetsResponse(widgets=updated)
 
     async def DeleteWidget(
         self, request: pb.DeleteWidgetRequest, context: Context
@@ -164,9 +163,9 @@ class WidgetServicer(WidgetServiceServicer):
         caller = auth.caller()
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id)
-            row = await _widget(session, dashboard, request.widget_id)
+            row = _find(await _widgets(session, dashboard), request.widget_id)
             await session.delete(row)
-            await self._touch(session, dashboard, self.now())
+            await self._touch(session, dashboard)
             gone = WidgetDeleted(
                 workspace_id=row.workspace_id, dashboard_id=row.dashboard_id, widget_id=row.widget_id
             )
@@ -174,13 +173,69 @@ class WidgetServicer(WidgetServiceServicer):
         await self.boards.changed(gone.workspace_id, gone.dashboard_id)
         return pb.DeleteWidgetResponse()
 
-    async def _touch(self, session: AsyncSession, dashboard: Dashboard, now: datetime) -> None:
-        touch(dashboard, now)
+    async def _update(
+        self, session: AsyncSession, dashboard: Dashboard, rows: Iterable[Widget]
+    ) -> list[dashboard_pb2.Widget]:
+        """Notes that the rows have changed; gives them as they are now."""
+        updated = []
+        for row in rows:
+            row.version += 1
+            row.update_time = self.now()
+            event = WidgetUpdated(workspace_id=row.workspace_id, widget=await _shown(session, row))
+            outbox.add(session, event, workspace_id=row.workspace_id)
+            updated.append(event.widget)
+        await self._touch(session, dashboard)
+        return updated
+
+    async def _touch(self, session: AsyncSession, dashboard: Dashboard) -> None:
+        touch(dashboard, self.now())
         await record(session, dashboard, auth.caller().user_id)
 
-    async def _validate(self, query: Query) -> None:
-        """Fails as analytics_svc does: when the caller may not ask this, or nobody can."""
-        await self.queries.ValidateQuery(ValidateQueryRequest(query=query))
+
+async def _changed(
+    session: AsyncSession, row: Widget, changes: dashboard_pb2.Widget, fields: set[str]
+) -> dashboard_pb2.Widget:
+    """What the widget is to be. Raises INVALID_ARGUMENT."""
+    widget = widget_to_pb(row)
+    if changes.library_widget_id:
+        for field in kinds.OF_THE_LIBRARY:
+            copy_field(dashboard_pb2.Widget(), widget, field)
+    elif "library_widget_id" in fields:
+        widget = await _shown(session, row)
+    for field in fields:
+        copy_field(changes, widget, field)
+    if not widget.library_widget_id:
+        kinds.keep_to_kind(widget, fields)
+    kinds.check(widget, "widget.")
+    return widget
+
+
+async def _fit_in(
+    session: AsyncSession,
+    dashboard: Dashboard,
+    row: Widget,
+    widget: dashboard_pb2.Widget,
+    others: list[Widget],
+) -> None:
+    """Writes the widget to the row, if it gets on with the dashboard and its other widgets."""
+    if widget.library_widget_id:
+        await library.held(session, dashboard.workspace_id, widget.library_widget_id)
+    check_variables(widget, dashboard_to_pb(dashboard).variables)
+    if widget.name and widget.name in {other.name for other in others}:
+        raise errors.already_exists(
+            "WIDGET_NAME_TAKEN", "Another widget of the dashboard has this name.", name=widget.name
+        )
+    places = _layouts(others)
+    layout = layouts.settle(widget.layout) if widget.HasField("layout") else layouts.below(places.values())
+    if (layout.x, layout.y, layout.width, layout.height) != (row.x, row.y, row.width, row.height):
+        layouts.check_free(row.widget_id, layout, places)
+    widget.layout.CopyFrom(layout)
+    fill_widget(row, widget)
+
+
+async def _shown(session: AsyncSession, row: Widget) -> dashboard_pb2.Widget:
+    (widget,) = await shown_widgets(session, row.workspace_id, [widget_to_pb(row)])
+    return widget
 
 
 async def _widgets(session: AsyncSession, dashboard: Dashboard) -> list[Widget]:
@@ -192,19 +247,18 @@ async def _widgets(session: AsyncSession, dashboard: Dashboard) -> list[Widget]:
     return list(rows)
 
 
-async def _widget(session: AsyncSession, dashboard: Dashboard, widget_id: str) -> Widget:
-    row = await session.get(Widget, (dashboard.workspace_id, dashboard.dashboard_id, widget_id.lower()))
-    if row is None:
-        raise _absent()
-    return row
+def _find(rows: Iterable[Widget], widget_id: str) -> Widget:
+    for row in rows:
+        if row.widget_id == widget_id.lower():
+            return row
+    raise _absent()
 
 
-def _below(rows: list[Widget]) -> dashboard_pb2.Layout:
-    return layouts.below((row.y, row.height) for row in rows)
-
-
-def _place(row: Widget, layout: dashboard_pb2.Layout) -> None:
-    row.x, row.y, row.width, row.height = layout.x, layout.y, layout.width, layout.height
+def _layouts(rows: Iterable[Widget]) -> dict[str, dashboard_pb2.Layout]:
+    return {
+        row.widget_id: dashboard_pb2.Layout(x=row.x, y=row.y, width=row.width, height=row.height)
+        for row in rows
+    }
 
 
 def _absent() -> errors.Error:

@@ -30,6 +30,10 @@ from meshboard.dashboard.v1.folder_service_pb2_grpc import (
     FolderServiceStub,
     add_FolderServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.library_service_pb2_grpc import (
+    LibraryWidgetServiceStub,
+    add_LibraryWidgetServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.search_service_pb2_grpc import (
     SearchServiceStub,
     add_SearchServiceServicer_to_server,
@@ -69,6 +73,8 @@ from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, gran
 from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
+from services.dashboard_svc.library_widgets import LibraryWidgetServicer
+from services.dashboard_svc.questions import Questions
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
@@ -96,6 +102,7 @@ class Mesh:
     versions: Any
     folders: Any
     widgets: Any
+    library: Any
     internal_grants: Any
     searches: Any
     another: Any = field(repr=False)
@@ -225,7 +232,11 @@ async def mesh(
             )
             drafts = DraftServicer(db, boards, answers)
             versions = VersionServicer(db, boards, sources, pages)
-            widgets = WidgetServicer(db, boards, pages, peers[1])
+            questions = Questions(db, peers[1])
+            widgets = WidgetServicer(db, boards, pages, questions)
+            library = LibraryWidgetServicer(
+                db=db, boards=boards, pages=pages, questions=questions, dashboards=DASHBOARD
+            )
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
             access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
@@ -236,6 +247,7 @@ async def mesh(
                 lambda server: add_VersionServiceServicer_to_server(versions, server),
                 lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
+                lambda server: add_LibraryWidgetServiceServicer_to_server(library, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
                 lambda server: add_SearchServiceServicer_to_server(searches, server),
             ]
@@ -262,6 +274,7 @@ async def mesh(
                 folders=FolderServiceStub(channel),
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
+                library=LibraryWidgetServiceStub(channel),
                 searches=SearchServiceStub(channel),
                 another=replica,
             )

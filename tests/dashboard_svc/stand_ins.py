@@ -38,6 +38,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
 
     `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
     for a query of one of the sources in `hidden`, or, without any there, for all. `absent` sources are not there.
+    `problem` is what CheckWidgetQueries says of each question.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,8 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.absent: set[str] = set()
         self.asked: list[internal_query_service_pb2.RunWidgetQueryRequest] = []
         self.validated: list[tuple[Query, dict[str, str]]] = []
+        self.checked: list[internal_query_service_pb2.WidgetQuestion] = []
+        self.problem: errors.Error | None = None
         self.at_once = 0
         self.most_at_once = 0
 
@@ -86,13 +89,15 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     async def CheckWidgetQueries(
         self, request: internal_query_service_pb2.CheckWidgetQueriesRequest, context: Context
     ) -> internal_query_service_pb2.CheckWidgetQueriesResponse:
+        self.checked += request.questions
         gone = errors.not_found("SOURCE_NOT_FOUND", "There is no such source.").status()
+        other = self.problem.status() if self.problem else Status()
         asked = [
             {*each.query.source_ids, *each.funnel.source_ids, *each.retention.source_ids}
             for each in request.questions
         ]
         return internal_query_service_pb2.CheckWidgetQueriesResponse(
-            problems=[gone if sources & self.absent else Status() for sources in asked],
+            problems=[gone if sources & self.absent else other for sources in asked],
             absent_source_ids=sorted(self.absent.intersection(set().union(*asked))),
         )
 

@@ -143,8 +143,8 @@ async def test_updates_what_the_mask_names(mesh: Mesh) -> None:
 
     renamed = await update(title="New")
     assert (renamed.title, renamed.query, renamed.layout) == ("New", widget.query, widget.layout)
-    moved = await update("layout", layout=Layout(x=1, y=2, width=3, height=4), title="not this")
-    assert (moved.title, moved.layout) == ("New", Layout(x=1, y=2, width=3, height=4))
+    moved = await update("layout", layout=Layout(x=13, y=2, width=3, height=4), title="not this")
+    assert (moved.title, moved.layout) == ("New", Layout(x=13, y=2, width=3, height=4))
     validations = len(mesh.analytics.validated)
     query = Query(source_ids=[new_id()], granularity=Query.HOUR)
     lines = await update(kind=Widget.TIMESERIES, query=query, etag=moved.etag)

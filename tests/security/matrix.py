@@ -26,7 +26,7 @@ QUERY = {
         "measures": [{"aggregation": "COUNT"}],
     }
 }
-TILE = {"title": "t", "kind": "NUMBER", "layout": {"width": 4, "height": 4}, **QUERY}
+TILE = {"title": "t", "kind": "NUMBER", **QUERY}
 EVENT = {"events": [{"event": "e", "distinct_id": "d"}]}
 MESSAGE = {"write_key": "none", "type": "track", "event": "e", "user_id": "d"}
 SUBJECT = {"subject": {"workspace": True}, "role": "viewer", "effect": "ALLOW"}
@@ -534,8 +534,42 @@ MATRIX: Mapping[str, Row] = {
         "DASHBOARD_NOT_FOUND",
         ("ETAG_MISMATCH",),
     ),
+    "dashboard.v1.WidgetService.ArrangeWidgets": On(
+        {**_BOARD, "placements": [{"widget_id": "{absent}", "layout": {"width": 4, "height": 4}}]},
+        "0-+++",
+        "DASHBOARD_NOT_FOUND",
+        ("WIDGET_NOT_FOUND",),
+    ),
     "dashboard.v1.WidgetService.DeleteWidget": On(
         {**_BOARD, "widget_id": "{absent}"}, "0-+++", "DASHBOARD_NOT_FOUND", ("WIDGET_NOT_FOUND",)
+    ),
+    "dashboard.v1.LibraryWidgetService.CreateLibraryWidget": In(
+        {"title": "t", "kind": "TEXT", "markdown": "t"}, "--+++"
+    ),
+    "dashboard.v1.LibraryWidgetService.GetLibraryWidget": In(
+        {"library_widget_id": "{absent}"},
+        "-++++",
+        ("LIBRARY_WIDGET_NOT_FOUND",),
+        absent="LIBRARY_WIDGET_NOT_FOUND",
+    ),
+    "dashboard.v1.LibraryWidgetService.ListLibraryWidgets": In({}, "-++++"),
+    "dashboard.v1.LibraryWidgetService.UpdateLibraryWidget": In(
+        {"library_widget": {"library_widget_id": "{absent}", "title": "t"}, "update_mask": "title"},
+        "--+++",
+        ("LIBRARY_WIDGET_NOT_FOUND",),
+        absent="LIBRARY_WIDGET_NOT_FOUND",
+    ),
+    "dashboard.v1.LibraryWidgetService.DeleteLibraryWidget": In(
+        {"library_widget_id": "{absent}"},
+        "--+++",
+        ("LIBRARY_WIDGET_NOT_FOUND",),
+        absent="LIBRARY_WIDGET_NOT_FOUND",
+    ),
+    "dashboard.v1.LibraryWidgetService.ListLibraryWidgetUses": In(
+        {"library_widget_id": "{absent}"},
+        "-++++",
+        ("LIBRARY_WIDGET_NOT_FOUND",),
+        absent="LIBRARY_WIDGET_NOT_FOUND",
     ),
     # analytics_svc
     "analytics.v1.IngestService.Ingest": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),

@@ -535,7 +535,9 @@ class Widget(_message.Message):
     markdown: _builtins.str
     """What a TEXT shows: Markdown (CommonMark with tables), at most 20,000 characters. HTML in it is shown as text."""
     html: _builtins.str
-    """The markdown as HTML that holds no script, handler or `javascript:` URL; never read."""
+    """The markdown as HTML that holds no script, handler or `javascript:` URL; never read. At most 200,000 characters; what
+    is longer fails with INVALID_ARGUMENT, reason VALIDATION_FAILED.
+    """
     library_widget_id: _builtins.str
     """The library widget that says what this one shows and how; then title, description, kind, queries, markdown, custom and
     display are the library's, and not to be set here. Empty: its own.

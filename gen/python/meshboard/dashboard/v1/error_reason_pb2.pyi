@@ -62,6 +62,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS: the dashboard has a draft already. Go on with it."""
     VERSION_NOT_FOUND: _ErrorReason.ValueType  # 22
     """NOT_FOUND: the dashboard has no such version; it may have been put together with a later one."""
+    LAYOUT_OVERLAP: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION: the place is taken by another widget, or widgets are arranged on top of each other."""
+    LAYOUT_FULL: _ErrorReason.ValueType  # 31
+    """FAILED_PRECONDITION: the grid has no room below the lowest widget. Say where the widget is to stand."""
+    WIDGET_NAME_TAKEN: _ErrorReason.ValueType  # 32
+    """ALREADY_EXISTS: another widget of the dashboard has this `name`."""
+    VARIABLE_UNKNOWN: _ErrorReason.ValueType  # 33
+    """INVALID_ARGUMENT: the widget names a variable that the dashboard does not have. A plain `$` is written `$$`."""
+    LIBRARY_WIDGET_NOT_FOUND: _ErrorReason.ValueType  # 34
+    """NOT_FOUND: the workspace has no such library widget."""
+    LIBRARY_WIDGET_IN_USE: _ErrorReason.ValueType  # 35
+    """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
+    TOO_MANY_LIBRARY_WIDGETS: _ErrorReason.ValueType  # 36
+    """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -106,4 +120,18 @@ DRAFT_EXISTS: ErrorReason.ValueType  # 21
 """ALREADY_EXISTS: the dashboard has a draft already. Go on with it."""
 VERSION_NOT_FOUND: ErrorReason.ValueType  # 22
 """NOT_FOUND: the dashboard has no such version; it may have been put together with a later one."""
+LAYOUT_OVERLAP: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION: the place is taken by another widget, or widgets are arranged on top of each other."""
+LAYOUT_FULL: ErrorReason.ValueType  # 31
+"""FAILED_PRECONDITION: the grid has no room below the lowest widget. Say where the widget is to stand."""
+WIDGET_NAME_TAKEN: ErrorReason.ValueType  # 32
+"""ALREADY_EXISTS: another widget of the dashboard has this `name`."""
+VARIABLE_UNKNOWN: ErrorReason.ValueType  # 33
+"""INVALID_ARGUMENT: the widget names a variable that the dashboard does not have. A plain `$` is written `$$`."""
+LIBRARY_WIDGET_NOT_FOUND: ErrorReason.ValueType  # 34
+"""NOT_FOUND: the workspace has no such library widget."""
+LIBRARY_WIDGET_IN_USE: ErrorReason.ValueType  # 35
+"""FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
+TOO_MANY_LIBRARY_WIDGETS: ErrorReason.ValueType  # 36
+"""FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

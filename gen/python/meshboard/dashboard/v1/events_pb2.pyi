@@ -3,10 +3,13 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
 from meshboard.dashboard.v1 import folder_pb2 as _folder_pb2
+from meshboard.dashboard.v1 import library_pb2 as _library_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
 import sys
@@ -422,6 +425,88 @@ class WidgetDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WidgetDeleted: _TypeAlias = WidgetDeleted  # noqa: Y015
+
+@_typing.final
+class LibraryWidgetCreated(_message.Message):
+    """A library widget was created."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIBRARY_WIDGET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def library_widget(self) -> _library_pb2.LibraryWidget:
+        """The library widget."""
+
+    def __init__(
+        self,
+        *,
+        library_widget: _library_pb2.LibraryWidget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["library_widget", b"library_widget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["library_widget", b"library_widget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LibraryWidgetCreated: _TypeAlias = LibraryWidgetCreated  # noqa: Y015
+
+@_typing.final
+class LibraryWidgetUpdated(_message.Message):
+    """A library widget was changed, and with it every widget that shows it. When very many dashboards do, there are several
+    such events.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIBRARY_WIDGET_FIELD_NUMBER: _builtins.int
+    DASHBOARD_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def library_widget(self) -> _library_pb2.LibraryWidget:
+        """The library widget after the change."""
+
+    @_builtins.property
+    def dashboard_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The dashboards that show it, or some of them."""
+
+    def __init__(
+        self,
+        *,
+        library_widget: _library_pb2.LibraryWidget | None = ...,
+        dashboard_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["library_widget", b"library_widget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_ids", b"dashboard_ids", "library_widget", b"library_widget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LibraryWidgetUpdated: _TypeAlias = LibraryWidgetUpdated  # noqa: Y015
+
+@_typing.final
+class LibraryWidgetDeleted(_message.Message):
+    """A library widget was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    LIBRARY_WIDGET_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    library_widget_id: _builtins.str
+    """The library widget."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        library_widget_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["library_widget_id", b"library_widget_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LibraryWidgetDeleted: _TypeAlias = LibraryWidgetDeleted  # noqa: Y015
 
 @_typing.final
 class DashboardGrantCreated(_message.Message):

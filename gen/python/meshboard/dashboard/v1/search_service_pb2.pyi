@@ -69,8 +69,8 @@ class Highlight(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     FRAGMENTS_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """The field: `title` or `description` of the dashboard, `widget.title` of one of its widgets, `display_name` or `email`
-    of the user.
+    """The field: `title` or `description` of the dashboard, `widget.title` or `widget.text` of one of its widgets,
+    `display_name` or `email` of the user.
     """
     @_builtins.property
     def fragments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fragment]:

@@ -262,7 +262,9 @@ class UpdateWidgetRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to change: `title`, `kind`, `query`, `layout`. Absent: every field that is set."""
+        """The fields to change: `title`, `description`, `kind`, `query`, `funnel`, `retention`, `markdown`, `custom`, `display`,
+        `library_widget_id`, `name`, `own_time_range`, `time_range_variable`, `layout`. Absent: every field that is set.
+        """
 
     def __init__(
         self,
@@ -301,6 +303,88 @@ class UpdateWidgetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateWidgetResponse: _TypeAlias = UpdateWidgetResponse  # noqa: Y015
+
+@_typing.final
+class ArrangeWidgetsRequest(_message.Message):
+    """Moves widgets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Placement(_message.Message):
+        """Where a widget goes."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        WIDGET_ID_FIELD_NUMBER: _builtins.int
+        LAYOUT_FIELD_NUMBER: _builtins.int
+        widget_id: _builtins.str
+        """The widget; each only once."""
+        @_builtins.property
+        def layout(self) -> _dashboard_pb2.Layout:
+            """Where it is to stand."""
+
+        def __init__(
+            self,
+            *,
+            widget_id: _builtins.str = ...,
+            layout: _dashboard_pb2.Layout | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "widget_id", b"widget_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    PLACEMENTS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    etag: _builtins.str
+    """When set, must be the current one of the dashboard."""
+    @_builtins.property
+    def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArrangeWidgetsRequest.Placement]:
+        """Which widgets go where, 1 to 100; the others stay."""
+
+    def __init__(
+        self,
+        *,
+        dashboard_id: _builtins.str = ...,
+        placements: _abc.Iterable[Global___ArrangeWidgetsRequest.Placement] | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "etag", b"etag", "placements", b"placements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArrangeWidgetsRequest: _TypeAlias = ArrangeWidgetsRequest  # noqa: Y015
+
+@_typing.final
+class ArrangeWidgetsResponse(_message.Message):
+    """The widgets in their new places."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def widgets(self) -> _containers.RepeatedCompositeFieldContainer[_dashboard_pb2.Widget]:
+        """The widgets, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        widgets: _abc.Iterable[_dashboard_pb2.Widget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["widgets", b"widgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArrangeWidgetsResponse: _TypeAlias = ArrangeWidgetsResponse  # noqa: Y015
 
 @_typing.final
 class DeleteWidgetRequest(_message.Message):

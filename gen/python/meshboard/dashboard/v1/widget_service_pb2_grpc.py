@@ -27,7 +27,10 @@ if _version_not_supported:
 
 class WidgetServiceStub:
     """Manages the widgets of dashboards. Their queries run by the right of the dashboard, so whoever writes one needs
-    `sources.query` on each of its sources.
+    `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
+
+    TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
+    a `markdown`; each has nothing else of these.
     """
 
     def __init__(self, channel):
@@ -56,6 +59,11 @@ class WidgetServiceStub:
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.UpdateWidgetRequest.SerializeToString,
                 response_deserializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.UpdateWidgetResponse.FromString,
                 _registered_method=True)
+        self.ArrangeWidgets = channel.unary_unary(
+                '/meshboard.dashboard.v1.WidgetService/ArrangeWidgets',
+                request_serializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.ArrangeWidgetsRequest.SerializeToString,
+                response_deserializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.ArrangeWidgetsResponse.FromString,
+                _registered_method=True)
         self.DeleteWidget = channel.unary_unary(
                 '/meshboard.dashboard.v1.WidgetService/DeleteWidget',
                 request_serializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.DeleteWidgetRequest.SerializeToString,
@@ -65,14 +73,20 @@ class WidgetServiceStub:
 
 class WidgetServiceServicer:
     """Manages the widgets of dashboards. Their queries run by the right of the dashboard, so whoever writes one needs
-    `sources.query` on each of its sources.
+    `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
+
+    TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
+    a `markdown`; each has nothing else of these.
     """
 
     def CreateWidget(self, request, context):
         """Adds a widget to a dashboard and emits `WidgetCreated`.
 
-        Fails as `QueryService.ValidateQuery` does; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS; with INVALID_ARGUMENT,
-        reason WIDGET_QUERY_UNFIT, when the query does not fit the kind.
+        Fails as `QueryService.ValidateQuery` does, for a funnel or retention as those do; with INVALID_ARGUMENT, reason
+        VALIDATION_FAILED, when it lacks what its kind needs or has what another kind needs; WIDGET_QUERY_UNFIT, when the kind
+        cannot draw what the query answers; VARIABLE_UNKNOWN; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with
+        ALREADY_EXISTS, reason WIDGET_NAME_TAKEN; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS, LAYOUT_OVERLAP (the
+        metadata have the `widget_id` of the one that stands there) or LAYOUT_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,7 +109,21 @@ class WidgetServiceServicer:
     def UpdateWidget(self, request, context):
         """Changes a widget and emits `WidgetUpdated`.
 
+        With another kind, what only the old kind had is dropped. With a `library_widget_id`, the widget's own title and
+        content are dropped; when a mask names it and it is empty, they become those of the library widget, which stands apart
+        from then on.
+
         Fails as `CreateWidget` does; with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ArrangeWidgets(self, request, context):
+        """Moves widgets of a dashboard, all or none, and emits `WidgetUpdated` for each.
+
+        Widgets may change places: only where they stand in the end counts. Fails with FAILED_PRECONDITION, reason
+        LAYOUT_OVERLAP; with NOT_FOUND, reason WIDGET_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +159,11 @@ def add_WidgetServiceServicer_to_server(servicer, server):
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.UpdateWidgetRequest.FromString,
                     response_serializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.UpdateWidgetResponse.SerializeToString,
             ),
+            'ArrangeWidgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ArrangeWidgets,
+                    request_deserializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.ArrangeWidgetsRequest.FromString,
+                    response_serializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.ArrangeWidgetsResponse.SerializeToString,
+            ),
             'DeleteWidget': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteWidget,
                     request_deserializer=meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.DeleteWidgetRequest.FromString,
@@ -146,7 +179,10 @@ def add_WidgetServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class WidgetService:
     """Manages the widgets of dashboards. Their queries run by the right of the dashboard, so whoever writes one needs
-    `sources.query` on each of its sources.
+    `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
+
+    TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
+    a `markdown`; each has nothing else of these.
     """
 
     @staticmethod
@@ -247,6 +283,33 @@ class WidgetService:
             '/meshboard.dashboard.v1.WidgetService/UpdateWidget',
             meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.UpdateWidgetRequest.SerializeToString,
             meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.UpdateWidgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ArrangeWidgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.dashboard.v1.WidgetService/ArrangeWidgets',
+            meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.ArrangeWidgetsRequest.SerializeToString,
+            meshboard_dot_dashboard_dot_v1_dot_widget__service__pb2.ArrangeWidgetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,15 +14,21 @@ GRPC_VERSION: str
 
 class WidgetServiceStub:
     """Manages the widgets of dashboards. Their queries run by the right of the dashboard, so whoever writes one needs
-    `sources.query` on each of its sources.
+    `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
+
+    TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
+    a `markdown`; each has nothing else of these.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateWidget: _aio.UnaryUnaryMultiCallable[_widget_service_pb2.CreateWidgetRequest, _widget_service_pb2.CreateWidgetResponse]
     """Adds a widget to a dashboard and emits `WidgetCreated`.
 
-    Fails as `QueryService.ValidateQuery` does; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS; with INVALID_ARGUMENT,
-    reason WIDGET_QUERY_UNFIT, when the query does not fit the kind.
+    Fails as `QueryService.ValidateQuery` does, for a funnel or retention as those do; with INVALID_ARGUMENT, reason
+    VALIDATION_FAILED, when it lacks what its kind needs or has what another kind needs; WIDGET_QUERY_UNFIT, when the kind
+    cannot draw what the query answers; VARIABLE_UNKNOWN; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with
+    ALREADY_EXISTS, reason WIDGET_NAME_TAKEN; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS, LAYOUT_OVERLAP (the
+    metadata have the `widget_id` of the one that stands there) or LAYOUT_FULL.
     """
     GetWidget: _aio.UnaryUnaryMultiCallable[_widget_service_pb2.GetWidgetRequest, _widget_service_pb2.GetWidgetResponse]
     """Returns a widget."""
@@ -31,14 +37,27 @@ class WidgetServiceStub:
     UpdateWidget: _aio.UnaryUnaryMultiCallable[_widget_service_pb2.UpdateWidgetRequest, _widget_service_pb2.UpdateWidgetResponse]
     """Changes a widget and emits `WidgetUpdated`.
 
+    With another kind, what only the old kind had is dropped. With a `library_widget_id`, the widget's own title and
+    content are dropped; when a mask names it and it is empty, they become those of the library widget, which stands apart
+    from then on.
+
     Fails as `CreateWidget` does; with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+    """
+    ArrangeWidgets: _aio.UnaryUnaryMultiCallable[_widget_service_pb2.ArrangeWidgetsRequest, _widget_service_pb2.ArrangeWidgetsResponse]
+    """Moves widgets of a dashboard, all or none, and emits `WidgetUpdated` for each.
+
+    Widgets may change places: only where they stand in the end counts. Fails with FAILED_PRECONDITION, reason
+    LAYOUT_OVERLAP; with NOT_FOUND, reason WIDGET_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH.
     """
     DeleteWidget: _aio.UnaryUnaryMultiCallable[_widget_service_pb2.DeleteWidgetRequest, _widget_service_pb2.DeleteWidgetResponse]
     """Removes a widget and emits `WidgetDeleted`."""
 
 class WidgetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages the widgets of dashboards. Their queries run by the right of the dashboard, so whoever writes one needs
-    `sources.query` on each of its sources.
+    `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
+
+    TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
+    a `markdown`; each has nothing else of these.
     """
 
     @_abc_1.abstractmethod
@@ -49,8 +68,11 @@ class WidgetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_widget_service_pb2.CreateWidgetResponse]:
         """Adds a widget to a dashboard and emits `WidgetCreated`.
 
-        Fails as `QueryService.ValidateQuery` does; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS; with INVALID_ARGUMENT,
-        reason WIDGET_QUERY_UNFIT, when the query does not fit the kind.
+        Fails as `QueryService.ValidateQuery` does, for a funnel or retention as those do; with INVALID_ARGUMENT, reason
+        VALIDATION_FAILED, when it lacks what its kind needs or has what another kind needs; WIDGET_QUERY_UNFIT, when the kind
+        cannot draw what the query answers; VARIABLE_UNKNOWN; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with
+        ALREADY_EXISTS, reason WIDGET_NAME_TAKEN; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS, LAYOUT_OVERLAP (the
+        metadata have the `widget_id` of the one that stands there) or LAYOUT_FULL.
         """
 
     @_abc_1.abstractmethod
@@ -77,7 +99,23 @@ class WidgetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_widget_service_pb2.UpdateWidgetResponse]:
         """Changes a widget and emits `WidgetUpdated`.
 
+        With another kind, what only the old kind had is dropped. With a `library_widget_id`, the widget's own title and
+        content are dropped; when a mask names it and it is empty, they become those of the library widget, which stands apart
+        from then on.
+
         Fails as `CreateWidget` does; with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID.
+        """
+
+    @_abc_1.abstractmethod
+    def ArrangeWidgets(
+        self,
+        request: _widget_service_pb2.ArrangeWidgetsRequest,
+        context: _aio.ServicerContext[_widget_service_pb2.ArrangeWidgetsRequest, _abc.Awaitable[_widget_service_pb2.ArrangeWidgetsResponse]],
+    ) -> _abc.Awaitable[_widget_service_pb2.ArrangeWidgetsResponse]:
+        """Moves widgets of a dashboard, all or none, and emits `WidgetUpdated` for each.
+
+        Widgets may change places: only where they stand in the end counts. Fails with FAILED_PRECONDITION, reason
+        LAYOUT_OVERLAP; with NOT_FOUND, reason WIDGET_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
