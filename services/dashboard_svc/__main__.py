@@ -59,8 +59,12 @@ async def serve(settings: Settings) -> None:
 
     boards = Boards(sessions, cache)
     pages = Pages(settings.derived_key("page tokens"))
-    answers = Answers(analytics_peer)
-    feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
+    answers = Answers(
+        analytics_peer,
+        per_workspace=settings.data_calls_per_workspace,
+        cached_bytes=settings.answer_cache_bytes,
+    )
+    feeds = Feeds(boards.load_whole, answers, settings.derived_key("watch cursors"))
     await feeds.listen(bus)
     grants = grants_on_dashboards(sessions, user_peer, pages)
     engine = engine_of(settings, sessions)

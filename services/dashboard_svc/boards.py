@@ -69,6 +69,14 @@ class Boards:
         await self._dashboards.invalidate(key)
         await self._widgets.invalidate(key)
 
+    async def load_whole(
+        self, workspace_id: str, dashboard_id: str
+    ) -> tuple[dashboard_pb2.Dashboard, list[dashboard_pb2.Widget]] | None:
+        """The dashboard with its widgets as they are now, as `load` gives them."""
+        widgets = await self.load(workspace_id, dashboard_id)
+        dashboard = None if widgets is None else await self._load_dashboard(workspace_id, dashboard_id)
+        return None if dashboard is None or widgets is None else (dashboard, widgets)
+
     async def load(self, workspace_id: str, dashboard_id: str) -> list[dashboard_pb2.Widget] | None:
         """The widgets as they are now, for who may hear of a change before the cache; None: no such dashboard."""
         async with self._db() as session:

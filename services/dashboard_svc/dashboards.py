@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import Any
 
+from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceServicer
 from meshboard.dashboard.v1.events_pb2 import (
@@ -38,6 +39,8 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.questions import resolve
+from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.streams import stream
 
 Context = Any
@@ -225,18 +228,22 @@ class DashboardServicer(DashboardServiceServicer):
     async def GetDashboardData(
         self, request: pb.GetDashboardDataRequest, context: Context
     ) -> pb.GetDashboardDataResponse:
-        """Asks all queries, by the dashboard's right."""
-        workspace_id = auth.caller().workspace_id
-        widgets = await self.boards.widgets(workspace_id, request.dashboard_id.lower())
-        return pb.GetDashboardDataResponse(widgets=await self.answers.answer_all(workspace_id, widgets))
+        """Asks what the widgets ask, by the dashboard's right."""
+        workspace_id, dashboard_id = auth.caller().workspace_id, request.dashboard_id.lower()
+        dashboard = await self.boards.dashboard(workspace_id, dashboard_id)
+        widgets = await self.boards.widgets(workspace_id, dashboard_id)
+        if wanted := {widget_id.lower() for widget_id in request.widget_ids}:
+            widgets = [widget for widget in widgets if widget.widget_id in wanted]
+        tiles = resolve(widgets, dashboard, _scope(dashboard, request))
+        return pb.GetDashboardDataResponse(widgets=await self.answers.data_of(workspace_id, tiles))
 
     async def WatchDashboard(
         self, request: pb.WatchDashboardRequest, context: Context
     ) -> AsyncIterator[pb.WatchDashboardResponse]:
         """Streams the dashboard's feed."""
-        workspace_id = auth.caller().workspace_id
-        dashboard_id = request.dashboard_id.lower()
-        with self.feeds.watch(workspace_id, dashboard_id) as feed:
+        workspace_id, dashboard_id = auth.caller().workspace_id, request.dashboard_id.lower()
+        scope = _scope(await self.boards.dashboard(workspace_id, dashboard_id), request)
+        with self.feeds.watch(workspace_id, dashboard_id, scope) as feed:
             has = feed.read_cursor(request.cursor) if request.cursor else None
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await feed.catch_up()
@@ -270,6 +277,13 @@ class DashboardServicer(DashboardServiceServicer):
         """Changes the grants together."""
         grants = await self.grants.batch_update(request.dashboard_id, request)
         return pb.BatchUpdateDashboardGrantsResponse(grants=grants)
+
+
+def _scope(
+    dashboard: dashboard_pb2.Dashboard, request: pb.GetDashboardDataRequest | pb.WatchDashboardRequest
+) -> Scope:
+    time_range = request.time_range if request.HasField("time_range") else None
+    return scope_of(dashboard.variables, request.choices, time_range)
 
 
 def grants_on_dashboards(

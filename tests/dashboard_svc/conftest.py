@@ -193,7 +193,7 @@ async def mesh(
             peers = [Peer("user", address, tokens), Peer("analytics", address, tokens)]
             boards, pages = Boards(db, cache), Pages(settings.derived_key("page tokens"))
             answers = Answers(peers[1])
-            feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
+            feeds = Feeds(boards.load_whole, answers, settings.derived_key("watch cursors"))
             await feeds.listen(bus)
             search = DashboardSearch(db, engine, DASHBOARD)
             servers: list[Server] = []

@@ -46,6 +46,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
     CHOICE_INVALID: _ErrorReason.ValueType  # 15
     """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
+    VARIABLE_UNKNOWN: _ErrorReason.ValueType  # 50
+    """INVALID_ARGUMENT: a condition or a time range of the widget names a variable that the dashboard does not have."""
+    VARIABLE_UNFIT: _ErrorReason.ValueType  # 51
+    """INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
+    number.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -74,4 +80,10 @@ TOO_MANY_FOLDERS: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
 CHOICE_INVALID: ErrorReason.ValueType  # 15
 """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
+VARIABLE_UNKNOWN: ErrorReason.ValueType  # 50
+"""INVALID_ARGUMENT: a condition or a time range of the widget names a variable that the dashboard does not have."""
+VARIABLE_UNFIT: ErrorReason.ValueType  # 51
+"""INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
+number.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
