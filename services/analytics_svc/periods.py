@@ -64,14 +64,20 @@ def touched(time_range: TimeRange, kind: Period.ValueType, time_zone: str, now: 
     if start is None:
         invalid("query.time_range", "The range needs a start.")
     if end is None:
-        end = resolve_range(TimeRange(last_seconds=1), now)[1]
-        assert end is not None
+        end = until_now(now)
     kind, zone = kind or DAY, ZoneInfo(time_zone or "UTC")
     first = _number(kind, _local_day(start, zone))
     last = _number(kind, _local_day(max(end - 1, start), zone))
     if last - first >= MAX_PERIODS:
         invalid("query.time_range", f"The range has more than {MAX_PERIODS} periods.")
     return Periods(kind, zone, first, last, end)
+
+
+def until_now(now: datetime) -> int:
+    """The end of a range that has none, in milliseconds since 1970: now, to the minute that answers are shared for."""
+    end = resolve_range(TimeRange(last_seconds=60 * 3600), now)[1]
+    assert end is not None, "it is one that slides"
+    return end
 
 
 def periods_of(

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 import grpc.aio
 from google.protobuf.message import Message
-from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest, RunWidgetQueryResponse
-from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
 from meshboard.analytics.v1.query_pb2 import Query, Result
 from meshboard.analytics.v1.query_service_pb2 import (
     ExplainQueryRequest,
@@ -24,13 +22,13 @@ from meshboard.analytics.v1.query_service_pb2 import (
 )
 from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceServicer
 from prometheus_client import Counter, Histogram
-from sqlalchemy import func, select, true
+from sqlalchemy import select, true
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.event_store import EventStore, Rows, TooExpensiveError, UnavailableError, Value
 from services.analytics_svc.memberships import Memberships, check_visible, memberships, named_in
-from services.analytics_svc.models import Source, Watermark
+from services.analytics_svc.models import Watermark
 from services.chassis import auth, errors, telemetry
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -136,12 +134,20 @@ class Queries:
         """
         # Read before the query runs: the answer has all events up to it, and maybe more, never less.
         watermarks = await self.watermarks(workspace_id, [] if compiled.looks_beyond_sources else source_ids)
-        names = tuple(column.name for column in compiled.columns)
-        key = (compiled.sql, hashable(compiled.params), names, watermarks)
+        found = self.remembered(compiled, watermarks)
+        return await self.run_at(compiled, workspace_id, watermarks) if found is None else found
+
+    def remembered(self, compiled: Compiled, watermarks: tuple[int, ...]) -> Result | None:
+        """The rows as they were computed at these watermarks, if that was so lately. Not to be changed."""
+        key = _key_of(compiled, watermarks)
         if (found := self._cached.get(key)) is not None:
             self._cached.move_to_end(key)
             _answers.labels("cache").inc()
-            return found
+        return found
+
+    async def run_at(self, compiled: Compiled, workspace_id: str, watermarks: tuple[int, ...]) -> Result:
+        """The rows, asked of the store, with at least the events up to these watermarks. Raises as `run` does."""
+        key = _key_of(compiled, watermarks)
 
         async def compute() -> Result:
             rows = await self.rows(compiled.sql, compiled.params, workspace_id)
@@ -266,6 +272,11 @@ def result_of(compiled: Compiled, rows: Rows, watermark: int) -> Result:
     return result
 
 
+def _key_of(compiled: Compiled, watermarks: tuple[int, ...]) -> tuple[object, ...]:
+    names = tuple(column.name for column in compiled.columns)
+    return (compiled.sql, hashable(compiled.params), names, watermarks)
+
+
 def hashable(params: Mapping[str, Value]) -> tuple[object, ...]:
     """Parameters as part of a key."""
     return tuple(
@@ -305,26 +316,3 @@ class QueryServicer(QueryServiceServicer):
             milliseconds=found.seconds * 1000,
             row_count=min(len(found.rows), compiled.limit),
         )
-
-
-class InternalQueryServicer(InternalQueryServiceServicer):
-    """For dashboard_svc, which has decided that the dashboard may be seen."""
-
-    def __init__(self, queries: Queries) -> None:
-        self.queries = queries
-
-    async def RunWidgetQuery(
-        self, request: RunWidgetQueryRequest, context: Context
-    ) -> RunWidgetQueryResponse:
-        await self._require_sources(request.workspace_id, request.query.source_ids)
-        return RunWidgetQueryResponse(result=await self.queries.answer(request.query, request.workspace_id))
-
-    async def _require_sources(self, workspace_id: str, source_ids: Sequence[str]) -> None:
-        async with self.queries.db() as session:
-            count = await session.scalar(
-                select(func.count())
-                .select_from(Source)
-                .where(Source.workspace_id == workspace_id, Source.source_id.in_(source_ids))
-            )
-        if count != len(source_ids):
-            raise errors.not_found("SOURCE_NOT_FOUND", "There is no such source.")

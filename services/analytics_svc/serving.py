@@ -12,7 +12,7 @@ from meshboard.analytics.v1.failed_event_service_pb2_grpc import add_FailedEvent
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest, IngestStreamRequest
 from meshboard.analytics.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
 from meshboard.analytics.v1.insight_service_pb2_grpc import add_InsightServiceServicer_to_server
-from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
+from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueriesRequest
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import add_InternalQueryServiceServicer_to_server
 from meshboard.analytics.v1.query_service_pb2 import RunQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import add_QueryServiceServicer_to_server
@@ -32,7 +32,7 @@ from services.analytics_svc.failed_events import FailedEventServicer
 from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.insights import InsightServicer
-from services.analytics_svc.queries import InternalQueryServicer, Limits, Queries, QueryServicer
+from services.analytics_svc.queries import Limits, Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.raw_events import EventServicer
 from services.analytics_svc.rules import Rulebook
@@ -41,6 +41,7 @@ from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sou
 from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.tails import Tails
+from services.analytics_svc.widget_queries import InternalQueryServicer
 from services.analytics_svc.write_keys import WriteKeys, WriteKeyServicer
 from services.chassis import auth, db, trust
 from services.chassis.access import Access
@@ -145,7 +146,7 @@ async def serve(settings: AnalyticsSettings) -> None:
         SendBatchRequest(),
         SendTrackRequest(),
         RunQueryRequest(),
-        RunWidgetQueryRequest(),
+        RunWidgetQueriesRequest(),
         ListEventsRequest(),
         TailEventsRequest(),
     )

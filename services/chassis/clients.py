@@ -7,7 +7,7 @@ becomes UNAVAILABLE. Nothing is retried here; the gateway or the client does tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -61,6 +61,22 @@ class Peer:
             except grpc.aio.AioRpcError as failure:
                 raise errors.from_rpc(failure, self.name) from failure
 
+    async def stream(
+        self, multicallable: Any, method: str, request: Any, timeout: float
+    ) -> AsyncIterator[Any]:
+        """Makes one call that is answered by a stream, which is to be read to its end or closed."""
+        with telemetry.span(method.removeprefix("/"), "CLIENT", peer=self.name):
+            try:
+                async for response in multicallable(
+                    request,
+                    timeout=min(timeout, seconds_left()),
+                    metadata=self._metadata(),
+                    wait_for_ready=False,
+                ):
+                    yield response
+            except grpc.aio.AioRpcError as failure:
+                raise errors.from_rpc(failure, self.name) from failure
+
     def raw(self) -> grpc.aio.Channel:
         """The channel below."""
         return self._channel
@@ -92,4 +108,9 @@ class _PeerChannel:
         return call
 
     def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._peer.raw().unary_stream(method, *args, **kwargs)
+        multicallable = self._peer.raw().unary_stream(method, *args, **kwargs)
+
+        def call(request: Any, *, timeout: float = DEFAULT_SECONDS) -> AsyncIterator[Any]:
+            return self._peer.stream(multicallable, method, request, timeout)
+
+        return call

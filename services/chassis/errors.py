@@ -146,12 +146,18 @@ def from_rpc(failure: grpc.aio.AioRpcError, peer: str) -> Error:
     """
     for key, value in failure.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
-            error = from_status(status_pb2.Status.FromString(value))
-            if error.code not in _PEER_FAULTS:
+            error = from_peer(status_pb2.Status.FromString(value), peer)
+            if error.code is not grpc.StatusCode.UNAVAILABLE:
                 return error
     if failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline_exceeded(f"{peer} did not answer in time.")
     return unavailable(f"{peer} does not answer.", peer=peer)
+
+
+def from_peer(status: status_pb2.Status, peer: str) -> Error:
+    """What a peer said in an answer, as an error of ours, by the same rule."""
+    error = from_status(status)
+    return unavailable(f"{peer} does not answer.", peer=peer) if error.code in _PEER_FAULTS else error
 
 
 _PEER_FAULTS = frozenset(

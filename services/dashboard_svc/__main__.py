@@ -31,6 +31,7 @@ from services.chassis.server import Server, main
 from services.dashboard_svc import bin, favourites
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.checks import Checks
 from services.dashboard_svc.consumers import on_workspace_deleted
 from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
@@ -38,7 +39,6 @@ from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
-from services.dashboard_svc.questions import Questions
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
@@ -69,7 +69,11 @@ async def serve(settings: Settings) -> None:
     boards = Boards(sessions, cache)
     sources = Sources(analytics_peer)
     pages = Pages(settings.derived_key("page tokens"))
-    answers = Answers(analytics_peer)
+    answers = Answers(
+        analytics_peer,
+        per_workspace=settings.data_calls_per_workspace,
+        cached_bytes=settings.answer_cache_bytes,
+    )
     feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
     await feeds.listen(bus)
     grants = grants_on_dashboards(sessions, user_peer, pages)
@@ -93,10 +97,10 @@ async def serve(settings: Settings) -> None:
     folder_grants = grants_on_folders(sessions, user_peer, pages)
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
-    questions = Questions(sessions, analytics_peer)
-    widgets = WidgetServicer(sessions, boards, pages, questions)
+    checks = Checks(sessions, analytics_peer)
+    widgets = WidgetServicer(sessions, boards, pages, checks)
     library = LibraryWidgetServicer(
-        db=sessions, boards=boards, pages=pages, questions=questions, dashboards=DASHBOARD
+        db=sessions, boards=boards, pages=pages, checks=checks, dashboards=DASHBOARD
     )
     searches = SearchServicer(sessions, search, user_peer, pages)
 

@@ -1,36 +1,58 @@
-"""What widgets show: the answers of analytics_svc to their queries, asked by the right of the dashboard."""
+"""What widgets show: the answers of analytics_svc to their questions, asked by the right of the dashboard.
+
+An answer is kept with its version: asked again, analytics_svc says that it is still the present one, and sends nothing.
+Answers are held as they are sent, so that what has not changed is neither read nor written again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import grpc
-from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
+from meshboard.analytics.v1.insight_service_pb2 import FunnelResult, RetentionResult
+from meshboard.analytics.v1.internal_query_service_pb2 import (
+    RunWidgetQueriesRequest,
+    RunWidgetQueriesResponse,
+    WidgetQuestion,
+)
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
-from meshboard.analytics.v1.query_pb2 import Query
-from meshboard.dashboard.v1.dashboard_pb2 import Widget, WidgetData
+from meshboard.analytics.v1.query_pb2 import Result
+from meshboard.dashboard.v1.dashboard_pb2 import WidgetData
+from meshboard.dashboard.v1.dashboard_service_pb2 import GetDashboardDataResponse
 
 from services.chassis import errors
 from services.chassis.clients import Peer
 from services.chassis.deadline import seconds_left
+from services.dashboard_svc.questions import Question, Tile
 
 QUERY_SECONDS = 10.0
-# Queries of one dashboard that run at once.
-QUERIES_AT_ONCE = 8
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.DEADLINE_EXCEEDED.value[0]}
+# The key of GetDashboardDataResponse.widgets: its number, and that a length follows.
+_WIDGETS = bytes([GetDashboardDataResponse.WIDGETS_FIELD_NUMBER << 3 | 2])
+_NONE = WidgetData(none=WidgetData.NoData()).SerializeToString()
+# Behind an answer, says that it was computed for an earlier call: messages that follow one another are merged.
+_CACHED = {
+    "result": WidgetData(result=Result(cached=True)).SerializeToString(),
+    "funnel": WidgetData(funnel=FunnelResult(cached=True)).SerializeToString(),
+    "retention": WidgetData(retention=RetentionResult(cached=True)).SerializeToString(),
+}
 
 
-def key_of(query: Query) -> bytes:
-    """Equal for equal queries."""
-    return query.SerializeToString(deterministic=True)
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a question: a serialized WidgetData without a widget's id. `version` is empty for an error."""
 
+    data: bytes
+    version: bytes = b""
+    kind: str = "error"
 
-def of_widget(widget_id: str, answer: WidgetData) -> WidgetData:
-    """The answer as the data of a widget."""
-    if answer.HasField("error"):
-        return WidgetData(widget_id=widget_id, error=answer.error)
-    return WidgetData(widget_id=widget_id, result=answer.result)
+    def again(self) -> Answer:
+        """The same, for whoever asks later."""
+        return Answer(self.data + _CACHED[self.kind], self.version, self.kind)
 
 
 def is_transient(answer: WidgetData) -> bool:
@@ -41,38 +63,135 @@ def is_transient(answer: WidgetData) -> bool:
 class Answers:
     """Asks analytics_svc. What fails becomes the `error` of the widget in question."""
 
-    def __init__(self, analytics: Peer) -> None:
+    def __init__(self, analytics: Peer, *, per_workspace: int = 16, cached_bytes: int = 64 << 20) -> None:
+        """`per_workspace` bounds the calls for one workspace that are under way, `cached_bytes` what is kept."""
         self._queries = analytics.stub(InternalQueryServiceStub)
+        self._per_workspace = per_workspace
+        self._rooms: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._cached_bytes = cached_bytes
+        self._cached: OrderedDict[tuple[str, bytes], Answer] = OrderedDict()
+        self._bytes = 0
 
-    async def answer(self, workspace_id: str, query: Query, seconds: float = QUERY_SECONDS) -> WidgetData:
-        """The answer to one query, as data without a widget's id."""
-        request = RunWidgetQueryRequest(workspace_id=workspace_id, query=query)
-        try:
-            response = await self._queries.RunWidgetQuery(request, timeout=seconds)
-        except errors.Error as error:
-            return WidgetData(error=error.status())
-        return WidgetData(result=response.result)
+    async def answer(
+        self, workspace_id: str, question: Question, seconds: float = QUERY_SECONDS
+    ) -> WidgetData:
+        """The answer to one question, as data without a widget's id."""
+        answers = await self.ask(workspace_id, [question], seconds)
+        return WidgetData.FromString(answers[question.key].data)
 
-    async def answer_all(self, workspace_id: str, widgets: Sequence[Widget]) -> list[WidgetData]:
-        """The data of each widget, in their order; equal queries are asked once.
+    async def data_of(self, workspace_id: str, tiles: Sequence[Tile]) -> list[WidgetData]:
+        """The data of each widget, in their order; equal questions are asked once.
 
         Returns shortly before the call's deadline, with errors in place of what is not there yet.
         """
+        return [WidgetData.FromString(piece) for piece in await self._pieces(workspace_id, tiles)]
+
+    async def serialized(self, workspace_id: str, tiles: Sequence[Tile]) -> bytes:
+        """The same, as a serialized GetDashboardDataResponse."""
+        pieces = await self._pieces(workspace_id, tiles)
+        return b"".join(_WIDGETS + _length_of(piece) + piece for piece in pieces)
+
+    async def _pieces(self, workspace_id: str, tiles: Sequence[Tile]) -> list[bytes]:
+        questions = [question for tile in tiles for question in tile.questions]
         seconds = min(QUERY_SECONDS, 0.9 * seconds_left())
-        room = asyncio.Semaphore(QUERIES_AT_ONCE)
+        answers = await self.ask(workspace_id, questions, seconds)
+        return [data_of_tile(tile, answers) for tile in tiles]
 
-        async def answer(query: Query) -> WidgetData:
-            try:
-                async with asyncio.timeout(seconds), room:
-                    return await self.answer(workspace_id, query, seconds)
-            except TimeoutError:
-                return WidgetData(
-                    error=errors.deadline_exceeded("The query did not finish in time.").status()
-                )
+    async def ask(
+        self, workspace_id: str, questions: Iterable[Question], seconds: float
+    ) -> dict[bytes, Answer]:
+        """The answers by the keys of the questions, in one call; after `seconds` errors for those not there."""
+        keys = list(dict.fromkeys(question.key for question in questions))
+        answers: dict[bytes, Answer] = {}
+        failure = errors.unavailable("analytics has left a question out.")
+        try:
+            if keys:
+                async with asyncio.timeout(seconds), self._room(workspace_id):
+                    await self._run(workspace_id, keys, seconds, answers)
+        except TimeoutError:
+            failure = errors.deadline_exceeded("The query did not finish in time.")
+        except errors.Error as error:
+            failure = error
+        if len(answers) < len(keys):
+            missing = _failed(failure)
+            answers = {key: answers.get(key, missing) for key in keys}
+        return answers
 
-        async with asyncio.TaskGroup() as tasks:
-            running = {
-                key: tasks.create_task(answer(query))
-                for key, query in {key_of(widget.query): widget.query for widget in widgets}.items()
-            }
-        return [of_widget(widget.widget_id, running[key_of(widget.query)].result()) for widget in widgets]
+    async def _run(
+        self, workspace_id: str, keys: Sequence[bytes], seconds: float, answers: dict[bytes, Answer]
+    ) -> None:
+        known = [self._cached.get((workspace_id, key)) for key in keys]
+        questions = [WidgetQuestion.FromString(key) for key in keys]
+        for question, answer in zip(questions, known, strict=True):
+            if answer is not None:
+                question.known_version = answer.version
+        request = RunWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
+        # The call has more time than its caller waits, so that what is late is told apart from what is away.
+        async for response in self._queries.RunWidgetQueries(request, timeout=seconds + 1):
+            key, before = keys[response.index], known[response.index]
+            if response.unchanged and before is not None:
+                self._keep((workspace_id, key), before)
+                answers[key] = before.again()
+                continue
+            answers[key] = answer = _read(response)
+            if answer.version:
+                self._keep((workspace_id, key), answer)
+
+    def _room(self, workspace_id: str) -> asyncio.Semaphore:
+        room = self._rooms.get(workspace_id)
+        if room is None:
+            room = self._rooms[workspace_id] = asyncio.Semaphore(self._per_workspace)
+        return room
+
+    def _keep(self, key: tuple[str, bytes], answer: Answer) -> None:
+        if (before := self._cached.pop(key, None)) is not None:
+            self._bytes -= _size(key, before)
+        self._cached[key] = answer
+        self._bytes += _size(key, answer)
+        while self._bytes > self._cached_bytes:
+            oldest_key, oldest = self._cached.popitem(last=False)
+            self._bytes -= _size(oldest_key, oldest)
+
+
+def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
+    """The data of a widget, serialized. A sparkline that cannot be computed is left out."""
+    if tile.problem is not None:
+        return WidgetData(widget_id=tile.widget_id, error=tile.problem).SerializeToString()
+    data = WidgetData(widget_id=tile.widget_id).SerializeToString()
+    data += _NONE if tile.question is None else answers[tile.question.key].data
+    if tile.sparkline is not None:
+        line = WidgetData.FromString(answers[tile.sparkline.key].data)
+        if line.HasField("result"):
+            data += WidgetData(sparkline=line.result).SerializeToString()
+    return data
+
+
+def _read(response: RunWidgetQueriesResponse) -> Answer:
+    match response.WhichOneof("answer"):
+        case "result":
+            data = WidgetData(result=response.result)
+        case "funnel":
+            data = WidgetData(funnel=response.funnel)
+        case "retention":
+            data = WidgetData(retention=response.retention)
+        case _:
+            return _failed(errors.from_peer(response.error, "analytics"))
+    return Answer(data.SerializeToString(), response.version, str(data.WhichOneof("outcome")))
+
+
+def _failed(error: errors.Error) -> Answer:
+    return Answer(WidgetData(error=error.status()).SerializeToString())
+
+
+def _size(key: tuple[str, bytes], answer: Answer) -> int:
+    return len(key[1]) + len(answer.data) + 500
+
+
+def _length_of(piece: bytes) -> bytes:
+    """A length as protobuf has it: seven bits a byte, the last without the eighth."""
+    length, written = len(piece), bytearray()
+    while length > 0x7F:
+        written.append(length & 0x7F | 0x80)
+        length >>= 7
+    written.append(length)
+    return bytes(written)

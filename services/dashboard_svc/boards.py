@@ -121,13 +121,19 @@ class Boards:
         await self._dashboards.invalidate(key)
         await self._widgets.invalidate(key)
 
-    async def load(self, workspace_id: str, dashboard_id: str) -> list[dashboard_pb2.Widget] | None:
-        """The widgets as they are now, for who may hear of a change before the cache; None: no such dashboard."""
+    async def load(
+        self, workspace_id: str, dashboard_id: str
+    ) -> tuple[dashboard_pb2.Dashboard, list[dashboard_pb2.Widget]] | None:
+        """The dashboard with its widgets as they are now, for who may hear of a change before the cache.
+
+        None: there is no such dashboard.
+        """
         async with self._db() as session:
             row = await session.get(Dashboard, (workspace_id, dashboard_id))
             if row is None or row.delete_time:
                 return None
-            return (await shown_widgets_of(session, [row]))[row.dashboard_id]
+            (dashboard,) = await shown(session, [row])
+            return dashboard, (await shown_widgets_of(session, [row]))[row.dashboard_id]
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:
@@ -138,8 +144,8 @@ class Boards:
             return dashboard
 
     async def _load_widgets(self, workspace_id: str, dashboard_id: str) -> ListWidgetsResponse | None:
-        widgets = await self.load(workspace_id, dashboard_id)
-        return None if widgets is None else ListWidgetsResponse(widgets=widgets)
+        loaded = await self.load(workspace_id, dashboard_id)
+        return None if loaded is None else ListWidgetsResponse(widgets=loaded[1])
 
 
 async def widgets_of(session: AsyncSession, dashboard: Dashboard) -> list[dashboard_pb2.Widget]:

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from uuid import UUID
 
 from meshboard.dashboard.v1.dashboard_pb2 import WidgetData
@@ -32,10 +32,17 @@ def digest(data: WidgetData) -> bytes:
     outcome = WidgetData()
     outcome.CopyFrom(data)
     outcome.ClearField("widget_id")
-    if outcome.HasField("result"):
-        outcome.result.ClearField("watermark")
-        outcome.result.ClearField("cached")
+    for name in ("result", "funnel", "retention", "sparkline"):
+        if outcome.HasField(name):
+            answer = getattr(outcome, name)
+            answer.ClearField("watermark")
+            answer.ClearField("cached")
     return hashlib.blake2b(outcome.SerializeToString(deterministic=True), digest_size=DIGEST_BYTES).digest()
+
+
+def digest_of_all(digests: Iterable[bytes]) -> bytes:
+    """Differs when one of them does."""
+    return hashlib.blake2b(b"".join(digests), digest_size=DIGEST_BYTES).digest()
 
 
 def encode(key: bytes, dashboard_id: str, digests: Digests) -> str:

@@ -57,6 +57,8 @@ from services.dashboard_svc.favourites import for_caller, is_favourite, mark, un
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.questions import resolve
+from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.streams import stream
 
@@ -320,18 +322,22 @@ class DashboardServicer(DashboardServiceServicer):
     async def GetDashboardData(
         self, request: pb.GetDashboardDataRequest, context: Context
     ) -> pb.GetDashboardDataResponse:
-        """Asks all queries, by the dashboard's right."""
-        workspace_id = auth.caller().workspace_id
-        widgets = await self.boards.widgets(workspace_id, request.dashboard_id.lower())
-        return pb.GetDashboardDataResponse(widgets=await self.answers.answer_all(workspace_id, widgets))
+        """Asks what the widgets ask, by the dashboard's right."""
+        workspace_id, dashboard_id = auth.caller().workspace_id, request.dashboard_id.lower()
+        dashboard = await self.boards.dashboard(workspace_id, dashboard_id)
+        widgets = await self.boards.widgets(workspace_id, dashboard_id)
+        if wanted := {widget_id.lower() for widget_id in request.widget_ids}:
+            widgets = [widget for widget in widgets if widget.widget_id in wanted]
+        tiles = resolve(widgets, dashboard, _scope(dashboard, request))
+        return pb.GetDashboardDataResponse(widgets=await self.answers.data_of(workspace_id, tiles))
 
     async def WatchDashboard(
         self, request: pb.WatchDashboardRequest, context: Context
     ) -> AsyncIterator[pb.WatchDashboardResponse]:
         """Streams the dashboard's feed."""
-        workspace_id = auth.caller().workspace_id
-        dashboard_id = request.dashboard_id.lower()
-        with self.feeds.watch(workspace_id, dashboard_id) as feed:
+        workspace_id, dashboard_id = auth.caller().workspace_id, request.dashboard_id.lower()
+        scope = _scope(await self.boards.dashboard(workspace_id, dashboard_id), request)
+        with self.feeds.watch(workspace_id, dashboard_id, scope) as feed:
             has = feed.read_cursor(request.cursor) if request.cursor else None
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await feed.catch_up()
@@ -482,6 +488,13 @@ def _name_taken(name: str) -> errors.Error:
     return errors.already_exists(
         "DASHBOARD_NAME_TAKEN", "Another dashboard of the workspace has this name.", name=name
     )
+
+
+def _scope(
+    dashboard: dashboard_pb2.Dashboard, request: pb.GetDashboardDataRequest | pb.WatchDashboardRequest
+) -> Scope:
+    time_range = request.time_range if request.HasField("time_range") else None
+    return scope_of(dashboard.variables, request.choices, time_range)
 
 
 def grants_on_dashboards(

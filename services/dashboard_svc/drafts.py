@@ -19,6 +19,8 @@ from services.dashboard_svc.contents import record, shown_content, touch, write_
 from services.dashboard_svc.convert import dashboard_to_pb
 from services.dashboard_svc.favourites import for_caller
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.questions import resolve
+from services.dashboard_svc.scopes import scope_of
 
 Context = Any
 
@@ -70,8 +72,10 @@ class DraftServicer(DraftServiceServicer):
         async with self.db() as session:
             dashboard = await _draft(session, request.dashboard_id)
             widgets = _chosen(await widgets_of(session, dashboard), request.widget_ids)
-        answers = await self.answers.answer_all(dashboard.workspace_id, widgets)
-        return pb.GetDraftDataResponse(widgets=answers)
+        shown = dashboard_to_pb(dashboard)
+        time_range = request.time_range if request.HasField("time_range") else None
+        tiles = resolve(widgets, shown, scope_of(shown.variables, request.choices, time_range))
+        return pb.GetDraftDataResponse(widgets=await self.answers.data_of(dashboard.workspace_id, tiles))
 
     async def PublishDashboard(
         self, request: pb.PublishDashboardRequest, context: Context

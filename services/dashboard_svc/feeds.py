@@ -15,19 +15,22 @@ from contextvars import Context
 from typing import Any
 
 import structlog
-from meshboard.analytics.v1.query_pb2 import Query
 from meshboard.dashboard.v1 import events_pb2
-from meshboard.dashboard.v1.dashboard_pb2 import Widget, WidgetData
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
 from prometheus_client import Gauge
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.chassis.bus import Bus, Received
 from services.dashboard_svc import cursors
-from services.dashboard_svc.answers import QUERIES_AT_ONCE, Answers, is_transient, key_of, of_widget
+from services.dashboard_svc.answers import QUERY_SECONDS, Answer, Answers, data_of_tile, is_transient
+from services.dashboard_svc.questions import Question, Tile, resolve
+from services.dashboard_svc.scopes import Scope
 
 log = structlog.get_logger(__name__)
 
+# Queries of one feed that run at once.
+QUERIES_AT_ONCE = 8
 # Between two starts of a query, and between two changes that a watcher is sent.
 LEAST_SECONDS = 0.25
 # A passing failure is shown in place of data when it has come this often in a row.
@@ -40,13 +43,14 @@ _NEWS_KEPT = 64
 _watchers = Gauge("meshboard_watchers", "Open streams of live dashboards.", multiprocess_mode="livesum")
 _feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_mode="livesum")
 
-Load = Callable[[str, str], Awaitable[list[Widget] | None]]
+Load = Callable[[str, str], Awaitable[tuple[Dashboard, list[Widget]] | None]]
 News = tuple[WatchDashboardResponse, cursors.Digests]
 
 # What changes what viewers see of a dashboard, or, with a draft, may.
 _CHANGES = {
     kind.DESCRIPTOR.full_name: kind
     for kind in (
+        events_pb2.DashboardUpdated,
         events_pb2.DashboardDeleted,
         events_pb2.DashboardPublished,
         events_pb2.WidgetCreated,
@@ -73,43 +77,41 @@ _PLACED = {
 }
 
 
-def slide_seconds(query: Query) -> float | None:
+def slide_seconds(question: Question) -> float | None:
     """How often the answer changes because time goes by; None when it does not."""
-    last_seconds = query.time_range.last_seconds
-    return max(1.0, last_seconds / POINTS) if last_seconds else None
+    return max(1.0, question.last_seconds / POINTS) if question.last_seconds else None
 
 
 class _Line:
-    """The answer to one query, asked again when it is stale."""
+    """The answer to one question, asked again when it is stale."""
 
-    def __init__(self, query: Query) -> None:
-        self.query = query
+    def __init__(self, question: Question) -> None:
+        self.question = question
         self.stale = asyncio.Event()
-        self.answer: WidgetData | None = None
+        self.answer: Answer | None = None
         self.digest = b""
 
-    async def follow(
-        self, ask: Callable[[Query], Awaitable[WidgetData]], changed: Callable[[], None]
-    ) -> None:
+    async def follow(self, ask: Callable[[Question], Awaitable[Answer]], changed: Callable[[], None]) -> None:
         """Keeps the answer current until cancelled: at once, but LEAST_SECONDS after the last time."""
         failures = 0
         while True:
             self.stale.clear()
             start = time.monotonic()
-            answer = await ask(self.query)
-            failures = failures + 1 if is_transient(answer) else 0
-            if self._take(answer, failures):
+            answer = await ask(self.question)
+            data = WidgetData.FromString(answer.data)
+            failures = failures + 1 if is_transient(data) else 0
+            if self._take(answer, data, failures):
                 changed()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pause(failures)):
                     await self.stale.wait()
             await asyncio.sleep(max(0.0, start + LEAST_SECONDS - time.monotonic()))
 
-    def _take(self, answer: WidgetData, failures: int) -> bool:
+    def _take(self, answer: Answer, data: WidgetData, failures: int) -> bool:
         """Says whether watchers see a difference."""
         if self.answer is not None and 0 < failures < PATIENCE:
             return False
-        digest = cursors.digest(answer)
+        digest = cursors.digest(data)
         different = digest != self.digest
         self.answer, self.digest = answer, digest
         return different
@@ -117,27 +119,48 @@ class _Line:
     def _pause(self, failures: int) -> float | None:
         if failures:
             return min(2.0 ** (failures - 1), LONGEST_RETRY_SECONDS)
-        return slide_seconds(self.query)
+        return slide_seconds(self.question)
+
+
+class _Shown:
+    """What a widget shows: the answers of its lines, together."""
+
+    def __init__(self, tile: Tile, lines: dict[bytes, _Line]) -> None:
+        self.tile = tile
+        self.lines = [lines[question.key] for question in tile.questions]
+        self._fixed = b"" if self.lines else cursors.digest(self.data)
+
+    @property
+    def ready(self) -> bool:
+        return all(line.answer is not None for line in self.lines)
+
+    @property
+    def data(self) -> WidgetData:
+        answers = {line.question.key: line.answer for line in self.lines if line.answer is not None}
+        return WidgetData.FromString(data_of_tile(self.tile, answers))
+
+    @property
+    def digest(self) -> bytes:
+        if len(self.lines) == 1:
+            return self.lines[0].digest
+        return cursors.digest_of_all(line.digest for line in self.lines) if self.lines else self._fixed
 
 
 class Feed:
-    """The present state of one dashboard.
+    """The present state of one dashboard, in one scope.
 
     `changed` is set, and another event put in its place, when the state has changed. `doubts` grows when watchers have
     reason to check at once whether they may still watch. `gone` says that the dashboard was deleted.
     """
 
-    def __init__(
-        self, workspace_id: str, dashboard_id: str, load: Load, answers: Answers, feeds: Feeds
-    ) -> None:
+    def __init__(self, workspace_id: str, dashboard_id: str, scope: Scope, feeds: Feeds) -> None:
         self.workspace_id = workspace_id
         self.dashboard_id = dashboard_id
+        self.scope = scope
         self.changed = asyncio.Event()
         self.doubts = 0
         self.gone = False
         self.watchers = 0
-        self._load = load
-        self._answers = answers
         self._feeds = feeds
         self._room = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._outdated = asyncio.Event()
@@ -145,7 +168,7 @@ class Feed:
         self._loaded = 0
         self._caught_up = asyncio.Event()  # set, and replaced, after each load
         self._lines: dict[bytes, _Line] = {}
-        self._tiles: dict[str, _Line] = {}
+        self._tiles: dict[str, _Shown] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
         self._failure: BaseException | None = None
@@ -163,7 +186,7 @@ class Feed:
     def ready(self) -> bool:
         """Whether there is data, or an error, for each widget."""
         self._check()
-        return all(line.answer is not None for line in self._tiles.values())
+        return all(shown.ready for shown in self._tiles.values())
 
     def _check(self) -> None:
         if self._failure:
@@ -185,14 +208,14 @@ class Feed:
     def _make_news(self, has: cursors.Digests | None) -> News | None:
         known = has or {}
         now_has = {
-            widget_id: line.digest if line.answer is not None else known[widget_id]
-            for widget_id, line in self._tiles.items()
-            if line.answer is not None or widget_id in known
+            widget_id: shown.digest if shown.ready else known[widget_id]
+            for widget_id, shown in self._tiles.items()
+            if shown.ready or widget_id in known
         }
         different = [
-            of_widget(widget_id, line.answer)
-            for widget_id, line in self._tiles.items()
-            if line.answer is not None and line.digest != known.get(widget_id)
+            shown.data
+            for widget_id, shown in self._tiles.items()
+            if shown.ready and shown.digest != known.get(widget_id)
         ]
         removed = [widget_id for widget_id in known if widget_id not in self._tiles]
         cursor = self.cursor(now_has)
@@ -243,38 +266,40 @@ class Feed:
             self._outdated.clear()
             self._begun += 1
             try:
-                widgets = await self._load(self.workspace_id, self.dashboard_id)
+                loaded = await self._feeds.load(self.workspace_id, self.dashboard_id)
             except (OSError, TimeoutError, SQLAlchemyError) as error:
                 log.warning("feed_waits_for_postgres", error=repr(error))
                 await asyncio.sleep(0.5)
                 continue
-            self.gone = widgets is None
-            if widgets is None:
+            self.gone = loaded is None
+            if loaded is None:
                 self.doubt()
             else:
-                self._adopt(widgets)
+                self._adopt(*loaded)
             self._loaded = self._begun
             self._caught_up = _replace(self._caught_up)
             await self._outdated.wait()
 
-    def _adopt(self, widgets: list[Widget]) -> None:
-        queries = {key_of(widget.query): widget.query for widget in widgets}
-        for key in self._lines.keys() - queries.keys():
+    def _adopt(self, dashboard: Dashboard, widgets: list[Widget]) -> None:
+        tiles = resolve(widgets, dashboard, self.scope)
+        questions = {question.key: question for tile in tiles for question in tile.questions}
+        for key in self._lines.keys() - questions.keys():
             self._feeds.unfollow_sources(self._lines.pop(key))
             self._stop(key)
-        for key, query in queries.items():
+        for key, question in questions.items():
             if key not in self._lines:
-                line = self._lines[key] = _Line(query)
+                line = self._lines[key] = _Line(question)
                 self._feeds.follow_sources(line)
                 self._start(key, line.follow(self._ask, self._announce))
-        before = self._tiles
-        self._tiles = {widget.widget_id: self._lines[key_of(widget.query)] for widget in widgets}
-        if list(self._tiles.items()) != list(before.items()):
+        before = [shown.tile for shown in self._tiles.values()]
+        self._tiles = {tile.widget_id: _Shown(tile, self._lines) for tile in tiles}
+        if before != tiles:
             self._announce()
 
-    async def _ask(self, query: Query) -> WidgetData:
+    async def _ask(self, question: Question) -> Answer:
         async with self._room:
-            return await self._answers.answer(self.workspace_id, query)
+            answers = await self._feeds.answers.ask(self.workspace_id, [question], QUERY_SECONDS)
+            return answers[question.key]
 
     def _announce(self) -> None:
         self._news.clear()
@@ -302,10 +327,10 @@ class Feeds:
     """The feeds of this process, and what they are told."""
 
     def __init__(self, load: Load, answers: Answers, cursor_key: bytes) -> None:
-        self._load = load
-        self._answers = answers
+        self.load = load
+        self.answers = answers
         self.cursor_key = cursor_key
-        self._feeds: dict[tuple[str, str], Feed] = {}
+        self._feeds: dict[tuple[str, str, Scope], Feed] = {}
         self._sources: dict[str, set[_Line]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -316,12 +341,12 @@ class Feeds:
         bus.on_gap(self.mistrust)
 
     @contextmanager
-    def watch(self, workspace_id: str, dashboard_id: str) -> Iterator[Feed]:
-        """The dashboard's feed, which lives as long as someone watches."""
-        key = (workspace_id, dashboard_id)
+    def watch(self, workspace_id: str, dashboard_id: str, scope: Scope) -> Iterator[Feed]:
+        """The dashboard's feed in a scope, which lives as long as someone watches."""
+        key = (workspace_id, dashboard_id, scope)
         feed = self._feeds.get(key)
         if feed is None:
-            feed = self._feeds[key] = Feed(*key, self._load, self._answers, self)
+            feed = self._feeds[key] = Feed(*key, self)
             _feeds.inc()
         feed.watchers += 1
         _watchers.inc()
@@ -346,12 +371,12 @@ class Feeds:
 
     def follow_sources(self, line: _Line) -> None:
         """Has the line hear the ticks of its sources."""
-        for source_id in line.query.source_ids:
-            self._sources.setdefault(source_id.lower(), set()).add(line)
+        for source_id in line.question.source_ids:
+            self._sources.setdefault(source_id, set()).add(line)
 
     def unfollow_sources(self, line: _Line) -> None:
         """The opposite."""
-        for source_id in map(str.lower, line.query.source_ids):
+        for source_id in line.question.source_ids:
             lines = self._sources[source_id]
             lines.discard(line)
             if not lines:
@@ -365,7 +390,7 @@ class Feeds:
 
     def forget(self, feed: Feed) -> None:
         """Gives the feed to nobody else."""
-        key = (feed.workspace_id, feed.dashboard_id)
+        key = (feed.workspace_id, feed.dashboard_id, feed.scope)
         if self._feeds.get(key) is feed:
             del self._feeds[key]
             _feeds.dec()
@@ -382,8 +407,8 @@ class Feeds:
             return
         event: Any = kind.FromString(message.payload)
         if isinstance(event, events_pb2.LibraryWidgetUpdated):
-            for dashboard_id in event.dashboard_ids:
-                if feed := self._feeds.get((event.library_widget.workspace_id, dashboard_id)):
+            for feed in self._feeds.values():
+                if feed.dashboard_id in event.dashboard_ids:
                     feed.reload()
             return
         if message.subject in _PLACED:
@@ -391,13 +416,14 @@ class Feeds:
                 if feed.workspace_id == _workspace_of(event):
                     feed.doubt()
             return
-        watched = self._feeds.get((_workspace_of(event), _dashboard_of(event)))
-        if watched is None:
-            return
-        if message.subject in _GRANTS:
-            watched.doubt()
-        else:
-            watched.reload()
+        place = (_workspace_of(event), _dashboard_of(event))
+        for feed in self._feeds.values():
+            if (feed.workspace_id, feed.dashboard_id) != place:
+                continue
+            if message.subject in _GRANTS:
+                feed.doubt()
+            else:
+                feed.reload()
 
     def mistrust(self) -> None:
         """Notes that ticks and events may have been missed."""
@@ -413,11 +439,11 @@ def _replace(event: asyncio.Event) -> asyncio.Event:
 
 def _dashboard_of(event: Any) -> str:
     fields = event.DESCRIPTOR.fields_by_name
-    named = event.widget if "widget" in fields else event.dashboard if "dashboard" in fields else event
-    return str(named.dashboard_id)
+    about = event.widget if "widget" in fields else event.dashboard if "dashboard" in fields else event
+    return str(about.dashboard_id)
 
 
 def _workspace_of(event: Any) -> str:
     fields = event.DESCRIPTOR.fields_by_name
-    moved = event.dashboard if "dashboard" in fields else event.folder if "folder" in fields else event
-    return str(moved.workspace_id)
+    about = event.dashboard if "dashboard" in fields else event.folder if "folder" in fields else event
+    return str(about.workspace_id)

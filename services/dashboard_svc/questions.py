@@ -1,152 +1,255 @@
-"""What widgets ask of analytics_svc, looked at before they are stored: may the writer ask this, and can anybody?
-
-A widget's questions run by the right of its dashboard. So whoever writes them needs the right to each of their sources.
-"""
+"""What widgets ask analytics_svc, once it is settled who looks at them and what has been chosen."""
 
 from __future__ import annotations
 
-import asyncio
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
 
-from google.protobuf.message import Message
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1.insight_service_pb2 import FunnelQuery, RetentionQuery
-from meshboard.analytics.v1.internal_query_service_pb2 import CheckWidgetQueriesRequest, WidgetQuestion
-from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
-from meshboard.analytics.v1.query_pb2 import AnyOf, Filter, Query
-from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
-from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceStub
-from meshboard.dashboard.v1.dashboard_pb2 import Variable, Widget
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from meshboard.analytics.v1.internal_query_service_pb2 import WidgetQuestion
+from meshboard.analytics.v1.query_pb2 import AnyOf, Filter, Query, TimeRange
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget
 
 from services.chassis import errors
-from services.chassis.clients import Peer
-from services.dashboard_svc.library import shown_widgets
+from services.chassis.interceptor import validate
+from services.dashboard_svc.scopes import Scope, Values, span_of, values_of
 
-_NAMED = re.compile(r"\$([a-z][a-z0-9_]{0,31})")
-# Filters in one AnyOf.
-_ALTERNATIVES = 20
+Asked = Query | FunnelQuery | RetentionQuery
 
-Question = TypeVar("Question", Query, FunnelQuery, RetentionQuery)
-
-
-def filters_of(question: Message) -> Iterator[Filter]:
-    """All filters in a question, at any depth."""
-    if isinstance(question, Filter):
-        yield question
-        return
-    for field, value in question.ListFields():
-        if field.message_type is not None:
-            for part in value if field.is_repeated else [value]:
-                yield from filters_of(part)
-
-
-def variable_of(filter_: Filter) -> str:
-    """The name of the variable that the filter compares with; "" when it compares with its values."""
-    if len(filter_.values) != 1:
-        return ""
-    named = _NAMED.fullmatch(filter_.values[0].string_value)
-    return named[1] if named else ""
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+# What compares with one value, and what with several.
+_OF_SEVERAL = {
+    Filter.OPERATOR_UNSPECIFIED: Filter.IN,
+    Filter.EQUAL: Filter.IN,
+    Filter.NOT_EQUAL: Filter.NOT_IN,
+    Filter.IN: Filter.IN,
+    Filter.NOT_IN: Filter.NOT_IN,
+}
+_OF_NUMBERS = {Filter.GREATER, Filter.GREATER_OR_EQUAL, Filter.LESS, Filter.LESS_OR_EQUAL}
+# A sparkline has at most about this many points: the granularity is the finest that has no more.
+_POINTS = 125
+_SECONDS = {
+    Query.MINUTE: 60,
+    Query.HOUR: 3600,
+    Query.DAY: 86_400,
+    Query.WEEK: 604_800,
+    Query.MONTH: 2_592_000,
+}
 
 
-def check_variables(widget: Widget, variables: Iterable[Variable]) -> None:
-    """Raises INVALID_ARGUMENT (VARIABLE_UNKNOWN) when the widget names a variable that is not among these."""
-    known = {variable.name: variable for variable in variables}
-    named = {variable_of(filter_) for filter_ in filters_of(widget)} - {""}
-    if unknown := sorted(named - known.keys()):
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question to analytics_svc. `key` is the serialized WidgetQuestion: equal keys ask the same.
+
+    `source_ids`, in lower case, are those whose events can change the answer; `last_seconds` is the length of a range
+    that slides, 0 for one that does not.
+    """
+
+    key: bytes
+    source_ids: tuple[str, ...]
+    last_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a widget asks: nothing, one question, or two with a sparkline; or the problem why it cannot ask."""
+
+    widget_id: str
+    question: Question | None = None
+    sparkline: Question | None = None
+    problem: Status | None = None
+
+    @property
+    def questions(self) -> list[Question]:
+        """The questions."""
+        return [question for question in (self.question, self.sparkline) if question is not None]
+
+
+def resolve(widgets: Iterable[Widget], dashboard: Dashboard, scope: Scope) -> list[Tile]:
+    """What each of the widgets asks, in their order. What is wrong with one is its own problem."""
+    values = values_of(dashboard.variables, scope)
+    return [_tile(widget, dashboard, scope, values) for widget in widgets]
+
+
+def _tile(widget: Widget, dashboard: Dashboard, scope: Scope, values: Values) -> Tile:
+    asked = _asked(widget)
+    if asked is None:
+        return Tile(widget.widget_id)
+    try:
+        _settle(asked, widget, dashboard, scope, values)
+        line = None
+        if isinstance(asked, Query) and widget.kind == Widget.NUMBER and widget.display.sparkline:
+            line = question_of(_sparkline(asked))
+        return Tile(widget.widget_id, question_of(asked), line)
+    except errors.Error as error:
+        return Tile(widget.widget_id, problem=error.status())
+
+
+def _asked(widget: Widget) -> Asked | None:
+    """A copy of the widget's question as it was written; None when it has none."""
+    match widget.kind:
+        case Widget.FUNNEL:
+            return FunnelQuery.FromString(widget.funnel.SerializeToString())
+        case Widget.RETENTION:
+            return RetentionQuery.FromString(widget.retention.SerializeToString())
+        case _:
+            has_query = widget.HasField("query")
+            return Query.FromString(widget.query.SerializeToString()) if has_query else None
+
+
+def _settle(asked: Asked, widget: Widget, dashboard: Dashboard, scope: Scope, values: Values) -> None:
+    time_range = _time_range(widget, dashboard, scope, values)
+    if time_range is not None:
+        asked.time_range.CopyFrom(time_range)
+    if dashboard.settings.time_zone and not isinstance(asked, FunnelQuery):  # which has no buckets
+        asked.time_zone = dashboard.settings.time_zone
+    for filters in _all_filters(asked):
+        replaced = settled(filters, values)
+        del filters[:]
+        filters.extend(replaced)
+    if isinstance(asked, Query):
+        any_of = [AnyOf(filters=_alternatives(one.filters, values)) for one in asked.any_of]
+        del asked.any_of[:]
+        asked.any_of.extend(one for one in any_of if one.filters)
+    asked.filters.extend(map(Filter.FromString, scope.filters))
+
+
+def _time_range(widget: Widget, dashboard: Dashboard, scope: Scope, values: Values) -> TimeRange | None:
+    """What takes the place of the query's own range; None: nothing does."""
+    if widget.own_time_range:
+        return None
+    if widget.time_range_variable:
+        chosen = _chosen(widget.time_range_variable, values)
+        if chosen:
+            return span_of(widget.time_range_variable, chosen[0])
+    if scope.time_range:
+        return TimeRange.FromString(scope.time_range)
+    return dashboard.settings.time_range if dashboard.settings.HasField("time_range") else None
+
+
+def _all_filters(asked: Asked) -> Iterator[RepeatedCompositeFieldContainer[Filter]]:
+    """The conditions of a question, but for those of `any_of`."""
+    yield asked.filters
+    match asked:
+        case Query():
+            for measure in asked.measures:
+                yield measure.filters
+        case FunnelQuery():
+            for step in asked.steps:
+                yield step.filters
+            for exclusion in asked.exclusions:
+                yield exclusion.events.filters
+        case _:
+            for name in ("start", "returning"):
+                if asked.HasField(name):
+                    yield getattr(asked, name).filters
+
+
+def settled(filters: Iterable[Filter], values: Values) -> list[Filter]:
+    """Conditions that all hold, with what was chosen in place of variables; without those for which nothing was.
+
+    Raises INVALID_ARGUMENT: VARIABLE_UNKNOWN or VARIABLE_UNFIT.
+    """
+    return [found for found in (_settled(one, values) for one in filters) if found is not None]
+
+
+def _alternatives(filters: Iterable[Filter], values: Values) -> list[Filter]:
+    """Conditions of which one holds; none when one of them does not filter."""
+    found = [_settled(one, values) for one in filters]
+    return [] if None in found else [one for one in found if one is not None]
+
+
+def _settled(condition: Filter, values: Values) -> Filter | None:
+    if len(condition.values) != 1 or not condition.values[0].string_value.startswith("$"):
+        return condition
+    text = condition.values[0].string_value[1:]
+    replaced = Filter()
+    replaced.CopyFrom(condition)
+    if text.startswith("$"):
+        replaced.values[0].string_value = text
+        return replaced
+    if not _NAME.fullmatch(text):
+        return condition
+    chosen = _chosen(text, values)
+    if not chosen:
+        return None
+    if len(chosen) > 1 or condition.operator in {Filter.IN, Filter.NOT_IN}:
+        if condition.operator not in _OF_SEVERAL:
+            name = Filter.Operator.Name(condition.operator)
+            raise _unfit(text, f"{name} compares with one value, and several are chosen")
+        replaced.operator = _OF_SEVERAL[condition.operator]
+    del replaced.values[:]
+    for value in chosen:
+        if condition.operator in _OF_NUMBERS:
+            replaced.values.add(number_value=_number(text, value))
+        else:
+            replaced.values.add(string_value=value)
+    return replaced
+
+
+def _chosen(name: str, values: Values) -> Sequence[str]:
+    if name not in values:
         raise errors.invalid_argument(
             "VARIABLE_UNKNOWN",
-            f"The dashboard has no variable {unknown[0]!r}. A plain $ is written $$.",
-            field="filters",
-            variable=unknown[0],
-        )
-    name = widget.time_range_variable
-    if name and not (name in known and known[name].HasField("time_span")):
-        raise errors.invalid_argument(
-            "VARIABLE_UNKNOWN",
-            f"The dashboard has no variable {name!r} of the kind time_span.",
-            field="time_range_variable",
+            f"The dashboard has no variable {name}; the text itself is written $${name}.",
             variable=name,
         )
+    return values[name]
 
 
-class Questions:
-    """Asks analytics_svc, as the caller."""
-
-    def __init__(self, db: async_sessionmaker[AsyncSession], analytics: Peer) -> None:
-        self._db = db
-        self._queries = analytics.stub(QueryServiceStub)
-        self._internal = analytics.stub(InternalQueryServiceStub)
-
-    async def check(self, workspace_id: str, widgets: Sequence[Widget]) -> None:
-        """Fails as analytics_svc does: when the caller may not ask what the widgets ask, or nobody can.
-
-        Widgets that show one of the library ask what that one asks.
-        """
-        async with self._db() as session:
-            asking = await shown_widgets(session, workspace_id, map(_copy, widgets))
-        insights = [
-            insight
-            for widget in asking
-            for insight in (widget.funnel, widget.retention)
-            if insight.source_ids
-        ]
-        queries = [plain(widget.query) for widget in asking if widget.HasField("query")]
-        queries += [_right_to(insight) for insight in insights]
-        once = {query.SerializeToString(deterministic=True): query for query in queries}
-        await asyncio.gather(*map(self._validate, once.values()))
-        if insights:
-            await self._check_insights(workspace_id, insights)
-
-    async def _validate(self, query: Query) -> None:
-        await self._queries.ValidateQuery(ValidateQueryRequest(query=query))
-
-    async def _check_insights(
-        self, workspace_id: str, insights: Sequence[FunnelQuery | RetentionQuery]
-    ) -> None:
-        questions = [
-            WidgetQuestion(funnel=plain(insight))
-            if isinstance(insight, FunnelQuery)
-            else WidgetQuestion(retention=plain(insight))
-            for insight in insights
-        ]
-        response = await self._internal.CheckWidgetQueries(
-            CheckWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
-        )
-        for problem in response.problems:
-            if problem.code:
-                raise errors.from_status(problem)
+def _number(name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise _unfit(name, "a number is needed")
+    return number
 
 
-def _copy(widget: Widget) -> Widget:
-    # Without the text, of which nothing is asked and much would be made.
-    return Widget(
-        library_widget_id=widget.library_widget_id,
-        query=widget.query if widget.HasField("query") else None,
-        funnel=widget.funnel if widget.HasField("funnel") else None,
-        retention=widget.retention if widget.HasField("retention") else None,
+def _unfit(name: str, why: str) -> errors.Error:
+    return errors.invalid_argument(
+        "VARIABLE_UNFIT", f"What is chosen for {name} cannot be compared with: {why}.", variable=name
     )
 
 
-def plain(question: Question) -> Question:
-    """The question with each variable in it replaced by what any value may stand for: that the property is there."""
-    copy = type(question)()
-    copy.CopyFrom(question)
-    for filter_ in filters_of(copy):
-        if variable_of(filter_):
-            filter_.operator = Filter.EXISTS
-            del filter_.values[:]
-    return copy
+def _sparkline(query: Query) -> Query:
+    """How the number went: the same query over time, without what would be in the way of a line."""
+    line = Query()
+    line.CopyFrom(query)
+    for field in ("comparison", "order_by", "limit", "top", "others"):
+        line.ClearField(field)
+    seconds = _length_of(query.time_range)
+    line.granularity = next((g for g, step in _SECONDS.items() if seconds <= step * _POINTS), Query.MONTH)
+    line.fill_gaps = 0 < seconds < math.inf
+    return line
 
 
-def _right_to(insight: FunnelQuery | RetentionQuery) -> Query:
-    """A query that takes the rights that the insight takes: to its sources, and to see its cohorts."""
-    cohort_ids = sorted({filter_.cohort_id for filter_ in filters_of(insight)} - {""})
-    return Query(
-        source_ids=insight.source_ids,
-        any_of=[
-            AnyOf(filters=[Filter(cohort_id=cohort_id) for cohort_id in cohort_ids[at : at + _ALTERNATIVES]])
-            for at in range(0, len(cohort_ids), _ALTERNATIVES)
-        ],
+def _length_of(time_range: TimeRange) -> float:
+    """Seconds; infinite for a range without a start or an end."""
+    if time_range.last_seconds:
+        return time_range.last_seconds
+    if not (time_range.HasField("start_time") and time_range.HasField("end_time")):
+        return math.inf
+    return time_range.end_time.ToSeconds() - time_range.start_time.ToSeconds()
+
+
+def question_of(asked: Asked) -> Question:
+    """A question as it is asked. Raises INVALID_ARGUMENT (VALIDATION_FAILED) when it breaks a rule of its contract."""
+    match asked:
+        case Query():
+            question = WidgetQuestion(query=asked)
+        case FunnelQuery():
+            question = WidgetQuestion(funnel=asked)
+        case _:
+            question = WidgetQuestion(retention=asked)
+    validate(question)
+    return Question(
+        key=question.SerializeToString(deterministic=True),
+        source_ids=tuple(map(str.lower, asked.source_ids)),
+        last_seconds=asked.time_range.last_seconds,
     )

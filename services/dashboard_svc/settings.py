@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from services.chassis.settings import Settings as ChassisSettings
 
 
@@ -15,3 +17,7 @@ class Settings(ChassisSettings):
     watch_seconds: float = 3600.0
     # A dashboard stays in the bin for so long.
     bin_days: int = 30
+    # What the answers that are kept in a process may take.
+    answer_cache_bytes: int = Field(64 << 20, ge=0)
+    # How many calls for the data of one workspace's dashboards a process has under way.
+    data_calls_per_workspace: int = Field(16, ge=1)

@@ -19,11 +19,11 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.dashboard_svc import kinds, layouts, library
 from services.dashboard_svc.boards import Boards, locked
+from services.dashboard_svc.checks import Checks, check_variables
 from services.dashboard_svc.contents import MAX_WIDGETS, record, touch
 from services.dashboard_svc.convert import copy_field, dashboard_to_pb, fields_of, fill_widget, widget_to_pb
 from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Widget
-from services.dashboard_svc.questions import Questions, check_variables
 
 Context = Any
 MUTABLE = (
@@ -44,7 +44,7 @@ class WidgetServicer(WidgetServiceServicer):
         db: async_sessionmaker[AsyncSession],
         boards: Boards,
         pages: Pages,
-        questions: Questions,
+        checks: Checks,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         new_id: Callable[[], str] = lambda: str(uuid7()),
@@ -52,7 +52,7 @@ class WidgetServicer(WidgetServiceServicer):
         self.db = db
         self.boards = boards
         self.pages = pages
-        self.questions = questions
+        self.checks = checks
         self.now = now
         self.new_id = new_id
 
@@ -63,7 +63,7 @@ class WidgetServicer(WidgetServiceServicer):
         caller = auth.caller()
         widget = fields_of(request, MUTABLE)
         kinds.check(widget)
-        await self.questions.check(caller.workspace_id, [widget])
+        await self.checks.check(caller.workspace_id, [widget])
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id)
             others = await _widgets(session, dashboard)
@@ -122,7 +122,7 @@ class WidgetServicer(WidgetServiceServicer):
         caller, wanted = auth.caller(), request.widget
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
         changes = fields_of(wanted, fields)
-        await self.questions.check(caller.workspace_id, [changes])
+        await self.checks.check(caller.workspace_id, [changes])
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id)
             rows = await _widgets(session, dashboard)

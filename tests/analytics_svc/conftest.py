@@ -77,7 +77,7 @@ from services.analytics_svc.failed_events import FailedEventServicer
 from services.analytics_svc.ingest import IngestServicer
 from services.analytics_svc.insights import InsightServicer
 from services.analytics_svc.pipeline import Pipeline, enrich
-from services.analytics_svc.queries import InternalQueryServicer, Queries, QueryServicer
+from services.analytics_svc.queries import Queries, QueryServicer
 from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.raw_events import EventServicer
 from services.analytics_svc.rules import Rulebook
@@ -86,6 +86,7 @@ from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sou
 from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.tails import Tails
+from services.analytics_svc.widget_queries import InternalQueryServicer
 from services.analytics_svc.write_keys import HEADER, WriteKeys, WriteKeyServicer
 from services.chassis import auth
 from services.chassis import db as chassis_db

@@ -16,7 +16,7 @@ from meshboard.analytics.v1.cohort_service_pb2 import (
     PreviewCohortResponse,
     UpdateCohortRequest,
 )
-from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
+from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueriesRequest, WidgetQuestion
 from meshboard.analytics.v1.query_pb2 import Filter, Query
 from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
 from meshboard.analytics.v1.source_pb2 import Source
@@ -213,11 +213,12 @@ async def test_dashboards_filter_by_their_own_right(analytics: Analytics) -> Non
     member, source = await shop(analytics)
     made = await create(analytics, member)
     query = Query(source_ids=[source.source_id], filters=[Filter(cohort_id=made.cohort_id)])
-    answer = await analytics.internal.RunWidgetQuery(
-        RunWidgetQueryRequest(workspace_id=member.workspace_id, query=query),
-        metadata=service_metadata(analytics.identity.keys, "dashboard", "analytics"),
+    request = RunWidgetQueriesRequest(
+        workspace_id=member.workspace_id, questions=[WidgetQuestion(query=query)]
     )
-    assert [list(row) for row in answer.result.rows] == [[4.0]]
+    metadata = service_metadata(analytics.identity.keys, "dashboard", "analytics")
+    answers = [one async for one in analytics.internal.RunWidgetQueries(request, metadata=metadata)]
+    assert [[list(row) for row in one.result.rows] for one in answers] == [[[4.0]]]
 
 
 async def test_a_change_is_seen_by_the_next_query(analytics: Analytics) -> None:

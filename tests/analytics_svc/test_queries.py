@@ -6,13 +6,11 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.json_format import ParseDict
-from meshboard.analytics.v1.internal_query_service_pb2 import RunWidgetQueryRequest
 from meshboard.analytics.v1.query_pb2 import Query
 from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
 
 from tests.analytics_svc.conftest import Analytics
 from tests.analytics_svc.test_sources import refusal
-from tests.harness import new_id, service_metadata
 
 
 async def test_answers_in_the_shape_that_clients_rely_on(analytics: Analytics) -> None:
@@ -102,26 +100,6 @@ async def test_validates_without_running(analytics: Analytics) -> None:
     assert await validate(granularity="DAY", breakdowns=[{"property": "path"}]) == ["time", "path", "count"]
     wrong = validate(breakdowns=[{"property": "pth"}])
     assert await refusal(wrong) == (grpc.StatusCode.INVALID_ARGUMENT, "PROPERTY_UNKNOWN")
-
-
-async def test_dashboards_ask_by_their_own_right(analytics: Analytics) -> None:
-    member = analytics.identity.member("editor")
-    source, key = await analytics.source(member)
-    await analytics.send(key, [{}])
-    await analytics.until_count(member, source, 1)
-    metadata = service_metadata(analytics.identity.keys, "dashboard", "analytics")
-
-    async def ask(workspace_id: str, metadata: Any = metadata) -> Any:
-        request = RunWidgetQueryRequest(workspace_id=workspace_id, query=Query(source_ids=[source.source_id]))
-        return await analytics.internal.RunWidgetQuery(request, metadata=metadata)
-
-    assert [list(row) for row in (await ask(member.workspace_id)).result.rows] == [[1.0]]
-    assert await refusal(ask(new_id())) == (grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND")
-    for others in (member.metadata, service_metadata(analytics.identity.keys, "user", "analytics")):
-        assert await refusal(ask(member.workspace_id, others)) == (
-            grpc.StatusCode.PERMISSION_DENIED,
-            "CALLER_NOT_ALLOWED",
-        )
 
 
 @pytest.mark.parametrize(

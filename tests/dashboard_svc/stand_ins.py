@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -13,11 +15,12 @@ import grpc.aio
 from google.protobuf.struct_pb2 import ListValue, Value
 from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1 import internal_query_service_pb2, query_service_pb2
+from meshboard.analytics.v1.internal_query_service_pb2 import WidgetQuestion
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceServicer,
     add_InternalQueryServiceServicer_to_server,
 )
-from meshboard.analytics.v1.query_pb2 import Column, Query, Result
+from meshboard.analytics.v1.query_pb2 import Column, Query
 from meshboard.analytics.v1.query_service_pb2_grpc import (
     QueryServiceServicer,
     add_QueryServiceServicer_to_server,
@@ -33,8 +36,17 @@ from services.chassis import errors
 Context = Any
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question that arrived."""
+
+    workspace_id: str
+    query: Any
+    known_version: bytes
+
+
 class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
-    """Answers each query with the number that `count` has for its first source.
+    """Answers each question with the number that `count` has for its first source.
 
     `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
     for a query of one of the sources in `hidden`, or, without any there, for all. `absent` sources are not there.
@@ -48,33 +60,55 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.refused: errors.Error | None = None
         self.hidden: set[str] = set()
         self.absent: set[str] = set()
-        self.asked: list[internal_query_service_pb2.RunWidgetQueryRequest] = []
+        self.asked: list[Asked] = []
+        self.calls = 0
+        self.remembers = True
         self.validated: list[tuple[Query, dict[str, str]]] = []
-        self.checked: list[internal_query_service_pb2.WidgetQuestion] = []
+        self.checked: list[WidgetQuestion] = []
         self.problem: errors.Error | None = None
-        self.at_once = 0
-        self.most_at_once = 0
 
-    async def RunWidgetQuery(
-        self, request: internal_query_service_pb2.RunWidgetQueryRequest, context: Context
-    ) -> internal_query_service_pb2.RunWidgetQueryResponse:
-        self.asked.append(request)
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
+    async def RunWidgetQueries(
+        self, request: internal_query_service_pb2.RunWidgetQueriesRequest, context: Context
+    ) -> AsyncIterator[internal_query_service_pb2.RunWidgetQueriesResponse]:
+        self.calls += 1
+        tasks = [
+            asyncio.create_task(self._answer(index, request.workspace_id, question))
+            for index, question in enumerate(request.questions)
+        ]
         try:
-            source_id = request.query.source_ids[0]
-            count = self.count[source_id]
-            await asyncio.sleep(self.delays.get(source_id, 0))
-            if failure := self.failures.get(source_id):
-                await abort(context, failure)
+            for task in asyncio.as_completed(tasks):
+                yield await task
         finally:
-            self.at_once -= 1
-        result = Result(
-            columns=[Column(name="count", type=Column.NUMBER)],
-            rows=[ListValue(values=[Value(number_value=count)])],
-            watermark=str(len(self.asked)),
-        )
-        return internal_query_service_pb2.RunWidgetQueryResponse(result=result)
+            for each in tasks:
+                each.cancel()
+
+    async def _answer(
+        self, index: int, workspace_id: str, question: WidgetQuestion
+    ) -> internal_query_service_pb2.RunWidgetQueriesResponse:
+        kind = str(question.WhichOneof("question"))
+        asked = getattr(question, kind)
+        self.asked.append(Asked(workspace_id, asked, question.known_version))
+        source_id = asked.source_ids[0]
+        count = self.count[source_id]
+        await asyncio.sleep(self.delays.get(source_id, 0))
+        if failure := self.failures.get(source_id):
+            return internal_query_service_pb2.RunWidgetQueriesResponse(index=index, error=failure.status())
+        version = hashlib.sha256(asked.SerializeToString(deterministic=True) + str(count).encode()).digest()
+        if self.remembers and version == question.known_version:
+            return internal_query_service_pb2.RunWidgetQueriesResponse(
+                index=index, unchanged=True, version=version
+            )
+        answer = internal_query_service_pb2.RunWidgetQueriesResponse(index=index, version=version)
+        match kind:
+            case "funnel":
+                answer.funnel.total.steps.add(title="first", count=count)
+            case "retention":
+                answer.retention.rows.add(size=count)
+            case _:
+                answer.result.columns.add(name="count", type=Column.NUMBER)
+                answer.result.rows.append(ListValue(values=[Value(number_value=count)]))
+                answer.result.watermark = str(len(self.asked))
+        return answer
 
     async def ValidateQuery(
         self, request: query_service_pb2.ValidateQueryRequest, context: Context
@@ -103,7 +137,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
 
     def times_asked(self, source_id: str) -> int:
         """How often a query of the source was run."""
-        return sum(source_id in request.query.source_ids for request in self.asked)
+        return sum(source_id in asked.query.source_ids for asked in self.asked)
 
 
 class StandInUsers(InternalUserServiceServicer):

@@ -685,7 +685,10 @@ MATRIX: Mapping[str, Row] = {
     "analytics.v1.FailedEventService.DiscardFailedEvents": On(
         {**_SOURCE, "failed_event_ids": ["{absent}"]}, "0-+++", "SOURCE_NOT_FOUND"
     ),
-    "analytics.v1.InternalQueryService.RunWidgetQuery": Services(
-        {**_W, **QUERY}, frozenset({"dashboard"}), (OK,)
+    "analytics.v1.InternalQueryService.RunWidgetQueries": Services(
+        {**_W, "questions": [QUERY]}, frozenset({"dashboard"})
+    ),
+    "analytics.v1.InternalQueryService.CheckWidgetQueries": Services(
+        {**_W, "questions": [QUERY]}, frozenset({"dashboard"})
     ),
 }

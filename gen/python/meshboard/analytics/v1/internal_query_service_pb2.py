@@ -29,17 +29,13 @@ from meshboard.analytics.v1 import query_pb2 as meshboard_dot_analytics_dot_v1_d
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n3meshboard/analytics/v1/internal_query_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a,meshboard/analytics/v1/insight_service.proto\x1a\"meshboard/analytics/v1/query.proto\x1a!meshboard/options/v1/access.proto\"\x81\x01\n\x15RunWidgetQueryRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12;\n\x05query\x18\x02 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryB\x06\xbaH\x03\xc8\x01\x01R\x05query\"P\n\x16RunWidgetQueryResponse\x12\x36\n\x06result\x18\x01 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultR\x06result\"\x8f\x02\n\x0eWidgetQuestion\x12\x35\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryH\x00R\x05query\x12=\n\x06\x66unnel\x18\x02 \x01(\x0b\x32#.meshboard.analytics.v1.FunnelQueryH\x00R\x06\x66unnel\x12\x46\n\tretention\x18\x03 \x01(\x0b\x32&.meshboard.analytics.v1.RetentionQueryH\x00R\tretention\x12,\n\rknown_version\x18\x04 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18@R\x0cknownVersionB\x11\n\x08question\x12\x05\xbaH\x02\x08\x01\"\x99\x01\n\x17RunWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12Q\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\tquestions\"\xe3\x02\n\x18RunWidgetQueriesResponse\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x38\n\x06result\x18\x02 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultH\x00R\x06result\x12>\n\x06\x66unnel\x18\x03 \x01(\x0b\x32$.meshboard.analytics.v1.FunnelResultH\x00R\x06\x66unnel\x12G\n\tretention\x18\x04 \x01(\x0b\x32\'.meshboard.analytics.v1.RetentionResultH\x00R\tretention\x12\x1e\n\tunchanged\x18\x05 \x01(\x08H\x00R\tunchanged\x12*\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00R\x05\x65rror\x12\x18\n\x07version\x18\x07 \x01(\x0cR\x07versionB\x08\n\x06\x61nswer\"\x9b\x01\n\x19\x43heckWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12Q\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\tquestions\"x\n\x1a\x43heckWidgetQueriesResponse\x12.\n\x08problems\x18\x01 \x03(\x0b\x32\x12.google.rpc.StatusR\x08problems\x12*\n\x11\x61\x62sent_source_ids\x18\x02 \x03(\tR\x0f\x61\x62sentSourceIds2\xb9\x03\n\x14InternalQueryService\x12\x8a\x01\n\x10RunWidgetQueries\x12/.meshboard.analytics.v1.RunWidgetQueriesRequest\x1a\x30.meshboard.analytics.v1.RunWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboard0\x01\x12\x8e\x01\n\x12\x43heckWidgetQueries\x12\x31.meshboard.analytics.v1.CheckWidgetQueriesRequest\x1a\x32.meshboard.analytics.v1.CheckWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboard\x12\x82\x01\n\x0eRunWidgetQuery\x12-.meshboard.analytics.v1.RunWidgetQueryRequest\x1a..meshboard.analytics.v1.RunWidgetQueryResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboardb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n3meshboard/analytics/v1/internal_query_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a,meshboard/analytics/v1/insight_service.proto\x1a\"meshboard/analytics/v1/query.proto\x1a!meshboard/options/v1/access.proto\"\x8f\x02\n\x0eWidgetQuestion\x12\x35\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryH\x00R\x05query\x12=\n\x06\x66unnel\x18\x02 \x01(\x0b\x32#.meshboard.analytics.v1.FunnelQueryH\x00R\x06\x66unnel\x12\x46\n\tretention\x18\x03 \x01(\x0b\x32&.meshboard.analytics.v1.RetentionQueryH\x00R\tretention\x12,\n\rknown_version\x18\x04 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18@R\x0cknownVersionB\x11\n\x08question\x12\x05\xbaH\x02\x08\x01\"\x99\x01\n\x17RunWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12Q\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\tquestions\"\xe3\x02\n\x18RunWidgetQueriesResponse\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x38\n\x06result\x18\x02 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultH\x00R\x06result\x12>\n\x06\x66unnel\x18\x03 \x01(\x0b\x32$.meshboard.analytics.v1.FunnelResultH\x00R\x06\x66unnel\x12G\n\tretention\x18\x04 \x01(\x0b\x32\'.meshboard.analytics.v1.RetentionResultH\x00R\tretention\x12\x1e\n\tunchanged\x18\x05 \x01(\x08H\x00R\tunchanged\x12*\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00R\x05\x65rror\x12\x18\n\x07version\x18\x07 \x01(\x0cR\x07versionB\x08\n\x06\x61nswer\"\x9b\x01\n\x19\x43heckWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12Q\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\tquestions\"x\n\x1a\x43heckWidgetQueriesResponse\x12.\n\x08problems\x18\x01 \x03(\x0b\x32\x12.google.rpc.StatusR\x08problems\x12*\n\x11\x61\x62sent_source_ids\x18\x02 \x03(\tR\x0f\x61\x62sentSourceIds2\xb4\x02\n\x14InternalQueryService\x12\x8a\x01\n\x10RunWidgetQueries\x12/.meshboard.analytics.v1.RunWidgetQueriesRequest\x1a\x30.meshboard.analytics.v1.RunWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboard0\x01\x12\x8e\x01\n\x12\x43heckWidgetQueries\x12\x31.meshboard.analytics.v1.CheckWidgetQueriesRequest\x1a\x32.meshboard.analytics.v1.CheckWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboardb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.analytics.v1.internal_query_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNWIDGETQUERYREQUEST'].fields_by_name['workspace_id']._loaded_options = None
-  _globals['_RUNWIDGETQUERYREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
-  _globals['_RUNWIDGETQUERYREQUEST'].fields_by_name['query']._loaded_options = None
-  _globals['_RUNWIDGETQUERYREQUEST'].fields_by_name['query']._serialized_options = b'\272H\003\310\001\001'
   _globals['_WIDGETQUESTION'].oneofs_by_name['question']._loaded_options = None
   _globals['_WIDGETQUESTION'].oneofs_by_name['question']._serialized_options = b'\272H\002\010\001'
   _globals['_WIDGETQUESTION'].fields_by_name['known_version']._loaded_options = None
@@ -56,22 +52,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['RunWidgetQueries']._serialized_options = b'\212\265\030\r2\013\n\tdashboard'
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['CheckWidgetQueries']._loaded_options = None
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['CheckWidgetQueries']._serialized_options = b'\212\265\030\r2\013\n\tdashboard'
-  _globals['_INTERNALQUERYSERVICE'].methods_by_name['RunWidgetQuery']._loaded_options = None
-  _globals['_INTERNALQUERYSERVICE'].methods_by_name['RunWidgetQuery']._serialized_options = b'\212\265\030\r2\013\n\tdashboard'
-  _globals['_RUNWIDGETQUERYREQUEST']._serialized_start=251
-  _globals['_RUNWIDGETQUERYREQUEST']._serialized_end=380
-  _globals['_RUNWIDGETQUERYRESPONSE']._serialized_start=382
-  _globals['_RUNWIDGETQUERYRESPONSE']._serialized_end=462
-  _globals['_WIDGETQUESTION']._serialized_start=465
-  _globals['_WIDGETQUESTION']._serialized_end=736
-  _globals['_RUNWIDGETQUERIESREQUEST']._serialized_start=739
-  _globals['_RUNWIDGETQUERIESREQUEST']._serialized_end=892
-  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_start=895
-  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_end=1250
-  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_start=1253
-  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_end=1408
-  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_start=1410
-  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_end=1530
-  _globals['_INTERNALQUERYSERVICE']._serialized_start=1533
-  _globals['_INTERNALQUERYSERVICE']._serialized_end=1974
+  _globals['_WIDGETQUESTION']._serialized_start=251
+  _globals['_WIDGETQUESTION']._serialized_end=522
+  _globals['_RUNWIDGETQUERIESREQUEST']._serialized_start=525
+  _globals['_RUNWIDGETQUERIESREQUEST']._serialized_end=678
+  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_start=681
+  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_end=1036
+  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_start=1039
+  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_end=1194
+  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_start=1196
+  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_end=1316
+  _globals['_INTERNALQUERYSERVICE']._serialized_start=1319
+  _globals['_INTERNALQUERYSERVICE']._serialized_end=1627
 # @@protoc_insertion_point(module_scope)

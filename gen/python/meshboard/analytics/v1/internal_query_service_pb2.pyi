@@ -22,58 +22,6 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class RunWidgetQueryRequest(_message.Message):
-    """Asks a question."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
-    QUERY_FIELD_NUMBER: _builtins.int
-    workspace_id: _builtins.str
-    """The workspace of the dashboard."""
-    @_builtins.property
-    def query(self) -> _query_pb2.Query:
-        """The question."""
-
-    def __init__(
-        self,
-        *,
-        workspace_id: _builtins.str = ...,
-        query: _query_pb2.Query | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "workspace_id", b"workspace_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RunWidgetQueryRequest: _TypeAlias = RunWidgetQueryRequest  # noqa: Y015
-
-@_typing.final
-class RunWidgetQueryResponse(_message.Message):
-    """The answer."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    RESULT_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def result(self) -> _query_pb2.Result:
-        """The answer."""
-
-    def __init__(
-        self,
-        *,
-        result: _query_pb2.Result | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RunWidgetQueryResponse: _TypeAlias = RunWidgetQueryResponse  # noqa: Y015
-
-@_typing.final
 class WidgetQuestion(_message.Message):
     """A question of a widget."""
 

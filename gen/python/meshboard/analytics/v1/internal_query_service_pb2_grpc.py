@@ -45,11 +45,6 @@ class InternalQueryServiceStub:
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.SerializeToString,
                 response_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesResponse.FromString,
                 _registered_method=True)
-        self.RunWidgetQuery = channel.unary_unary(
-                '/meshboard.analytics.v1.InternalQueryService/RunWidgetQuery',
-                request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryRequest.SerializeToString,
-                response_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryResponse.FromString,
-                _registered_method=True)
 
 
 class InternalQueryServiceServicer:
@@ -73,14 +68,6 @@ class InternalQueryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RunWidgetQuery(self, request, context):
-        """Computes the answer to a query over sources of one workspace, whoever looks at it. Fails as `QueryService.RunQuery`
-        does; sources of another workspace are NOT_FOUND.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_InternalQueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,11 +80,6 @@ def add_InternalQueryServiceServicer_to_server(servicer, server):
                     servicer.CheckWidgetQueries,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.FromString,
                     response_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesResponse.SerializeToString,
-            ),
-            'RunWidgetQuery': grpc.unary_unary_rpc_method_handler(
-                    servicer.RunWidgetQuery,
-                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryRequest.FromString,
-                    response_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -155,33 +137,6 @@ class InternalQueryService:
             '/meshboard.analytics.v1.InternalQueryService/CheckWidgetQueries',
             meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.SerializeToString,
             meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def RunWidgetQuery(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/meshboard.analytics.v1.InternalQueryService/RunWidgetQuery',
-            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryRequest.SerializeToString,
-            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueryResponse.FromString,
             options,
             channel_credentials,
             insecure,

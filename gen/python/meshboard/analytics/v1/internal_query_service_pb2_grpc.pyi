@@ -24,10 +24,6 @@ class InternalQueryServiceStub:
     """
     CheckWidgetQueries: _aio.UnaryUnaryMultiCallable[_internal_query_service_pb2.CheckWidgetQueriesRequest, _internal_query_service_pb2.CheckWidgetQueriesResponse]
     """Checks questions over sources of one workspace without running them, and says which of their sources are there."""
-    RunWidgetQuery: _aio.UnaryUnaryMultiCallable[_internal_query_service_pb2.RunWidgetQueryRequest, _internal_query_service_pb2.RunWidgetQueryResponse]
-    """Computes the answer to a query over sources of one workspace, whoever looks at it. Fails as `QueryService.RunQuery`
-    does; sources of another workspace are NOT_FOUND.
-    """
 
 class InternalQueryServiceServicer(metaclass=_abc_1.ABCMeta):
     """What dashboard_svc asks by a dashboard's own right."""
@@ -51,15 +47,5 @@ class InternalQueryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_internal_query_service_pb2.CheckWidgetQueriesRequest, _abc.Awaitable[_internal_query_service_pb2.CheckWidgetQueriesResponse]],
     ) -> _abc.Awaitable[_internal_query_service_pb2.CheckWidgetQueriesResponse]:
         """Checks questions over sources of one workspace without running them, and says which of their sources are there."""
-
-    @_abc_1.abstractmethod
-    def RunWidgetQuery(
-        self,
-        request: _internal_query_service_pb2.RunWidgetQueryRequest,
-        context: _aio.ServicerContext[_internal_query_service_pb2.RunWidgetQueryRequest, _abc.Awaitable[_internal_query_service_pb2.RunWidgetQueryResponse]],
-    ) -> _abc.Awaitable[_internal_query_service_pb2.RunWidgetQueryResponse]:
-        """Computes the answer to a query over sources of one workspace, whoever looks at it. Fails as `QueryService.RunQuery`
-        does; sources of another workspace are NOT_FOUND.
-        """
 
 def add_InternalQueryServiceServicer_to_server(servicer: InternalQueryServiceServicer, server: _aio.Server) -> None: ...

@@ -135,8 +135,8 @@ Global___Dashboard: _TypeAlias = Dashboard  # noqa: Y015
 @_typing.final
 class Variable(_message.Message):
     """Something that viewers can choose. A filter of a query whose only value is the text `$name` compares with what was
-    chosen, with EQUAL and NOT_EQUAL also with several values; when nothing is chosen and there is no default, it does not
-    filter. In texts `${name}` stands for what was chosen. `$$` is a plain `$` in both.
+    chosen, with EQUAL and NOT_EQUAL also with several values; when nothing is chosen and there is no default, or when the
+    empty text is chosen, it does not filter. In texts `${name}` stands for what was chosen. `$$` is a plain `$` in both.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -76,6 +76,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
     TOO_MANY_LIBRARY_WIDGETS: _ErrorReason.ValueType  # 36
     """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
+    VARIABLE_UNFIT: _ErrorReason.ValueType  # 51
+    """INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
+    number.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -134,4 +138,8 @@ LIBRARY_WIDGET_IN_USE: ErrorReason.ValueType  # 35
 """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
 TOO_MANY_LIBRARY_WIDGETS: ErrorReason.ValueType  # 36
 """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
+VARIABLE_UNFIT: ErrorReason.ValueType  # 51
+"""INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
+number.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,239 @@
+"""Answers the questions of dashboards, many in a call, and says when the answer is still the one that the asker has."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from google.rpc.status_pb2 import Status
+from meshboard.analytics.v1.insight_service_pb2 import FunnelQuery, RetentionQuery
+from meshboard.analytics.v1.internal_query_service_pb2 import (
+    CheckWidgetQueriesRequest,
+    CheckWidgetQueriesResponse,
+    RunWidgetQueriesRequest,
+    RunWidgetQueriesResponse,
+    WidgetQuestion,
+)
+from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
+from meshboard.analytics.v1.query_pb2 import Result
+from sqlalchemy import and_, select
+
+from services.analytics_svc.compiler import Compiled, compile_query
+from services.analytics_svc.funnels import compile_funnel, read_funnel
+from services.analytics_svc.memberships import Memberships, named_in
+from services.analytics_svc.models import Source, Watermark
+from services.analytics_svc.periods import until_now
+from services.analytics_svc.queries import Queries
+from services.analytics_svc.retention import compile_retention, read_retention
+from services.analytics_svc.selection import resolve_range
+from services.chassis import errors
+from services.chassis.interceptor import error_of
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# How far each source has been read into the store; None: it has no events.
+Marks = Mapping[str, int | None]
+
+# Questions of one call that are under way at once, so that a large dashboard leaves room for others.
+QUESTIONS_AT_ONCE = 8
+# What the compiled questions that a process remembers may take.
+_PREPARED_BYTES = 16 << 20
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A question as the store is asked it, and how its rows become an answer; equal digests: the same of both."""
+
+    compiled: Compiled
+    read: Callable[[Result], RunWidgetQueriesResponse]
+    digest: bytes
+    size: int
+
+
+class InternalQueryServicer(InternalQueryServiceServicer):
+    """For dashboard_svc, which has decided that the dashboard may be seen."""
+
+    def __init__(self, queries: Queries) -> None:
+        self.queries = queries
+        self._prepared: OrderedDict[tuple[object, ...], _Prepared] = OrderedDict()
+        self._bytes = 0
+
+    async def RunWidgetQueries(
+        self, request: RunWidgetQueriesRequest, context: Context
+    ) -> AsyncIterator[RunWidgetQueriesResponse]:
+        """Gives what is known at once, then the rest as it comes."""
+        workspace_id = request.workspace_id
+        marks = await self._marks(workspace_id, request.questions)
+        room = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+        running: set[asyncio.Task[RunWidgetQueriesResponse]] = set()
+        try:
+            for index, question in enumerate(request.questions):
+                answer = await self._at_once(workspace_id, question, marks, room)
+                if isinstance(answer, RunWidgetQueriesResponse):
+                    answer.index = index
+                    yield answer
+                else:
+                    running.add(asyncio.create_task(_numbered(index, answer)))
+            while running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def CheckWidgetQueries(
+        self, request: CheckWidgetQueriesRequest, context: Context
+    ) -> CheckWidgetQueriesResponse:
+        """Compiles each question, and looks for its sources."""
+        marks = await self._marks(request.workspace_id, request.questions)
+        problems = []
+        for question in request.questions:
+            try:
+                await self._prepare(request.workspace_id, question, marks)
+                problems.append(Status())
+            except errors.Error as error:
+                problems.append(error.status())
+        absent = {each for question in request.questions for each in _source_ids(question)} - marks.keys()
+        return CheckWidgetQueriesResponse(problems=problems, absent_source_ids=sorted(absent))
+
+    async def _at_once(
+        self, workspace_id: str, question: WidgetQuestion, marks: Marks, room: asyncio.Semaphore
+    ) -> "RunWidgetQueriesResponse | _Computing":
+        """The answer, or how to compute it where the store must be asked."""
+        try:
+            prepared = await self._prepare(workspace_id, question, marks)
+            if prepared.compiled.looks_beyond_sources:
+                watermarks = await self.queries.watermarks(workspace_id, [])
+            else:
+                known = (marks[source_id] for source_id in sorted(_source_ids(question)))
+                watermarks = tuple(mark for mark in known if mark is not None)
+            version = _digest(prepared.digest, repr(watermarks).encode())
+            if version == question.known_version:
+                return RunWidgetQueriesResponse(unchanged=True, version=version)
+            if (found := self.queries.remembered(prepared.compiled, watermarks)) is not None:
+                answer = prepared.read(found)
+                answer.version = version
+                return answer
+        except Exception as failure:
+            return _failed(failure)
+
+        async def compute() -> RunWidgetQueriesResponse:
+            try:
+                async with room:
+                    found = await self.queries.run_at(prepared.compiled, workspace_id, watermarks)
+                answer = prepared.read(found)
+            except Exception as failure:
+                return _failed(failure)
+            answer.version = version
+            return answer
+
+        return compute
+
+    async def _prepare(self, workspace_id: str, question: WidgetQuestion, marks: Marks) -> _Prepared:
+        """The question, compiled. Raises what `RunQuery` fails with; NOT_FOUND (SOURCE_NOT_FOUND)."""
+        if absent := _source_ids(question) - marks.keys():
+            raise errors.not_found("SOURCE_NOT_FOUND", "There is no such source.", source_id=min(absent))
+        kind, now = str(question.WhichOneof("question")), self.queries.now()
+        asked = getattr(question, kind)
+        raw = asked.SerializeToString(deterministic=True)
+        key: tuple[object, ...] = (workspace_id, kind, _digest(raw), *resolve_range(asked.time_range, now))
+        if kind == "retention":  # what is over, and what has begun, goes by the clock
+            key = (*key, int(now.timestamp() // 60), until_now(now))
+        if (found := self._prepared.get(key)) is not None:
+            self._prepared.move_to_end(key)
+            return found
+        cohorts = await self.queries.cohorts(asked, workspace_id)
+        prepared = _prepare(question, raw, workspace_id, now, cohorts)
+        if not named_in(asked):  # a cohort changes by itself, and with the clock
+            self._keep(key, prepared)
+        return prepared
+
+    def _keep(self, key: tuple[object, ...], prepared: _Prepared) -> None:
+        self._prepared[key] = prepared
+        self._bytes += prepared.size
+        while self._bytes > _PREPARED_BYTES:
+            _, oldest = self._prepared.popitem(last=False)
+            self._bytes -= oldest.size
+
+    async def _marks(self, workspace_id: str, questions: Iterable[WidgetQuestion]) -> Marks:
+        """The sources of the questions that are of the workspace, in one statement for all."""
+        source_ids = sorted({source_id for question in questions for source_id in _source_ids(question)})
+        async with self.queries.db() as session:
+            rows = await session.execute(
+                select(Source.source_id, Watermark.watermark)
+                .outerjoin(
+                    Watermark,
+                    and_(
+                        Watermark.workspace_id == Source.workspace_id,
+                        Watermark.source_id == Source.source_id,
+                    ),
+                )
+                .where(Source.workspace_id == workspace_id, Source.source_id.in_(source_ids))
+            )
+        return {row.source_id: row.watermark for row in rows}
+
+
+_Computing = Callable[[], Any]
+
+
+async def _numbered(index: int, compute: _Computing) -> RunWidgetQueriesResponse:
+    answer: RunWidgetQueriesResponse = await compute()
+    answer.index = index
+    return answer
+
+
+def _source_ids(question: WidgetQuestion) -> set[str]:
+    asked = getattr(question, str(question.WhichOneof("question")))
+    return {source_id.lower() for source_id in asked.source_ids}
+
+
+def _prepare(
+    question: WidgetQuestion, raw: bytes, workspace_id: str, now: datetime, cohorts: Memberships
+) -> _Prepared:
+    # What is remembered has copies: a part of a message keeps all of it alive.
+    read: Callable[[Result], RunWidgetQueriesResponse]
+    current = 0
+    match question.WhichOneof("question"):
+        case "funnel":
+            funnel = FunnelQuery.FromString(raw)
+            compiled = compile_funnel(funnel, workspace_id, now, cohorts)
+
+            def read(found: Result) -> RunWidgetQueriesResponse:
+                return RunWidgetQueriesResponse(funnel=read_funnel(funnel, found))
+
+        case "retention":
+            retention = RetentionQuery.FromString(raw)
+            compiled, periods = compile_retention(retention, workspace_id, now, cohorts)
+            current = periods.number_at(now)
+
+            def read(found: Result) -> RunWidgetQueriesResponse:
+                return RunWidgetQueriesResponse(retention=read_retention(retention, periods, found, now))
+
+        case _:
+            compiled = compile_query(question.query, workspace_id, now, cohorts)
+
+            def read(found: Result) -> RunWidgetQueriesResponse:
+                return RunWidgetQueriesResponse(result=found)
+
+    asked = repr((compiled.sql, compiled.params, current)).encode()
+    return _Prepared(compiled, read, _digest(raw, asked), 1_000 + 2 * len(asked))
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.blake2b(b"\0".join(parts), digest_size=_DIGEST_BYTES).digest()
+
+
+def _failed(failure: Exception) -> RunWidgetQueriesResponse:
+    error = error_of(failure) or errors.internal()
+    if error.code is grpc.StatusCode.INTERNAL:
+        log.error("question_failed", exc_info=failure)
+    return RunWidgetQueriesResponse(error=error.status())
