@@ -1,4 +1,4 @@
-"""Dashboards with their widgets as viewers see them: read whole through the cache, loaded for a feed; locked for changes.
+"""Dashboards with their widgets as viewers see them: read through the cache, loaded for a feed; and locked for changes.
 
 While a dashboard has a draft, viewers see the version that was the present one when the draft began. What is in the bin
 is absent.
