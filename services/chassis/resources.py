@@ -61,8 +61,8 @@ class Resource:
     `parent_<type>_id`) what names one. `parent_id` names what a resource lies in, or is null: a `parent`, or, without
     one, another resource of this type. `holds` are the types of what may lie in it, beside its own. `alive` is a
     condition on a row, as `{row}.delete_time IS NULL`: lists and searches hold only the rows that meet it. On others
-    the access stage lets pass whoever has the permission, so that the grants on what is in a bin say who may take it out;
-    to everybody else it is absent.
+    the access stage lets pass whoever has the permission, so that the grants on what is in a bin say who may take it
+    out; to everybody else it is absent.
     """
 
     type: str

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -40,7 +41,9 @@ async def test_nobody_sees_a_draft_before_it_is_published(mesh: Mesh) -> None:
     viewer = mesh.identity.member("viewer", workspace_id=ann.workspace_id)
     dashboard = await mesh.dashboard(ann, "Oldest")
     dashboard_id = dashboard.dashboard_id
-    await update(mesh, ann, dashboard_id, tags=["old"], variables=[Variable(name="a", text={})])
+    await update(
+        mesh, ann, dashboard_id, tags=["old"], variables=[Variable(name="a", text=Variable.FreeText())]
+    )
     stays = await mesh.widget(ann, dashboard, title="Elephants")
     goes = await mesh.widget(ann, dashboard, title="Giraffes")
     before = await get(mesh, viewer, dashboard_id)
@@ -142,7 +145,7 @@ async def test_discarding_puts_back_what_viewers_see(mesh: Mesh) -> None:
 async def test_a_draft_ends_once(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     dashboard = await mesh.dashboard(ann)
-    key = {"dashboard_id": dashboard.dashboard_id}
+    key: dict[str, Any] = {"dashboard_id": dashboard.dashboard_id}
     for call in (
         mesh.drafts.GetDraft(pb.GetDraftRequest(**key), metadata=ann.metadata),
         mesh.drafts.GetDraftData(pb.GetDraftDataRequest(**key), metadata=ann.metadata),

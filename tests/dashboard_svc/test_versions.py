@@ -167,7 +167,10 @@ async def test_says_what_differs(mesh: Mesh) -> None:
     assert await diff(mesh, ann, dashboard_id, from_version_id=first.etag) == changes
     assert await diff(mesh, ann, dashboard_id, from_version_id=second.etag) == []
     assert ("title", "Shop", "Shop 2") in await diff(mesh, ann, dashboard_id)
-    assert ("title", None, "Shop") in await diff(mesh, ann, dashboard_id, to_version_id=first.etag)
+    assert await diff(mesh, ann, dashboard_id, to_version_id=first.etag) == [("tags", None, ["x"])]
+    oldest = (await versions(mesh, ann, dashboard_id))[-1]
+    all_of_it = await diff(mesh, ann, dashboard_id, to_version_id=oldest.version_id)
+    assert all_of_it[0] == ("title", None, "Shop")
 
 
 def _content(widget: Widget) -> Widget:
