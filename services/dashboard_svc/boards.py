@@ -75,22 +75,22 @@ async def shown(session: AsyncSession, rows: Sequence[Dashboard]) -> list[dashbo
     return [dashboard_to_pb(row, versions.get(row.dashboard_id)) for row in rows]
 
 
-async def widget_titles(session: AsyncSession, rows: Sequence[Dashboard]) -> Mapping[str, list[str]]:
-    """The titles of the widgets that viewers see, by dashboard, in the order of the layout."""
-    titles: dict[str, list[str]] = {
-        dashboard_id: [widget.title for widget in published_widgets(version)]
-        for dashboard_id, version in (await published(session, rows)).items()
-    }
-    others = [(row.workspace_id, row.dashboard_id) for row in rows if row.dashboard_id not in titles]
+async def shown_widgets(
+    session: AsyncSession, rows: Sequence[Dashboard]
+) -> Mapping[str, list[dashboard_pb2.Widget]]:
+    """The widgets that viewers see of these dashboards, by their ids, in the order of the layout."""
+    versions = await published(session, rows)
+    widgets = {row.dashboard_id: published_widgets(versions.get(row.dashboard_id)) for row in rows}
+    others = [(row.workspace_id, row.dashboard_id) for row in rows if row.dashboard_id not in versions]
     if others:
-        found = await session.execute(
-            select(Widget.dashboard_id, Widget.title)
+        found = await session.scalars(
+            select(Widget)
             .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(others))
             .order_by(Widget.y, Widget.x, Widget.widget_id)
         )
-        for dashboard_id, title in found:
-            titles.setdefault(dashboard_id, []).append(title)
-    return titles
+        for row in found:
+            widgets[row.dashboard_id].append(widget_to_pb(row))
+    return widgets
 
 
 class Boards:
@@ -129,9 +129,7 @@ class Boards:
             row = await session.get(Dashboard, (workspace_id, dashboard_id))
             if row is None or row.delete_time:
                 return None
-            for version in (await published(session, [row])).values():
-                return published_widgets(version)
-            return await widgets_of(session, row)
+            return (await shown_widgets(session, [row]))[row.dashboard_id]
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:
@@ -156,8 +154,10 @@ async def widgets_of(session: AsyncSession, dashboard: Dashboard) -> list[dashbo
     return [widget_to_pb(row) for row in rows]
 
 
-def published_widgets(version: Version) -> list[dashboard_pb2.Widget]:
+def published_widgets(version: Version | None) -> list[dashboard_pb2.Widget]:
     """The widgets of a version. It holds no times and etags of theirs: they have the version's."""
+    if version is None:
+        return []
     widgets = list(dashboard_pb2.DashboardContent.FromString(version.content).widgets)
     for widget in widgets:
         widget.dashboard_id = version.dashboard_id

@@ -13,7 +13,7 @@ from services.chassis.indexing import Corpus
 from services.chassis.resources import Reach, Resource, reach
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
-from services.dashboard_svc.boards import shown, widget_titles
+from services.dashboard_svc.boards import shown, shown_widgets
 from services.dashboard_svc.models import Dashboard
 
 DASHBOARDS = Index("dashboards", {"title": 4, "widgets": 2, "description": 1})
@@ -72,14 +72,14 @@ async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
         )
     )
     found = rows.all()
-    titles = await widget_titles(session, found)
+    widgets = await shown_widgets(session, found)
     return [
         Document(
             row.workspace_id,
             row.dashboard_id,
             {
                 "title": dashboard.title,
-                "widgets": "\n".join(titles.get(row.dashboard_id, ())),
+                "widgets": "\n".join(widget.title for widget in widgets[row.dashboard_id]),
                 "description": dashboard.description,
             },
             parent_id=row.folder_id,

@@ -18,7 +18,7 @@ from services.chassis import auth
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
 from services.chassis.search import Found, Place, Query, highlight, place_of
-from services.dashboard_svc.boards import shown, widget_titles
+from services.dashboard_svc.boards import shown, shown_widgets
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.models import Dashboard
 
@@ -51,10 +51,10 @@ class SearchServicer(SearchServiceServicer):
         shown_hits, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
         found = [hit.row for hit in shown_hits if isinstance(hit.row, Dashboard)]
         async with self.db() as session:
-            titles = await widget_titles(session, found)
+            widgets = await shown_widgets(session, found)
             seen = {each.dashboard_id: each for each in await shown(session, found)}
         return pb.SearchResponse(
-            hits=[_hit_to_pb(query, hit.row, seen, titles) for hit in shown_hits],
+            hits=[_hit_to_pb(query, hit.row, seen, widgets) for hit in shown_hits],
             next_page_token=next_page_token,
         )
 
@@ -87,12 +87,12 @@ def _hit_to_pb(
     query: Query,
     row: Dashboard | MemberHit,
     dashboards: Mapping[str, dashboard_pb2.Dashboard],
-    titles: Mapping[str, list[str]],
+    widgets: Mapping[str, list[dashboard_pb2.Widget]],
 ) -> pb.SearchHit:
     if isinstance(row, Dashboard):
         dashboard = dashboards[row.dashboard_id]
-        widgets = [("widget.title", title) for title in titles.get(row.dashboard_id, ())]
-        texts = [("title", dashboard.title), ("description", dashboard.description), *widgets]
+        titles = [("widget.title", widget.title) for widget in widgets[row.dashboard_id]]
+        texts = [("title", dashboard.title), ("description", dashboard.description), *titles]
         return pb.SearchHit(dashboard=dashboard, highlights=_highlights(query, texts))
     texts = [("display_name", row.user.display_name), ("email", row.user.email)]
     return pb.SearchHit(user=row.user, highlights=_highlights(query, texts))
