@@ -17,7 +17,7 @@ from sqlalchemy import update as sql_update
 from services.chassis import errors
 from services.dashboard_svc import contents
 from services.dashboard_svc.models import Version
-from tests.dashboard_svc.boards import events, get, start_draft, update, versions
+from tests.dashboard_svc.boards import events, get, publish, start_draft, update, versions
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, reason_of, refused
 
@@ -81,6 +81,16 @@ async def test_puts_changes_of_one_author_together(mesh: Mesh) -> None:
         assert got.version == each
         titles.append(got.content.title)
     assert titles == ["7", "6", "5", "4", "3"]
+
+
+async def test_a_reason_is_given_to_what_was_changed_before(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard_id = (await mesh.dashboard(ann, "Old")).dashboard_id
+    await start_draft(mesh, ann, dashboard_id)
+    await update(mesh, ann, dashboard_id, title="New")
+    published = await publish(mesh, ann, dashboard_id, "It is new")
+    newest, oldest = await versions(mesh, ann, dashboard_id)
+    assert (newest.version_id, newest.reason, oldest.reason) == (published.etag, "It is new", "")
 
 
 async def test_ten_minutes_after_the_first_change_a_version_is_full(mesh: Mesh) -> None:
