@@ -193,8 +193,8 @@ async def record(
     """Keeps the working copy as the version `dashboard.version`, made at `dashboard.update_time`.
 
     It takes the place of the version before when that is by the same author, within 10 minutes, and neither has a
-    reason; or when nothing has changed but that there is a reason now. Raises FAILED_PRECONDITION (DASHBOARD_TOO_LARGE),
-    so it also bounds what a dashboard holds.
+    reason; or when nothing has changed but that there is a reason now. Raises FAILED_PRECONDITION, so it also bounds
+    what a dashboard holds.
     """
     await session.flush()
     content = (await content_of(session, dashboard)).SerializeToString(deterministic=True)
