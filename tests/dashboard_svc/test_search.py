@@ -27,6 +27,7 @@ from services.chassis.times import now
 from services.dashboard_svc.dashboard_search import CORPUS
 from tests.dashboard_svc import boards
 from tests.dashboard_svc.conftest import Mesh
+from tests.dashboard_svc.test_favourites import favourite
 from tests.dashboard_svc.test_folders import folder_grant, move_dashboard
 from tests.dashboard_svc.test_grants import grant
 from tests.harness import Member, new_id, refused
@@ -395,6 +396,11 @@ async def test_what_is_in_the_bin_is_not_found(mesh: Mesh, index: Indexed) -> No
     dashboard = await mesh.dashboard(admin, "Ephemeral")
     await index.settled()
     assert await titles(mesh, admin, "ephemeral") == ["Ephemeral"]
+    (hit,) = await search(mesh, admin, "ephemeral")
+    assert not hit.dashboard.favourite
+    await favourite(mesh, admin, dashboard.dashboard_id)
+    (hit,) = await search(mesh, admin, "ephemeral")
+    assert hit.dashboard.favourite
     await boards.delete(mesh, admin, dashboard.dashboard_id)
     assert await titles(mesh, admin, "ephemeral") == [], "at once"
     assert await search(mesh, admin, "ephemeral") == []
