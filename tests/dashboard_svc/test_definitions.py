@@ -178,6 +178,22 @@ async def test_asks_analytics_about_new_sources_alone(mesh: Mesh) -> None:
     assert await events(mesh, ann) == ["DashboardCreated", "DashboardUpdated"]
 
 
+async def test_what_was_taken_away_meanwhile_is_not_put_back_unasked(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    known, new = (Variable(name=name, property_values=values_of(new_id())) for name in "ab")
+    dashboard_id = (await mesh.dashboard(ann)).dashboard_id
+    await update(mesh, ann, dashboard_id, variables=[known])
+
+    async def take_away() -> None:
+        mesh.analytics.meanwhile = None
+        await update(mesh, ann, dashboard_id, variables=[])
+
+    mesh.analytics.meanwhile = take_away
+    call = update(mesh, ann, dashboard_id, variables=[known, new])
+    assert await refused(call) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
+    assert not (await get(mesh, ann, dashboard_id)).variables
+
+
 async def test_a_name_is_unique_in_its_workspace(mesh: Mesh) -> None:
     ann, bob = mesh.identity.member("editor"), mesh.identity.member("editor")
     request = pb.CreateDashboardRequest(title="Shop", name="shop", request_id="once")

@@ -281,6 +281,23 @@ async def test_a_source_that_the_caller_may_not_query_does_not_come_back(mesh: M
     assert await get(mesh, ann, dashboard.dashboard_id) == before
 
 
+async def test_what_was_changed_meanwhile_is_not_restored_over(mesh: Mesh) -> None:
+    ann, source_id = mesh.identity.member("editor"), new_id()
+    dashboard = await mesh.dashboard(ann, "Old")
+    widget = await mesh.widget(ann, dashboard, Query(source_ids=[source_id]))
+    old = await update(mesh, ann, dashboard.dashboard_id, description="x", reason="old")
+    await delete_widget(mesh, ann, widget)
+
+    async def change() -> None:
+        mesh.analytics.meanwhile = None
+        await update(mesh, ann, dashboard.dashboard_id, title="New")
+
+    mesh.analytics.meanwhile = change
+    call = restore(mesh, ann, dashboard.dashboard_id, old.etag)
+    assert await refused(call) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
+    assert (await get(mesh, ann, dashboard.dashboard_id)).title == "New"
+
+
 async def test_of_concurrent_restores_with_one_etag_one_wins(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     dashboard_id = (await mesh.dashboard(ann, "Old")).dashboard_id
