@@ -75,7 +75,7 @@ async def shown(session: AsyncSession, rows: Sequence[Dashboard]) -> list[dashbo
     return [dashboard_to_pb(row, versions.get(row.dashboard_id)) for row in rows]
 
 
-async def shown_widgets(
+async def seen_widgets(
     session: AsyncSession, rows: Sequence[Dashboard]
 ) -> Mapping[str, list[dashboard_pb2.Widget]]:
     """The widgets that viewers see of these dashboards, by their ids, in the order of the layout."""
@@ -129,7 +129,7 @@ class Boards:
             row = await session.get(Dashboard, (workspace_id, dashboard_id))
             if row is None or row.delete_time:
                 return None
-            return (await shown_widgets(session, [row]))[row.dashboard_id]
+            return (await seen_widgets(session, [row]))[row.dashboard_id]
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:

@@ -13,7 +13,7 @@ from services.chassis.indexing import Corpus
 from services.chassis.resources import Reach, Resource, reach
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
-from services.dashboard_svc.boards import shown, shown_widgets
+from services.dashboard_svc.boards import seen_widgets, shown
 from services.dashboard_svc.models import Dashboard
 
 DASHBOARDS = Index("dashboards", {"title": 4, "widgets": 2, "description": 1})
@@ -72,7 +72,7 @@ async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
         )
     )
     found = rows.all()
-    widgets = await shown_widgets(session, found)
+    widgets = await seen_widgets(session, found)
     return [
         Document(
             row.workspace_id,

@@ -18,7 +18,7 @@ from services.chassis import auth
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
 from services.chassis.search import Found, Place, Query, highlight, place_of
-from services.dashboard_svc.boards import shown, shown_widgets
+from services.dashboard_svc.boards import seen_widgets, shown
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.favourites import tell_caller
 from services.dashboard_svc.models import Dashboard
@@ -52,7 +52,7 @@ class SearchServicer(SearchServiceServicer):
         shown_hits, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
         found = [hit.row for hit in shown_hits if isinstance(hit.row, Dashboard)]
         async with self.db() as session:
-            widgets = await shown_widgets(session, found)
+            widgets = await seen_widgets(session, found)
             seen = {each.dashboard_id: each for each in await shown(session, found)}
             await tell_caller(session, seen.values())
         return pb.SearchResponse(
