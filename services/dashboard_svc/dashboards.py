@@ -351,7 +351,6 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.CreateDashboardGrantRequest, context: Context
     ) -> pb.CreateDashboardGrantResponse:
         """Makes the grant."""
-        await self._require_alive(request.dashboard_id)
         grant = await self.grants.create(request.dashboard_id, request)
         return pb.CreateDashboardGrantResponse(grant=grant)
 
@@ -375,7 +374,6 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.BatchUpdateDashboardGrantsRequest, context: Context
     ) -> pb.BatchUpdateDashboardGrantsResponse:
         """Changes the grants together."""
-        await self._require_alive(request.dashboard_id)
         grants = await self.grants.batch_update(request.dashboard_id, request)
         return pb.BatchUpdateDashboardGrantsResponse(grants=grants)
 
