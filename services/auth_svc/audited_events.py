@@ -24,12 +24,16 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardGrantCreated,
     DashboardGrantDeleted,
     DashboardMoved,
+    DashboardPublished,
+    DashboardPurged,
+    DashboardUndeleted,
     FolderCreated,
     FolderDeleted,
     FolderGrantCreated,
     FolderGrantDeleted,
     FolderMoved,
     FolderUpdated,
+    VersionRestored,
 )
 from meshboard.user.v1.events_pb2 import (
     InvitationAccepted,
@@ -143,6 +147,12 @@ AUDITED: Mapping[type[Message], Rule] = {
         },
     ),
     DashboardDeleted: Rule("dashboard.deleted", "", {"dashboard_id": "dashboard_id"}),
+    DashboardUndeleted: Rule("dashboard.undeleted", "", {"dashboard_id": "dashboard.dashboard_id"}),
+    DashboardPurged: Rule("dashboard.purged", "", {"dashboard_id": "dashboard_id"}),
+    DashboardPublished: Rule("dashboard.published", "", {"dashboard_id": "dashboard.dashboard_id"}),
+    VersionRestored: Rule(
+        "dashboard.restored", "", {"dashboard_id": "dashboard_id", "version_id": "version_id"}
+    ),
     DashboardGrantCreated: Rule(
         "grant.created", "grant.subject.user_id", {"dashboard_id": "dashboard_id", **_GRANT}
     ),

@@ -229,7 +229,7 @@ class Access:
         if levels.keys() != wanted or not all(decide(rights, levels[r], resource.view) for r in wanted):
             raise resource.absent()
         if not all(decide(rights, levels[r], need.permission) for r in wanted):
-            raise _missing(need)
+            raise _missing(need) if all(levels[r][0].alive for r in wanted) else resource.absent()
 
 
 class _GrantReader:

@@ -385,6 +385,7 @@ class InternalGrantServicer(InternalGrantServiceServicer):
             levels = {
                 resource_id: resources.levels_for(places, user_id, team_ids, self._now())
                 for (_, resource_id), places in found.items()
+                if places[0].alive
             }
             grant_ids = {
                 grant.grant_id for each in levels.values() for level in each for grant in level.grants

@@ -43,6 +43,7 @@ _FOUND: dict[str, Any] = {
     "depth": Integer(),
     "resource_type": Text(),
     "resource_id": _ID,
+    "alive": Boolean(),
     "subject_type": Text(),
     "subject_id": _ID,
     "role": Text(),
@@ -58,7 +59,10 @@ class Resource:
 
     `type` is also what the grants' `resource_type` says, and the field `<type>_id` (or `<type>_ids`, or
     `parent_<type>_id`) what names one. `parent_id` names what a resource lies in, or is null: a `parent`, or, without
-    one, another resource of this type. `holds` are the types of what may lie in it, beside its own.
+    one, another resource of this type. `holds` are the types of what may lie in it, beside its own. `alive` is a
+    condition on a row, as `{row}.delete_time IS NULL`: lists and searches hold only the rows that meet it. On others
+    the access stage lets pass whoever has the permission, so that the grants on what is in a bin say who may take it
+    out; to everybody else it is absent.
     """
 
     type: str
@@ -104,6 +108,7 @@ class Place:
 
     resource_type: str
     resource_id: str
+    alive: bool
     grants: dict[tuple[str, str | None], list[tuple[Grant, datetime | None]]]
 
 
@@ -128,12 +133,12 @@ async def find(
         },
     )
     found: Found = {}
-    for workspace_id, asked_id, depth, resource_type, resource_id, subject_type, subject_id, *grant in rows:
+    for workspace_id, asked_id, depth, resource_type, resource_id, alive, *given in rows:
         places = found.setdefault((workspace_id, asked_id), {})
         if (place := places.get(depth)) is None:
-            place = places[depth] = Place(resource_type, resource_id, {})
+            place = places[depth] = Place(resource_type, resource_id, alive, {})
+        subject_type, subject_id, role, effect, grant_id, expire_time = given
         if subject_type is not None:
-            role, effect, grant_id, expire_time = grant
             place.grants.setdefault((subject_type, subject_id), []).append(
                 (Grant(subject_type, role, effect, grant_id), expire_time)
             )
@@ -153,6 +158,7 @@ def levels_for(places: dict[int, Place], user_id: str, team_ids: Iterable[str], 
             ],
             place.resource_type,
             place.resource_id,
+            place.alive,
         )
         for _, place in sorted(places.items())
     ]
@@ -244,19 +250,19 @@ class _Sql:
             above = f"""
               UNION ALL
                 SELECT levels.workspace_id, asked_id, depth + 1, '{place.type}', place.{place.resource_id.key},
-                    place.{place.parent_id.key}
+                    place.{place.parent_id.key}, true
                 FROM levels JOIN {place.table} AS place
                     ON place.workspace_id = levels.workspace_id AND place.{place.resource_id.key} = parent_id
             """  # noqa: S608 - names of tables and columns, from the code; here and below
         sql = f"""
             WITH RECURSIVE levels AS (
                 SELECT workspace_id, {self._id} AS asked_id, 0 AS depth, '{resource.type}'::text AS resource_type,
-                    {self._id} AS resource_id, {parent_id} AS parent_id
+                    {self._id} AS resource_id, {parent_id} AS parent_id, {resource.is_alive(self._table)} AS alive
                 FROM {self._table}
                 WHERE workspace_id = ANY (:workspace_ids) AND {self._id} = ANY (:resource_ids)
                 {above}
             )
-            SELECT levels.workspace_id, asked_id, depth, levels.resource_type, levels.resource_id,
+            SELECT levels.workspace_id, asked_id, depth, levels.resource_type, levels.resource_id, alive,
                 subject_type, subject_id, role, effect, grant_id, expire_time
             FROM levels LEFT JOIN grants
                 ON grants.workspace_id = levels.workspace_id AND grants.resource_type = levels.resource_type

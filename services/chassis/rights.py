@@ -116,11 +116,12 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The grants on the resource itself, or on something that it lies in."""
+    """The grants on the resource itself, or on something that it lies in; `alive`: it is there, and not in a bin."""
 
     grants: Sequence[Grant]
     resource_type: str = ""
     resource_id: str = ""
+    alive: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,9 @@ _AT_ONCE = 100
 
 async def take_out(session: AsyncSession, dashboard: Dashboard) -> None:
     """Takes a dashboard out of the bin, without its name when another has taken that meanwhile."""
-    dashboard.delete_time = dashboard.purge_time = None
     try:
-        async with session.begin_nested():
-            await session.flush()
+        async with session.begin_nested():  # which writes what is pending before it begins
+            dashboard.delete_time = dashboard.purge_time = None
     except IntegrityError:  # the constraint on names
         await session.refresh(dashboard)
         dashboard.delete_time = dashboard.purge_time = dashboard.name = None

@@ -77,7 +77,7 @@ async def shown(session: AsyncSession, rows: Sequence[Dashboard]) -> list[dashbo
     return [dashboard_to_pb(row, versions.get(row.dashboard_id)) for row in rows]
 
 
-async def shown_widgets_of(
+async def seen_widgets(
     session: AsyncSession, rows: Sequence[Dashboard]
 ) -> Mapping[str, list[dashboard_pb2.Widget]]:
     """The widgets that viewers see, by dashboard, in the order of the layout."""
@@ -133,7 +133,7 @@ class Boards:
             if row is None or row.delete_time:
                 return None
             (dashboard,) = await shown(session, [row])
-            return dashboard, (await shown_widgets_of(session, [row]))[row.dashboard_id]
+            return dashboard, (await seen_widgets(session, [row]))[row.dashboard_id]
 
     async def _load_dashboard(self, workspace_id: str, dashboard_id: str) -> dashboard_pb2.Dashboard | None:
         async with self._db() as session:

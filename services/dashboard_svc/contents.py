@@ -6,7 +6,7 @@ at the end of the transaction, when the row has its new `version` and `update_ti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import TypeVar
 
@@ -192,8 +192,9 @@ async def record(
 ) -> None:
     """Keeps the working copy as the version `dashboard.version`, made at `dashboard.update_time`.
 
-    It takes the place of the version before when both are by one author, within 10 minutes, and without a reason.
-    Raises FAILED_PRECONDITION (DASHBOARD_TOO_LARGE), so it also bounds what a dashboard holds.
+    It takes the place of the version before when that is by the same author, within 10 minutes, and neither has a
+    reason; or when nothing has changed but that there is a reason now. Raises FAILED_PRECONDITION, so it also bounds
+    what a dashboard holds.
     """
     await session.flush()
     content = (await content_of(session, dashboard)).SerializeToString(deterministic=True)
@@ -204,41 +205,47 @@ async def record(
             limit_bytes=MAX_CONTENT_BYTES,
             bytes=len(content),
         )
-    values = {"number": dashboard.version, "content": content, "create_time": dashboard.update_time}
-    if not reason and restored_number is None and await _put_together(session, dashboard, author_id, values):
-        return
-    session.add(
-        Version(
-            workspace_id=dashboard.workspace_id,
-            dashboard_id=dashboard.dashboard_id,
-            author_id=author_id,
-            reason=reason,
-            restored_number=restored_number,
-            begin_time=dashboard.update_time,
-            **values,
-        )
+    version = Version(
+        workspace_id=dashboard.workspace_id,
+        dashboard_id=dashboard.dashboard_id,
+        number=dashboard.version,
+        author_id=author_id,
+        reason=reason,
+        restored_number=restored_number,
+        content=content,
+        begin_time=dashboard.update_time,
+        create_time=dashboard.update_time,
     )
-    await session.flush()
-    await _prune(session, dashboard)
+    if not await _put_together(session, dashboard, version):
+        session.add(version)
+        await session.flush()
+        await _prune(session, dashboard)
 
 
-async def _put_together(
-    session: AsyncSession, dashboard: Dashboard, author_id: str, values: Mapping[str, object]
-) -> bool:
+async def _put_together(session: AsyncSession, dashboard: Dashboard, version: Version) -> bool:
     """Whether the last version has become this one. What viewers see while there is a draft stays."""
     last = select(func.max(Version.number)).where(*versions_of(dashboard)).scalar_subquery()
+    continued = Version.content == version.content
+    if not version.reason and version.restored_number is None:
+        continued |= Version.begin_time > dashboard.update_time - TOGETHER
     number = await session.scalar(
         update(Version)
         .where(
             *versions_of(dashboard),
             Version.number == last,
             Version.number.is_distinct_from(dashboard.published_version),
-            Version.author_id == author_id,
+            Version.author_id == version.author_id,
             Version.reason == "",
             Version.restored_number.is_(None),
-            Version.begin_time > dashboard.update_time - TOGETHER,
+            continued,
         )
-        .values(**values)
+        .values(
+            number=version.number,
+            reason=version.reason,
+            restored_number=version.restored_number,
+            content=version.content,
+            create_time=version.create_time,
+        )
         .returning(Version.number)
         .execution_options(synchronize_session=False)
     )

@@ -13,7 +13,7 @@ from services.chassis.indexing import Corpus
 from services.chassis.resources import Reach, Resource, reach
 from services.chassis.rights import Rights
 from services.chassis.search import Document, Engine, Found, Index, Key, Place, Query, Search, Within
-from services.dashboard_svc.boards import shown, shown_widgets_of
+from services.dashboard_svc.boards import seen_widgets, shown
 from services.dashboard_svc.markdown import to_text
 from services.dashboard_svc.models import Dashboard
 
@@ -72,7 +72,7 @@ async def texts_of_widgets(
 ) -> Mapping[str, list[tuple[str, str]]]:
     """What is searched of the widgets of dashboards, by dashboard, under the names of fields in highlights."""
     texts: dict[str, list[tuple[str, str]]] = {}
-    for dashboard_id, widgets in (await shown_widgets_of(session, rows)).items():
+    for dashboard_id, widgets in (await seen_widgets(session, rows)).items():
         found = texts[dashboard_id] = []
         room = MAX_TEXT
         for widget in widgets:

@@ -53,7 +53,7 @@ from services.dashboard_svc.contents import (
 from services.dashboard_svc.convert import dashboard_to_pb
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.definitions import clean, questions_of, sources_of
-from services.dashboard_svc.favourites import for_caller, is_favourite, mark, unmark
+from services.dashboard_svc.favourites import for_caller, is_favourite, mark, tell_caller, unmark
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
@@ -178,6 +178,7 @@ class DashboardServicer(DashboardServiceServicer):
         hits, next_page_token = page.close(found, lambda hit: (hit.score, hit.id))
         async with self.db() as session:
             dashboards = await shown(session, [hit.row for hit in hits])
+            await tell_caller(session, dashboards)
         return pb.SearchDashboardsResponse(dashboards=dashboards, next_page_token=next_page_token)
 
     async def UpdateDashboard(
@@ -356,7 +357,6 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.CreateDashboardGrantRequest, context: Context
     ) -> pb.CreateDashboardGrantResponse:
         """Makes the grant."""
-        await self._require_alive(request.dashboard_id)
         grant = await self.grants.create(request.dashboard_id, request)
         return pb.CreateDashboardGrantResponse(grant=grant)
 
@@ -380,7 +380,6 @@ class DashboardServicer(DashboardServiceServicer):
         self, request: pb.BatchUpdateDashboardGrantsRequest, context: Context
     ) -> pb.BatchUpdateDashboardGrantsResponse:
         """Changes the grants together."""
-        await self._require_alive(request.dashboard_id)
         grants = await self.grants.batch_update(request.dashboard_id, request)
         return pb.BatchUpdateDashboardGrantsResponse(grants=grants)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any, cast
 
 from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.user.v1.events_pb2 import MemberRemoved
-from sqlalchemy import ColumnElement, CursorResult, delete, exists
+from sqlalchemy import ColumnElement, CursorResult, delete, exists, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,11 +28,25 @@ def is_favourite(caller: auth.Caller) -> ColumnElement[bool]:
 
 async def for_caller(session: AsyncSession, dashboard: dashboard_pb2.Dashboard) -> dashboard_pb2.Dashboard:
     """The dashboard with the caller's mark. The message given is not changed: it may be shared."""
-    key = (dashboard.workspace_id, auth.caller().user_id, dashboard.dashboard_id)
-    marked = dashboard_pb2.Dashboard()
-    marked.CopyFrom(dashboard)
-    marked.favourite = await session.get(Favourite, key) is not None
-    return marked
+    copy = dashboard_pb2.Dashboard()
+    copy.CopyFrom(dashboard)
+    await tell_caller(session, [copy])
+    return copy
+
+
+async def tell_caller(session: AsyncSession, dashboards: Collection[dashboard_pb2.Dashboard]) -> None:
+    """Sets the caller's marks on these dashboards."""
+    caller = auth.caller()
+    found = await session.scalars(
+        select(Favourite.dashboard_id).where(
+            Favourite.workspace_id == caller.workspace_id,
+            Favourite.user_id == caller.user_id,
+            Favourite.dashboard_id.in_([dashboard.dashboard_id for dashboard in dashboards]),
+        )
+    )
+    marked = set(found)
+    for dashboard in dashboards:
+        dashboard.favourite = dashboard.dashboard_id in marked
 
 
 async def mark(session: AsyncSession, caller: auth.Caller, dashboard_id: str, now: datetime) -> bool:

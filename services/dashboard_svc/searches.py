@@ -21,6 +21,7 @@ from services.chassis.paging import Pages
 from services.chassis.search import Found, Place, Query, highlight, place_of
 from services.dashboard_svc.boards import shown
 from services.dashboard_svc.dashboard_search import DashboardSearch, texts_of_widgets
+from services.dashboard_svc.favourites import tell_caller
 from services.dashboard_svc.models import Dashboard
 
 Context = Any
@@ -54,6 +55,7 @@ class SearchServicer(SearchServiceServicer):
         async with self.db() as session:
             texts = await texts_of_widgets(session, found)
             seen = {each.dashboard_id: each for each in await shown(session, found)}
+            await tell_caller(session, seen.values())
         return pb.SearchResponse(
             hits=[_hit_to_pb(query, hit.row, seen, texts) for hit in shown_hits],
             next_page_token=next_page_token,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -40,12 +40,21 @@ class ThingRow(Base):
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     thing_id: Mapped[Id] = mapped_column(primary_key=True)
     box_id: Mapped[Id | None]
+    in_bin: Mapped[bool]
 
 
 # Named as what there is, since the built-in roles know no others.
 BOX = Resource("folder", BoxRow.workspace_id, BoxRow.box_id, parent_id=BoxRow.outer_id, holds=("dashboard",))
-THING = Resource("dashboard", ThingRow.workspace_id, ThingRow.thing_id, parent_id=ThingRow.box_id, parent=BOX)
-ALONE = Resource("source", ThingRow.workspace_id, ThingRow.thing_id)
+THING = Resource(
+    "dashboard",
+    ThingRow.workspace_id,
+    ThingRow.thing_id,
+    parent_id=ThingRow.box_id,
+    parent=BOX,
+    alive="NOT {row}.in_bin",
+)
+IN_BIN = replace(THING, alive="{row}.in_bin")
+ALONE = Resource("source", ThingRow.workspace_id, ThingRow.thing_id, alive="NOT {row}.in_bin")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,7 @@ class World:
     my_role: str
     # ("box" or "thing", its number), who ("me", "other", "workspace" or a team's number), role, effect, days left
     grants: list[tuple[tuple[str, int], str | int, str, str, int | None]]
+    binned: set[int]  # things by their numbers
     ids: dict[object, str] = field(default_factory=dict)
 
     def id_of(self, what: object) -> str:
@@ -195,6 +205,7 @@ def worlds(draw: st.DrawFn) -> World:
         draw(st.sets(st.integers(0, len(teams) - 1))),
         draw(st.sampled_from([*LADDER, *CUSTOM])),
         grants,
+        draw(st.sets(st.integers(0, len(things) - 1))),
     )
 
 
@@ -217,6 +228,7 @@ async def write(
                 workspace_id=workspace_id,
                 thing_id=world.id_of(("thing", number)),
                 box_id=world.id_of(("box", box)) if box >= 0 else None,
+                in_bin=number in world.binned,
             )
         )
     elsewhere = new_id()
@@ -260,6 +272,7 @@ async def check_singles(
     assert {resource_id for _, resource_id in found} == set(numbers)
     for (_, resource_id), places in found.items():
         levels = resources.levels_for(places, me.user_id, me.team_ids, NOW)
+        assert levels[0].alive is (kind == "box" or numbers[resource_id] not in world.binned)
         for permission in permissions:
             expected = world.may(kind, numbers[resource_id], permission)
             assert decide(me, levels, permission) is expected
@@ -282,6 +295,9 @@ async def check_lists(session: AsyncSession, world: World, resource: Resource, k
     me = world.rights()
     count = len(world.things if kind == "thing" else world.trees)
     numbers = {world.id_of((kind, number)): number for number in range(count)}
+    if kind == "thing":
+        listed = world.binned if resource is IN_BIN else set(numbers.values()) - world.binned
+        numbers = {i: number for i, number in numbers.items() if number in listed}
     expected = [i for i in sorted(numbers, reverse=True) if world.may(kind, numbers[i], resource.view)]
     mine = select(resource.resource_id).where(resource.workspace_id == me.workspace_id)
     newest_first = mine.order_by(resource.resource_id.desc())
@@ -323,6 +339,7 @@ async def test_what_lies_in_places(sessions: Sessions, world: World):
         )
         await check_singles(session, world, BOX, "box", ["folders.view", "folders.create", "dashboards.edit"])
         await check_lists(session, world, THING, "thing")
+        await check_lists(session, world, IN_BIN, "thing")
         await check_lists(session, world, BOX, "box")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
     for a query of one of the sources in `hidden`, or, without any there, for all. `absent` sources are not there.
     `problem` is what CheckWidgetQueries says of each question.
+    `meanwhile` is awaited before a query is judged.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.refused: errors.Error | None = None
         self.hidden: set[str] = set()
         self.absent: set[str] = set()
+        self.meanwhile: Callable[[], Awaitable[object]] | None = None
         self.asked: list[Asked] = []
         self.calls = 0
         self.remembers = True
@@ -116,6 +118,8 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.validated.append(
             (request.query, {key: str(value) for key, value in context.invocation_metadata()})
         )
+        if self.meanwhile:
+            await self.meanwhile()
         if self.refused and (not self.hidden or self.hidden.intersection(request.query.source_ids)):
             await abort(context, self.refused)
         return query_service_pb2.ValidateQueryResponse()

@@ -3,19 +3,22 @@ from sqlalchemy import func, select
 
 from services.chassis.db import GrantRow
 from services.dashboard_svc.consumers import on_workspace_deleted
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.models import Dashboard, Favourite, Version, Widget
 from tests.dashboard_svc.conftest import Mesh
+from tests.dashboard_svc.test_favourites import favourite
 
 
 async def test_a_deleted_workspace_leaves_nothing_and_takes_nothing_else(mesh: Mesh) -> None:
     gone, spared = mesh.identity.member("admin"), mesh.identity.member("admin")
     for member in (gone, spared):
-        await mesh.widget(member, await mesh.dashboard(member))
+        dashboard = await mesh.dashboard(member)
+        await mesh.widget(member, dashboard)
+        await favourite(mesh, member, dashboard.dashboard_id)
     for _ in range(2):
         async with mesh.db.begin() as session:
             await on_workspace_deleted(session, WorkspaceDeleted(workspace_id=gone.workspace_id))
     async with mesh.db() as session:
-        for table in (Dashboard, Widget, GrantRow):
+        for table in (Dashboard, Widget, Version, Favourite, GrantRow):
             for member, count in ((gone, 0), (spared, 1)):
                 left = (
                     select(func.count()).select_from(table).where(table.workspace_id == member.workspace_id)

@@ -390,7 +390,7 @@ async def test_nothing_is_left_in_or_on_a_deleted_folder(mesh: Mesh, put: Put, r
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-async def test_no_grant_is_left_on_a_deleted_dashboard(mesh: Mesh, rounds: int) -> None:
+async def test_no_grant_is_left_on_a_purged_dashboard(mesh: Mesh, rounds: int) -> None:
     admin = mesh.identity.member("admin")
     for _ in range(rounds):
         dashboard = await mesh.dashboard(admin)
@@ -400,6 +400,12 @@ async def test_no_grant_is_left_on_a_deleted_dashboard(mesh: Mesh, rounds: int) 
             outcome(mesh.dashboards.DeleteDashboard(request, metadata=admin.metadata)),
         )
         assert (made in {"", "DASHBOARD_NOT_FOUND"}, gone) == (True, "")
+        purge = dashboards_pb.PurgeDashboardRequest(dashboard_id=dashboard.dashboard_id)
+        made, gone = await asyncio.gather(
+            outcome(grant(mesh, admin, dashboard, Subject(user_id=admin.user_id))),
+            outcome(mesh.dashboards.PurgeDashboard(purge, metadata=admin.metadata)),
+        )
+        assert (made, gone) == ("DASHBOARD_NOT_FOUND", "")
         async with mesh.db() as session:
             left = select(func.count()).where(GrantRow.resource_id == dashboard.dashboard_id)
             assert await session.scalar(left) == 0

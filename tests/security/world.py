@@ -168,8 +168,9 @@ async def hide(keeper: Person, found: Things) -> None:
 async def delete(keeper: Person, found: Things) -> None:
     """Deletes everything but the workspace."""
     base = f"/v1/workspaces/{found['workspace']}"
+    await done(keeper, f"/v1/dashboards/{found['dashboard']}")
+    await keeper.post(f"/v1/dashboards/{found['dashboard']}:purge", {})
     for path in (
-        f"/v1/dashboards/{found['dashboard']}",
         f"/v1/folders/{found['folder']}",
         f"/v1/sources/{found['source']}",
         f"/v1/sources/{found['victim_source']}",

@@ -211,8 +211,8 @@ class DashboardServiceServicer:
 
     def DeleteDashboard(self, request, context):
         """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
-        is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, gives up its name, and is
-        purged after 30 days.
+        is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, leaves its name to others, and
+        is purged after 30 days.
 
         Fails with ABORTED, reason ETAG_MISMATCH.
         """

@@ -67,8 +67,8 @@ class DashboardServiceStub:
     """
     DeleteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.DeleteDashboardRequest, _dashboard_service_pb2.DeleteDashboardResponse]
     """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
-    is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, gives up its name, and is
-    purged after 30 days.
+    is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, leaves its name to others, and
+    is purged after 30 days.
 
     Fails with ABORTED, reason ETAG_MISMATCH.
     """
@@ -219,8 +219,8 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_dashboard_service_pb2.DeleteDashboardRequest, _abc.Awaitable[_dashboard_service_pb2.DeleteDashboardResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.DeleteDashboardResponse]:
         """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
-        is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, gives up its name, and is
-        purged after 30 days.
+        is absent for every method but `UndeleteDashboard`, `PurgeDashboard` and `ListDashboards`, leaves its name to others, and
+        is purged after 30 days.
 
         Fails with ABORTED, reason ETAG_MISMATCH.
         """
