@@ -34,9 +34,9 @@ from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, gran
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
-from services.dashboard_svc.questions import Questions
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.widgets import WidgetServicer
 
 
@@ -82,10 +82,10 @@ async def serve(settings: Settings) -> None:
     folder_grants = grants_on_folders(sessions, user_peer, pages)
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
-    questions = Questions(sessions, analytics_peer)
-    widgets = WidgetServicer(sessions, boards, pages, questions)
+    validation = Validation(sessions, analytics_peer)
+    widgets = WidgetServicer(sessions, boards, pages, validation)
     library = LibraryWidgetServicer(
-        db=sessions, boards=boards, pages=pages, questions=questions, dashboards=DASHBOARD
+        db=sessions, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
     )
     searches = SearchServicer(sessions, search, user_peer, pages)
 

@@ -17,12 +17,12 @@ from uuid_utils.compat import uuid7
 from services.chassis import auth, errors, outbox
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
-from services.dashboard_svc import kinds, layouts, library
+from services.dashboard_svc import kinds, layouts, library, markdown
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import copy_field, dashboard_to_pb, fields_of, fill_widget, widget_to_pb
 from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Widget
-from services.dashboard_svc.questions import Questions, check_variables
+from services.dashboard_svc.validation import Validation, check_variables
 
 Context = Any
 MUTABLE = (
@@ -44,7 +44,7 @@ class WidgetServicer(WidgetServiceServicer):
         db: async_sessionmaker[AsyncSession],
         boards: Boards,
         pages: Pages,
-        questions: Questions,
+        validation: Validation,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         new_id: Callable[[], str] = lambda: str(uuid7()),
@@ -52,7 +52,7 @@ class WidgetServicer(WidgetServiceServicer):
         self.db = db
         self.boards = boards
         self.pages = pages
-        self.questions = questions
+        self.validation = validation
         self.now = now
         self.new_id = new_id
 
@@ -63,7 +63,8 @@ class WidgetServicer(WidgetServiceServicer):
         caller = auth.caller()
         widget = fields_of(request, MUTABLE)
         kinds.check(widget)
-        await self.questions.check(caller.workspace_id, [widget])
+        await self.validation.check(caller.workspace_id, [widget])
+        await markdown.prepare(widget.markdown)
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id)
             others = await _widgets(session, dashboard)
@@ -122,7 +123,8 @@ class WidgetServicer(WidgetServiceServicer):
         caller, wanted = auth.caller(), request.widget
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
         changes = fields_of(wanted, fields)
-        await self.questions.check(caller.workspace_id, [changes])
+        await self.validation.check(caller.workspace_id, [changes])
+        await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id)
             rows = await _widgets(session, dashboard)
@@ -218,7 +220,7 @@ async def _fit_in(
     others: list[Widget],
 ) -> None:
     """Writes the widget to the row, if it gets on with the dashboard and its other widgets."""
-    if widget.library_widget_id:
+    if widget.library_widget_id.lower() not in {"", row.library_widget_id}:
         await library.held(session, dashboard.workspace_id, widget.library_widget_id)
     check_variables(widget, dashboard_to_pb(dashboard).variables)
     if widget.name and widget.name in {other.name for other in others}:

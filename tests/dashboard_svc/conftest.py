@@ -65,9 +65,9 @@ from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, gran
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
-from services.dashboard_svc.questions import Questions
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
 from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving
@@ -215,10 +215,10 @@ async def mesh(
                 span=span,
                 draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
             )
-            questions = Questions(db, peers[1])
-            widgets = WidgetServicer(db, boards, pages, questions)
+            validation = Validation(db, peers[1])
+            widgets = WidgetServicer(db, boards, pages, validation)
             library = LibraryWidgetServicer(
-                db=db, boards=boards, pages=pages, questions=questions, dashboards=DASHBOARD
+                db=db, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
             )
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
