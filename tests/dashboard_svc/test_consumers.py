@@ -3,19 +3,21 @@ from sqlalchemy import func, select
 
 from services.chassis.db import GrantRow
 from services.dashboard_svc.consumers import on_workspace_deleted
-from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.models import Dashboard, LibraryWidget, Widget
 from tests.dashboard_svc.conftest import Mesh
+from tests.dashboard_svc.test_library_widgets import create
 
 
 async def test_a_deleted_workspace_leaves_nothing_and_takes_nothing_else(mesh: Mesh) -> None:
     gone, spared = mesh.identity.member("admin"), mesh.identity.member("admin")
     for member in (gone, spared):
         await mesh.widget(member, await mesh.dashboard(member))
+        await create(mesh, member)
     for _ in range(2):
         async with mesh.db.begin() as session:
             await on_workspace_deleted(session, WorkspaceDeleted(workspace_id=gone.workspace_id))
     async with mesh.db() as session:
-        for table in (Dashboard, Widget, GrantRow):
+        for table in (Dashboard, Widget, LibraryWidget, GrantRow):
             for member, count in ((gone, 0), (spared, 1)):
                 left = (
                     select(func.count()).select_from(table).where(table.workspace_id == member.workspace_id)

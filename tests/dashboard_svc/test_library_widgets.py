@@ -7,7 +7,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
-from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.query_pb2 import Filter, Query
 from meshboard.dashboard.v1 import dashboard_service_pb2, widget_service_pb2
 from meshboard.dashboard.v1 import library_service_pb2 as pb
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Display, Widget
@@ -179,6 +179,20 @@ async def test_who_places_it_needs_the_right_to_its_sources(mesh: Mesh) -> None:
     linked = await mesh.widgets.UpdateWidget(update_own, metadata=ann.metadata)
     assert (linked.widget.title, linked.widget.query) == ("Revenue", library.query)
     assert linked.widget.library_widget_id == library.library_widget_id
+
+
+async def test_its_variables_are_those_of_the_dashboard(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    query = Query(source_ids=[new_id()], filters=[Filter(property="path")])
+    query.filters[0].values.add(string_value="$path")
+    library = await create(mesh, ann, query=query)
+    query.filters[0].operator = Filter.EXISTS
+    del query.filters[0].values[:]
+    assert mesh.analytics.validated[-1][0] == query
+    assert await refused(place(mesh, ann, await mesh.dashboard(ann), library.library_widget_id)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "VARIABLE_UNKNOWN",
+    )
 
 
 async def test_a_widget_leaves_the_library_as_a_copy(mesh: Mesh) -> None:
