@@ -183,7 +183,8 @@ async def test_hostile_texts_stay_text(mesh: Mesh) -> None:
         shown = {"kind": Widget.TEXT, "markdown": hostile, "display": display}
         return {**shown, "name": name, "title": hostile, "description": hostile}
 
-    await asyncio.gather(*(create(mesh, ann, dashboard, **of(*named)) for named in texts.items()))
+    for named in texts.items():
+        await create(mesh, ann, dashboard, **of(*named))
     request = pb.ListWidgetsRequest(dashboard_id=dashboard.dashboard_id, page_size=100)
     widgets = (await mesh.widgets.ListWidgets(request, metadata=ann.metadata)).widgets
     assert {widget.name for widget in widgets} == texts.keys()
