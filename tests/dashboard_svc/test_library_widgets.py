@@ -10,13 +10,16 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from meshboard.analytics.v1.query_pb2 import Filter, Query
 from meshboard.dashboard.v1 import dashboard_service_pb2, widget_service_pb2
 from meshboard.dashboard.v1 import library_service_pb2 as pb
-from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Display, Widget
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Display, Layout, Widget
 from meshboard.dashboard.v1.library_pb2 import LibraryWidget
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 from sqlalchemy import delete, text
 
 from services.chassis import errors
+from services.chassis.times import now
 from services.dashboard_svc import models
+from services.dashboard_svc.convert import fill_widget
+from services.dashboard_svc.library import held
 from services.dashboard_svc.library_widgets import MAX_LIBRARY_WIDGETS
 from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
@@ -279,19 +282,37 @@ async def test_what_is_used_is_not_deleted(mesh: Mesh) -> None:
         assert await refused(call) == NOT_FOUND
 
 
-async def test_none_is_placed_while_it_is_deleted(mesh: Mesh) -> None:
+async def test_none_is_deleted_while_it_is_placed(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
-    dashboard = await mesh.dashboard(ann)
-    for _ in range(8):
-        library = await create(mesh, ann)
-        request = pb.DeleteLibraryWidgetRequest(library_widget_id=library.library_widget_id)
-        outcomes = await asyncio.gather(
-            place(mesh, ann, dashboard, library.library_widget_id),
-            mesh.library.DeleteLibraryWidget(request, metadata=ann.metadata),
-            return_exceptions=True,
+    library, dashboard = await create(mesh, ann), await mesh.dashboard(ann)
+    request = pb.DeleteLibraryWidgetRequest(library_widget_id=library.library_widget_id)
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :looking"
+    )
+
+    async def waiting() -> None:
+        async with mesh.db() as session:
+            assert await session.scalar(waits, {"looking": "%FROM library_widgets%FOR UPDATE%"}) == 1
+
+    async with mesh.db.begin() as session:
+        await held(session, ann.workspace_id, library.library_widget_id)
+        deletion = asyncio.create_task(
+            refused(mesh.library.DeleteLibraryWidget(request, metadata=ann.metadata))
         )
-        assert sum(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes) == 1
-    assert all(widget.kind == Widget.TABLE for widget in await widgets_of(mesh, ann, dashboard))
+        await eventually(waiting)
+        row = models.Widget(
+            workspace_id=ann.workspace_id,
+            dashboard_id=dashboard.dashboard_id,
+            widget_id=new_id(),
+            version=1,
+            creator_id=ann.user_id,
+            create_time=now(),
+            update_time=now(),
+        )
+        layout = Layout(width=1, height=1)
+        fill_widget(row, Widget(library_widget_id=library.library_widget_id, layout=layout))
+        session.add(row)
+    assert await deletion == (grpc.StatusCode.FAILED_PRECONDITION, "LIBRARY_WIDGET_IN_USE")
 
 
 async def test_a_widget_outlives_what_it_shows(mesh: Mesh) -> None:
