@@ -290,9 +290,9 @@ async def test_none_is_deleted_while_it_is_placed(mesh: Mesh) -> None:
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :looking"
     )
 
-    async def waiting() -> None:
+    async def waiting() -> bool:
         async with mesh.db() as session:
-            assert await session.scalar(waits, {"looking": "%FROM library_widgets%FOR UPDATE%"}) == 1
+            return bool(await session.scalar(waits, {"looking": "%FROM library_widgets%FOR UPDATE%"}))
 
     async with mesh.db.begin() as session:
         await held(session, ann.workspace_id, library.library_widget_id)
