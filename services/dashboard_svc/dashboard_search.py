@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
 from meshboard.dashboard.v1 import dashboard_pb2
@@ -70,24 +69,32 @@ def _within(rights: Rights, reached: Reach) -> Within:
     return Within(rights.workspace_id, parents, reached.allowed, reached.denied)
 
 
+def texts_of(widgets: Iterable[dashboard_pb2.Widget]) -> list[tuple[str, str]]:
+    """What is searched of the widgets of a dashboard, with the names of the fields that highlights have."""
+    texts: list[tuple[str, str]] = []
+    room = MAX_TEXT
+    for widget in widgets:
+        texts.append(("widget.title", widget.title))
+        if widget.html and room:
+            texts.append(("widget.text", to_text(widget.html)[:room]))
+            room -= len(texts[-1][1])
+    return texts
+
+
 async def texts_of_widgets(session: AsyncSession, keys: Sequence[Key]) -> Mapping[Key, list[tuple[str, str]]]:
-    """What is searched of the widgets of these dashboards, with the names of the fields that highlights have."""
+    """What is searched of the widgets of these dashboards."""
     rows = await session.scalars(
         select(Widget)
         .where(tuple_(Widget.workspace_id, Widget.dashboard_id).in_(keys))
         .order_by(Widget.y, Widget.x, Widget.widget_id)
     )
-    by_workspace: dict[str, list[dashboard_pb2.Widget]] = defaultdict(list)
+    by_dashboard: dict[Key, list[dashboard_pb2.Widget]] = {key: [] for key in keys}
     for row in rows:
-        by_workspace[row.workspace_id].append(widget_to_pb(row))
-    texts: dict[Key, list[tuple[str, str]]] = defaultdict(list)
-    for workspace_id, widgets in by_workspace.items():
-        for widget in await shown_widgets(session, workspace_id, widgets):
-            found = texts[workspace_id, widget.dashboard_id]
-            found.append(("widget.title", widget.title))
-            if room := MAX_TEXT - sum(len(text) for field, text in found if field == "widget.text"):
-                found.append(("widget.text", to_text(widget.html)[:room]))
-    return texts
+        by_dashboard[row.workspace_id, row.dashboard_id].append(widget_to_pb(row))
+    for workspace_id in {workspace_id for workspace_id, _ in keys}:
+        widgets = [each for key in keys if key[0] == workspace_id for each in by_dashboard[key]]
+        await shown_widgets(session, workspace_id, widgets)
+    return {key: texts_of(widgets) for key, widgets in by_dashboard.items()}
 
 
 async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
