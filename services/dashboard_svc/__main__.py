@@ -31,7 +31,6 @@ from services.chassis.server import Server, main
 from services.dashboard_svc import bin, favourites
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
-from services.dashboard_svc.checks import Checks
 from services.dashboard_svc.consumers import on_workspace_deleted
 from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
@@ -42,6 +41,7 @@ from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 
@@ -97,10 +97,10 @@ async def serve(settings: Settings) -> None:
     folder_grants = grants_on_folders(sessions, user_peer, pages)
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
-    checks = Checks(sessions, analytics_peer)
-    widgets = WidgetServicer(sessions, boards, pages, checks)
+    validation = Validation(sessions, analytics_peer)
+    widgets = WidgetServicer(sessions, boards, pages, validation)
     library = LibraryWidgetServicer(
-        db=sessions, boards=boards, pages=pages, checks=checks, dashboards=DASHBOARD
+        db=sessions, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
     )
     searches = SearchServicer(sessions, search, user_peer, pages)
 

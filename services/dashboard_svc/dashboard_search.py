@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
+from meshboard.dashboard.v1 import dashboard_pb2
 from sqlalchemy import Uuid, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -67,19 +68,15 @@ def _within(rights: Rights, reached: Reach) -> Within:
     return Within(rights.workspace_id, parents, reached.allowed, reached.denied)
 
 
-async def texts_of_widgets(
-    session: AsyncSession, rows: Sequence[Dashboard]
-) -> Mapping[str, list[tuple[str, str]]]:
-    """What is searched of the widgets of dashboards, by dashboard, under the names of fields in highlights."""
-    texts: dict[str, list[tuple[str, str]]] = {}
-    for dashboard_id, widgets in (await seen_widgets(session, rows)).items():
-        found = texts[dashboard_id] = []
-        room = MAX_TEXT
-        for widget in widgets:
-            found.append(("widget.title", widget.title))
-            if text := to_text(widget.html)[:room]:
-                found.append(("widget.text", text))
-                room -= len(text)
+def texts_of(widgets: Iterable[dashboard_pb2.Widget]) -> list[tuple[str, str]]:
+    """What is searched of the widgets of a dashboard, with the names of the fields that highlights have."""
+    texts: list[tuple[str, str]] = []
+    room = MAX_TEXT
+    for widget in widgets:
+        texts.append(("widget.title", widget.title))
+        if widget.html and room:
+            texts.append(("widget.text", to_text(widget.html)[:room]))
+            room -= len(texts[-1][1])
     return texts
 
 
@@ -91,14 +88,14 @@ async def _read(session: AsyncSession, keys: Sequence[Key]) -> list[Document]:
         )
     )
     found = rows.all()
-    texts = await texts_of_widgets(session, found)
+    widgets = await seen_widgets(session, found)
     return [
         Document(
             row.workspace_id,
             row.dashboard_id,
             {
                 "title": dashboard.title,
-                "widgets": "\n".join(text for _, text in texts[row.dashboard_id]),
+                "widgets": "\n".join(text for _, text in texts_of(widgets[row.dashboard_id])),
                 "description": dashboard.description,
             },
             parent_id=row.folder_id,

@@ -25,9 +25,8 @@ from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.resources import Resource, visible
 from services.chassis.texts import clean_name
-from services.dashboard_svc import kinds
+from services.dashboard_svc import kinds, markdown
 from services.dashboard_svc.boards import Boards
-from services.dashboard_svc.checks import Checks
 from services.dashboard_svc.convert import (
     CONTENT,
     content_of_widget,
@@ -37,6 +36,7 @@ from services.dashboard_svc.convert import (
 )
 from services.dashboard_svc.library import absent, show
 from services.dashboard_svc.models import Dashboard, LibraryWidget, Widget
+from services.dashboard_svc.validation import Validation
 
 Context = Any
 MUTABLE = ("title", "kind", *CONTENT)
@@ -56,13 +56,13 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         db: async_sessionmaker[AsyncSession],
         boards: Boards,
         pages: Pages,
-        checks: Checks,
+        validation: Validation,
         dashboards: Resource,
         now: Callable[[], datetime] = times.now,
     ) -> None:
         self.db = db
         self.pages = pages
-        self.checks = checks
+        self.validation = validation
         self.dashboards = dashboards
         self.boards = boards
         self.now = now
@@ -75,7 +75,8 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         widget = fields_of(request, MUTABLE)
         widget.title = clean_name(request.title, "title")
         kinds.check(widget)
-        await self.checks.check(caller.workspace_id, [widget])
+        await self.validation.check(caller.workspace_id, [widget])
+        await markdown.prepare(widget.markdown)
         async with self.db.begin() as session:
             await session.execute(
                 select(func.pg_advisory_xact_lock(_LIBRARY_LOCK, func.hashtext(caller.workspace_id)))
@@ -150,7 +151,8 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         changes = fields_of(wanted, fields)
         if "title" in fields:
             changes.title = clean_name(wanted.title, "library_widget.title")
-        await self.checks.check(caller.workspace_id, [changes])
+        await self.validation.check(caller.workspace_id, [changes])
+        await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
             row = await _locked(session, caller.workspace_id, wanted.library_widget_id, wanted.etag)
             widget = dashboard_pb2.Widget()

@@ -19,8 +19,8 @@ from services.chassis import auth
 from services.chassis.clients import Peer
 from services.chassis.paging import Pages
 from services.chassis.search import Found, Place, Query, highlight, place_of
-from services.dashboard_svc.boards import shown
-from services.dashboard_svc.dashboard_search import DashboardSearch, texts_of_widgets
+from services.dashboard_svc.boards import seen_widgets, shown
+from services.dashboard_svc.dashboard_search import DashboardSearch, texts_of
 from services.dashboard_svc.favourites import tell_caller
 from services.dashboard_svc.models import Dashboard
 
@@ -53,11 +53,11 @@ class SearchServicer(SearchServiceServicer):
         shown_hits, next_page_token = page.close(hits[: page.limit], lambda hit: (hit.score, hit.id))
         found = [hit.row for hit in shown_hits if isinstance(hit.row, Dashboard)]
         async with self.db() as session:
-            texts = await texts_of_widgets(session, found)
+            widgets = await seen_widgets(session, found)
             seen = {each.dashboard_id: each for each in await shown(session, found)}
             await tell_caller(session, seen.values())
         return pb.SearchResponse(
-            hits=[_hit_to_pb(query, hit.row, seen, texts) for hit in shown_hits],
+            hits=[_hit_to_pb(query, hit.row, seen, widgets) for hit in shown_hits],
             next_page_token=next_page_token,
         )
 
@@ -90,13 +90,13 @@ def _hit_to_pb(
     query: Query,
     row: Dashboard | MemberHit,
     dashboards: Mapping[str, dashboard_pb2.Dashboard],
-    of_widgets: Mapping[str, list[tuple[str, str]]],
+    widgets: Mapping[str, list[dashboard_pb2.Widget]],
 ) -> pb.SearchHit:
     if isinstance(row, Dashboard):
         dashboard = dashboards[row.dashboard_id]
         own = [("title", dashboard.title), ("description", dashboard.description)]
         return pb.SearchHit(
-            dashboard=dashboard, highlights=_highlights(query, own + of_widgets[row.dashboard_id])
+            dashboard=dashboard, highlights=_highlights(query, own + texts_of(widgets[row.dashboard_id]))
         )
     texts = [("display_name", row.user.display_name), ("email", row.user.email)]
     return pb.SearchHit(user=row.user, highlights=_highlights(query, texts))

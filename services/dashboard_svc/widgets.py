@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,13 +17,13 @@ from uuid_utils.compat import uuid7
 from services.chassis import auth, errors, outbox
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
-from services.dashboard_svc import kinds, layouts, library
+from services.dashboard_svc import kinds, layouts, library, markdown
 from services.dashboard_svc.boards import Boards, locked
-from services.dashboard_svc.checks import Checks, check_variables
 from services.dashboard_svc.contents import MAX_WIDGETS, record, touch
 from services.dashboard_svc.convert import copy_field, dashboard_to_pb, fields_of, fill_widget, widget_to_pb
 from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Widget
+from services.dashboard_svc.validation import Validation, check_variables
 
 Context = Any
 MUTABLE = (
@@ -44,7 +44,7 @@ class WidgetServicer(WidgetServiceServicer):
         db: async_sessionmaker[AsyncSession],
         boards: Boards,
         pages: Pages,
-        checks: Checks,
+        validation: Validation,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         new_id: Callable[[], str] = lambda: str(uuid7()),
@@ -52,7 +52,7 @@ class WidgetServicer(WidgetServiceServicer):
         self.db = db
         self.boards = boards
         self.pages = pages
-        self.checks = checks
+        self.validation = validation
         self.now = now
         self.new_id = new_id
 
@@ -63,7 +63,8 @@ class WidgetServicer(WidgetServiceServicer):
         caller = auth.caller()
         widget = fields_of(request, MUTABLE)
         kinds.check(widget)
-        await self.checks.check(caller.workspace_id, [widget])
+        await self.validation.check(caller.workspace_id, [widget])
+        await markdown.prepare(widget.markdown)
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id)
             others = await _widgets(session, dashboard)
@@ -87,7 +88,8 @@ class WidgetServicer(WidgetServiceServicer):
                 create_time=self.now(),
                 update_time=self.now(),
             )
-            await _fit_in(session, dashboard, row, widget, others)
+            await _check_variables(session, dashboard, row, widget)
+            _fit_in(row, widget, others)
             session.add(row)
             await self._touch(session, dashboard)
             created = WidgetCreated(workspace_id=row.workspace_id, widget=await _shown(session, row))
@@ -122,7 +124,8 @@ class WidgetServicer(WidgetServiceServicer):
         caller, wanted = auth.caller(), request.widget
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
         changes = fields_of(wanted, fields)
-        await self.checks.check(caller.workspace_id, [changes])
+        await self.validation.check(caller.workspace_id, [changes])
+        await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id)
             rows = await _widgets(session, dashboard)
@@ -130,7 +133,8 @@ class WidgetServicer(WidgetServiceServicer):
             if wanted.etag and wanted.etag != str(row.version):
                 raise errors.etag_mismatch()
             widget = await _changed(session, row, changes, fields)
-            await _fit_in(session, dashboard, row, widget, [other for other in rows if other is not row])
+            await _check_variables(session, dashboard, row, changes)
+            _fit_in(row, widget, [other for other in rows if other is not row])
             updated = await self._update(session, dashboard, [row])
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
         return pb.UpdateWidgetResponse(widget=updated[0])
@@ -174,16 +178,17 @@ class WidgetServicer(WidgetServiceServicer):
         return pb.DeleteWidgetResponse()
 
     async def _update(
-        self, session: AsyncSession, dashboard: Dashboard, rows: Iterable[Widget]
+        self, session: AsyncSession, dashboard: Dashboard, rows: Sequence[Widget]
     ) -> list[dashboard_pb2.Widget]:
         """Notes that the rows have changed; gives them as they are now."""
-        updated = []
         for row in rows:
             row.version += 1
             row.update_time = self.now()
-            event = WidgetUpdated(workspace_id=row.workspace_id, widget=await _shown(session, row))
-            outbox.add(session, event, workspace_id=row.workspace_id)
-            updated.append(event.widget)
+        workspace_id = dashboard.workspace_id
+        updated = await shown_widgets(session, workspace_id, map(widget_to_pb, rows))
+        for widget in updated:
+            event = WidgetUpdated(workspace_id=workspace_id, widget=widget)
+            outbox.add(session, event, workspace_id=workspace_id)
         await self._touch(session, dashboard)
         return updated
 
@@ -210,17 +215,22 @@ async def _changed(
     return widget
 
 
-async def _fit_in(
-    session: AsyncSession,
-    dashboard: Dashboard,
-    row: Widget,
-    widget: dashboard_pb2.Widget,
-    others: list[Widget],
+async def _check_variables(
+    session: AsyncSession, dashboard: Dashboard, row: Widget, changes: dashboard_pb2.Widget
 ) -> None:
-    """Writes the widget to the row, if it gets on with the dashboard and its other widgets."""
-    if widget.library_widget_id:
-        await library.held(session, dashboard.workspace_id, widget.library_widget_id)
-    check_variables(widget, dashboard_to_pb(dashboard).variables)
+    """Raises INVALID_ARGUMENT when what has changed names variables that are not there; NOT_FOUND for library widgets.
+
+    What has not changed may be at odds with a dashboard that has.
+    """
+    asking = dashboard_pb2.Widget()
+    asking.CopyFrom(changes)
+    if changes.library_widget_id.lower() not in {"", row.library_widget_id}:
+        library.show(await library.held(session, dashboard.workspace_id, changes.library_widget_id), asking)
+    check_variables(asking, dashboard_to_pb(dashboard).variables)
+
+
+def _fit_in(row: Widget, widget: dashboard_pb2.Widget, others: Sequence[Widget]) -> None:
+    """Writes the widget to the row, if it gets on with the other widgets."""
     if widget.name and widget.name in {other.name for other in others}:
         raise errors.already_exists(
             "WIDGET_NAME_TAKEN", "Another widget of the dashboard has this name.", name=widget.name

@@ -68,7 +68,6 @@ from services.chassis.search_engines import engine_of
 from services.chassis.server import Server
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
-from services.dashboard_svc.checks import Checks
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.drafts import DraftServicer
@@ -78,6 +77,7 @@ from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
@@ -232,10 +232,10 @@ async def mesh(
             )
             drafts = DraftServicer(db, boards, answers)
             versions = VersionServicer(db, boards, sources, pages)
-            checks = Checks(db, peers[1])
-            widgets = WidgetServicer(db, boards, pages, checks)
+            validation = Validation(db, peers[1])
+            widgets = WidgetServicer(db, boards, pages, validation)
             library = LibraryWidgetServicer(
-                db=db, boards=boards, pages=pages, checks=checks, dashboards=DASHBOARD
+                db=db, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
             )
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)

@@ -3,9 +3,10 @@ from sqlalchemy import func, select
 
 from services.chassis.db import GrantRow
 from services.dashboard_svc.consumers import on_workspace_deleted
-from services.dashboard_svc.models import Dashboard, Favourite, Version, Widget
+from services.dashboard_svc.models import Dashboard, Favourite, LibraryWidget, Version, Widget
 from tests.dashboard_svc.conftest import Mesh
 from tests.dashboard_svc.test_favourites import favourite
+from tests.dashboard_svc.test_library_widgets import create
 
 
 async def test_a_deleted_workspace_leaves_nothing_and_takes_nothing_else(mesh: Mesh) -> None:
@@ -14,11 +15,12 @@ async def test_a_deleted_workspace_leaves_nothing_and_takes_nothing_else(mesh: M
         dashboard = await mesh.dashboard(member)
         await mesh.widget(member, dashboard)
         await favourite(mesh, member, dashboard.dashboard_id)
+        await create(mesh, member)
     for _ in range(2):
         async with mesh.db.begin() as session:
             await on_workspace_deleted(session, WorkspaceDeleted(workspace_id=gone.workspace_id))
     async with mesh.db() as session:
-        for table in (Dashboard, Widget, Version, Favourite, GrantRow):
+        for table in (Dashboard, Widget, LibraryWidget, Version, Favourite, GrantRow):
             for member, count in ((gone, 0), (spared, 1)):
                 left = (
                     select(func.count()).select_from(table).where(table.workspace_id == member.workspace_id)

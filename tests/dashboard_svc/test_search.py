@@ -13,6 +13,7 @@ import pytest
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1 import widget_service_pb2 as widget_pb
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget
+from meshboard.dashboard.v1.library_service_pb2 import CreateLibraryWidgetRequest, UpdateLibraryWidgetRequest
 from meshboard.dashboard.v1.search_service_pb2 import SearchHit, SearchRequest
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 from meshboard.user.v1.internal_user_service_pb2 import MemberHit
@@ -81,6 +82,34 @@ async def test_dashboards_are_found_by_title_description_and_widgets(mesh: Mesh,
     assert await titles(mesh, editor, "revenu") == ["Weekly revenue", "Overview", "Board"]
     assert await titles(mesh, editor, "overview signups plan") == ["Overview"]
     assert await titles(mesh, editor, "revenue of board") == [described.dashboard.title]
+
+
+async def test_what_texts_and_library_widgets_say_is_found(mesh: Mesh, index: Indexed) -> None:
+    editor = mesh.identity.member("editor")
+    dashboard, other = await mesh.dashboard(editor, "Shown"), await mesh.dashboard(editor, "Other")
+    words = widget_pb.CreateWidgetRequest(dashboard_id=dashboard.dashboard_id, kind=Widget.TEXT)
+    words.markdown = "# Runbook\n\nAsk the **captain** & <crew>"
+    await mesh.widgets.CreateWidget(words, metadata=editor.metadata)
+    library = CreateLibraryWidgetRequest(title="Vessels", kind=Widget.TEXT, markdown="of the *harbour*")
+    made = (await mesh.library.CreateLibraryWidget(library, metadata=editor.metadata)).library_widget
+    for each in (dashboard, other):
+        placed = widget_pb.CreateWidgetRequest(
+            dashboard_id=each.dashboard_id, library_widget_id=made.library_widget_id
+        )
+        await mesh.widgets.CreateWidget(placed, metadata=editor.metadata)
+    await index.settled()
+    assert await titles(mesh, editor, "captain") == ["Shown"]
+    assert sorted(await titles(mesh, editor, "harbour vessels")) == ["Other", "Shown"]
+    (hit,) = await search(mesh, editor, "crew runbook")
+    assert [h.field for h in hit.highlights] == ["widget.text"]
+    assert "captain & <crew>" in "".join(fragment.text for fragment in hit.highlights[0].fragments)
+    made.title = "Ships"
+    await mesh.library.UpdateLibraryWidget(
+        UpdateLibraryWidgetRequest(library_widget=made), metadata=editor.metadata
+    )
+    await index.settled()
+    assert await titles(mesh, editor, "vessels") == []
+    assert sorted(await titles(mesh, editor, "ships")) == ["Other", "Shown"]
 
 
 async def test_who_may_not_see_a_dashboard_does_not_find_it(mesh: Mesh, index: Indexed) -> None:

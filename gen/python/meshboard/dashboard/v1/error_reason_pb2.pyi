@@ -68,14 +68,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the grid has no room below the lowest widget. Say where the widget is to stand."""
     WIDGET_NAME_TAKEN: _ErrorReason.ValueType  # 32
     """ALREADY_EXISTS: another widget of the dashboard has this `name`."""
-    VARIABLE_UNKNOWN: _ErrorReason.ValueType  # 33
-    """INVALID_ARGUMENT: the widget names a variable that the dashboard does not have. A plain `$` is written `$$`."""
-    LIBRARY_WIDGET_NOT_FOUND: _ErrorReason.ValueType  # 34
+    LIBRARY_WIDGET_NOT_FOUND: _ErrorReason.ValueType  # 33
     """NOT_FOUND: the workspace has no such library widget."""
-    LIBRARY_WIDGET_IN_USE: _ErrorReason.ValueType  # 35
+    LIBRARY_WIDGET_IN_USE: _ErrorReason.ValueType  # 34
     """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
-    TOO_MANY_LIBRARY_WIDGETS: _ErrorReason.ValueType  # 36
+    TOO_MANY_LIBRARY_WIDGETS: _ErrorReason.ValueType  # 35
     """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
+    VARIABLE_UNKNOWN: _ErrorReason.ValueType  # 50
+    """INVALID_ARGUMENT: a condition or a time range of the widget names a variable that the dashboard does not have. A plain
+    `$` is written `$$`.
+    """
     VARIABLE_UNFIT: _ErrorReason.ValueType  # 51
     """INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
     number.
@@ -130,14 +132,16 @@ LAYOUT_FULL: ErrorReason.ValueType  # 31
 """FAILED_PRECONDITION: the grid has no room below the lowest widget. Say where the widget is to stand."""
 WIDGET_NAME_TAKEN: ErrorReason.ValueType  # 32
 """ALREADY_EXISTS: another widget of the dashboard has this `name`."""
-VARIABLE_UNKNOWN: ErrorReason.ValueType  # 33
-"""INVALID_ARGUMENT: the widget names a variable that the dashboard does not have. A plain `$` is written `$$`."""
-LIBRARY_WIDGET_NOT_FOUND: ErrorReason.ValueType  # 34
+LIBRARY_WIDGET_NOT_FOUND: ErrorReason.ValueType  # 33
 """NOT_FOUND: the workspace has no such library widget."""
-LIBRARY_WIDGET_IN_USE: ErrorReason.ValueType  # 35
+LIBRARY_WIDGET_IN_USE: ErrorReason.ValueType  # 34
 """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
-TOO_MANY_LIBRARY_WIDGETS: ErrorReason.ValueType  # 36
+TOO_MANY_LIBRARY_WIDGETS: ErrorReason.ValueType  # 35
 """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
+VARIABLE_UNKNOWN: ErrorReason.ValueType  # 50
+"""INVALID_ARGUMENT: a condition or a time range of the widget names a variable that the dashboard does not have. A plain
+`$` is written `$$`.
+"""
 VARIABLE_UNFIT: ErrorReason.ValueType  # 51
 """INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
 number.

@@ -83,8 +83,8 @@ class LibraryWidgetServiceServicer:
         """Adds a library widget and emits `LibraryWidgetCreated`.
 
         Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables; on a dashboard without such a variable they do not
-        filter.
+        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+        them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,8 +25,8 @@ class LibraryWidgetServiceStub:
     """Adds a library widget and emits `LibraryWidgetCreated`.
 
     Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-    TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables; on a dashboard without such a variable they do not
-    filter.
+    TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+    them.
     """
     GetLibraryWidget: _aio.UnaryUnaryMultiCallable[_library_service_pb2.GetLibraryWidgetRequest, _library_service_pb2.GetLibraryWidgetResponse]
     """Returns a library widget.
@@ -71,8 +71,8 @@ class LibraryWidgetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Adds a library widget and emits `LibraryWidgetCreated`.
 
         Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables; on a dashboard without such a variable they do not
-        filter.
+        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+        them.
         """
 
     @_abc_1.abstractmethod

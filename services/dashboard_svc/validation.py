@@ -71,7 +71,7 @@ def check_variables(widget: Widget, variables: Iterable[Variable]) -> None:
         )
 
 
-class Checks:
+class Validation:
     """Asks analytics_svc, as the caller."""
 
     def __init__(self, db: async_sessionmaker[AsyncSession], analytics: Peer) -> None:
