@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from meshboard.dashboard.v1.annotation_service_pb2_grpc import add_AnnotationServiceServicer_to_server
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from meshboard.dashboard.v1.variable_service_pb2_grpc import add_VariableServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
@@ -25,6 +27,7 @@ from services.chassis.process import until_stopped
 from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
+from services.dashboard_svc.annotations import Annotations, AnnotationServicer
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
@@ -34,6 +37,7 @@ from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.widgets import WidgetServicer
 
 
@@ -84,6 +88,8 @@ async def serve(settings: Settings) -> None:
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
     widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+    annotations = AnnotationServicer(sessions, boards, pages, Annotations(sessions, answers))
+    variables = VariableServicer(boards, pages, answers)
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -106,6 +112,8 @@ async def serve(settings: Settings) -> None:
             lambda s: add_DashboardServiceServicer_to_server(dashboards, s),
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
+            lambda s: add_AnnotationServiceServicer_to_server(annotations, s),
+            lambda s: add_VariableServiceServicer_to_server(variables, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
         ],

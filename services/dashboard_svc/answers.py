@@ -72,18 +72,8 @@ class Answers:
         self._cached: OrderedDict[tuple[str, bytes], Answer] = OrderedDict()
         self._bytes = 0
 
-    async def answer(
-        self, workspace_id: str, question: Question, seconds: float = QUERY_SECONDS
-    ) -> WidgetData:
-        """The answer to one question, as data without a widget's id."""
-        answers = await self.ask(workspace_id, [question], seconds)
-        return WidgetData.FromString(answers[question.key].data)
-
     async def data_of(self, workspace_id: str, tiles: Sequence[Tile]) -> list[WidgetData]:
-        """The data of each widget, in their order; equal questions are asked once.
-
-        Returns shortly before the call's deadline, with errors in place of what is not there yet.
-        """
+        """The data of each widget, in their order; equal questions are asked once."""
         return [WidgetData.FromString(piece) for piece in await self._pieces(workspace_id, tiles)]
 
     async def serialized(self, workspace_id: str, tiles: Sequence[Tile]) -> bytes:
@@ -92,15 +82,17 @@ class Answers:
         return b"".join(_WIDGETS + _length_of(piece) + piece for piece in pieces)
 
     async def _pieces(self, workspace_id: str, tiles: Sequence[Tile]) -> list[bytes]:
-        questions = [question for tile in tiles for question in tile.questions]
-        seconds = min(QUERY_SECONDS, 0.9 * seconds_left())
-        answers = await self.ask(workspace_id, questions, seconds)
+        answers = await self.ask(workspace_id, [question for tile in tiles for question in tile.questions])
         return [data_of_tile(tile, answers) for tile in tiles]
 
     async def ask(
-        self, workspace_id: str, questions: Iterable[Question], seconds: float
+        self, workspace_id: str, questions: Iterable[Question], seconds: float = QUERY_SECONDS
     ) -> dict[bytes, Answer]:
-        """The answers by the keys of the questions, in one call; after `seconds` errors for those not there."""
+        """The answers by the keys of the questions, in one call.
+
+        Returns after `seconds`, or shortly before the call's deadline, with errors in place of what is not there yet.
+        """
+        seconds = min(seconds, 0.9 * seconds_left())
         keys = list(dict.fromkeys(question.key for question in questions))
         answers: dict[bytes, Answer] = {}
         failure = errors.unavailable("analytics has left a question out.")

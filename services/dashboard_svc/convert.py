@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from meshboard.analytics.v1 import query_pb2
-from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2
+from meshboard.dashboard.v1 import annotation_pb2, dashboard_pb2, folder_pb2
 
 from services.chassis.times import timestamp_of
-from services.dashboard_svc.models import Dashboard, Folder, Widget
+from services.dashboard_svc.models import Annotation, Dashboard, Folder, Widget
 
 
 def dashboard_to_pb(row: Dashboard) -> dashboard_pb2.Dashboard:
@@ -47,6 +47,23 @@ def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:
         kind=dashboard_pb2.Widget.Kind.ValueType(row.kind),
         query=query_pb2.Query.FromString(row.query),
         layout=dashboard_pb2.Layout(x=row.x, y=row.y, width=row.width, height=row.height),
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+    )
+
+
+def annotation_to_pb(row: Annotation) -> annotation_pb2.Annotation:
+    """An annotation."""
+    return annotation_pb2.Annotation(
+        annotation_id=row.annotation_id,
+        dashboard_id=row.dashboard_id,
+        time=timestamp_of(row.time),
+        end_time=timestamp_of(row.end_time) if row.end_time else None,
+        text=row.text,
+        tags=row.tags,
+        origin=annotation_pb2.Annotation.BY_HAND,
+        creator_id=row.creator_id,
         create_time=timestamp_of(row.create_time),
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),

@@ -126,6 +126,11 @@ def _time_range(widget: Widget, dashboard: Dashboard, scope: Scope, values: Valu
         chosen = _chosen(widget.time_range_variable, values)
         if chosen:
             return span_of(widget.time_range_variable, chosen[0])
+    return range_of(dashboard, scope)
+
+
+def range_of(dashboard: Dashboard, scope: Scope) -> TimeRange | None:
+    """The time that is looked at: what the viewer has chosen, else the dashboard's; None: neither says."""
     if scope.time_range:
         return TimeRange.FromString(scope.time_range)
     return dashboard.settings.time_range if dashboard.settings.HasField("time_range") else None

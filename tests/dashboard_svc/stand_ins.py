@@ -19,7 +19,7 @@ from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceServicer,
     add_InternalQueryServiceServicer_to_server,
 )
-from meshboard.analytics.v1.query_pb2 import Column, Query
+from meshboard.analytics.v1.query_pb2 import Column, Query, Result
 from meshboard.analytics.v1.query_service_pb2_grpc import (
     QueryServiceServicer,
     add_QueryServiceServicer_to_server,
@@ -47,7 +47,8 @@ class Asked:
 class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     """Answers each question with the number that `count` has for its first source.
 
-    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises.
+    `results` take the place of the number for a source, `failures` are its errors, `delays` are seconds before an
+    answer; `refused` is what ValidateQuery raises.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.refused: errors.Error | None = None
         self.asked: list[Asked] = []
         self.calls = 0
-        self.remembers = True
+        self.results: dict[str, Result] = {}
         self.validated: list[tuple[Query, dict[str, str]]] = []
 
     async def RunWidgetQueries(
@@ -87,7 +88,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         if failure := self.failures.get(source_id):
             return internal_query_service_pb2.RunWidgetQueriesResponse(index=index, error=failure.status())
         version = hashlib.sha256(asked.SerializeToString(deterministic=True) + str(count).encode()).digest()
-        if self.remembers and version == question.known_version:
+        if version == question.known_version:
             return internal_query_service_pb2.RunWidgetQueriesResponse(
                 index=index, unchanged=True, version=version
             )
@@ -97,6 +98,8 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
                 answer.funnel.total.steps.add(title="first", count=count)
             case "retention":
                 answer.retention.rows.add(size=count)
+            case _ if source_id in self.results:
+                answer.result.CopyFrom(self.results[source_id])
             case _:
                 answer.result.columns.add(name="count", type=Column.NUMBER)
                 answer.result.rows.append(ListValue(values=[Value(number_value=count)]))

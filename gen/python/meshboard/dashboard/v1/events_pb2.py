@@ -22,46 +22,53 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from meshboard.dashboard.v1 import annotation_pb2 as meshboard_dot_dashboard_dot_v1_dot_annotation__pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as meshboard_dot_dashboard_dot_v1_dot_dashboard__pb2
 from meshboard.dashboard.v1 import folder_pb2 as meshboard_dot_dashboard_dot_v1_dot_folder__pb2
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a\'meshboard/dashboard/v1/annotation.proto\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"z\n\x11\x41nnotationCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x42\n\nannotation\x18\x02 \x01(\x0b\x32\".meshboard.dashboard.v1.AnnotationR\nannotation\"z\n\x11\x41nnotationUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x42\n\nannotation\x18\x02 \x01(\x0b\x32\".meshboard.dashboard.v1.AnnotationR\nannotation\"~\n\x11\x41nnotationDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12#\n\rannotation_id\x18\x03 \x01(\tR\x0c\x61nnotationId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.dashboard.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DASHBOARDCREATED']._serialized_start=171
-  _globals['_DASHBOARDCREATED']._serialized_end=254
-  _globals['_DASHBOARDUPDATED']._serialized_start=256
-  _globals['_DASHBOARDUPDATED']._serialized_end=339
-  _globals['_DASHBOARDMOVED']._serialized_start=341
-  _globals['_DASHBOARDMOVED']._serialized_end=460
-  _globals['_DASHBOARDDELETED']._serialized_start=462
-  _globals['_DASHBOARDDELETED']._serialized_end=550
-  _globals['_WIDGETCREATED']._serialized_start=552
-  _globals['_WIDGETCREATED']._serialized_end=658
-  _globals['_WIDGETUPDATED']._serialized_start=660
-  _globals['_WIDGETUPDATED']._serialized_end=766
-  _globals['_WIDGETDELETED']._serialized_start=768
-  _globals['_WIDGETDELETED']._serialized_end=882
-  _globals['_DASHBOARDGRANTCREATED']._serialized_start=885
-  _globals['_DASHBOARDGRANTCREATED']._serialized_end=1026
-  _globals['_DASHBOARDGRANTDELETED']._serialized_start=1028
-  _globals['_DASHBOARDGRANTDELETED']._serialized_end=1148
-  _globals['_FOLDERCREATED']._serialized_start=1150
-  _globals['_FOLDERCREATED']._serialized_end=1221
-  _globals['_FOLDERUPDATED']._serialized_start=1223
-  _globals['_FOLDERUPDATED']._serialized_end=1294
-  _globals['_FOLDERMOVED']._serialized_start=1296
-  _globals['_FOLDERMOVED']._serialized_end=1416
-  _globals['_FOLDERDELETED']._serialized_start=1418
-  _globals['_FOLDERDELETED']._serialized_end=1497
-  _globals['_FOLDERGRANTCREATED']._serialized_start=1500
-  _globals['_FOLDERGRANTCREATED']._serialized_end=1632
-  _globals['_FOLDERGRANTDELETED']._serialized_start=1634
-  _globals['_FOLDERGRANTDELETED']._serialized_end=1745
+  _globals['_DASHBOARDCREATED']._serialized_start=212
+  _globals['_DASHBOARDCREATED']._serialized_end=295
+  _globals['_DASHBOARDUPDATED']._serialized_start=297
+  _globals['_DASHBOARDUPDATED']._serialized_end=380
+  _globals['_DASHBOARDMOVED']._serialized_start=382
+  _globals['_DASHBOARDMOVED']._serialized_end=501
+  _globals['_DASHBOARDDELETED']._serialized_start=503
+  _globals['_DASHBOARDDELETED']._serialized_end=591
+  _globals['_WIDGETCREATED']._serialized_start=593
+  _globals['_WIDGETCREATED']._serialized_end=699
+  _globals['_WIDGETUPDATED']._serialized_start=701
+  _globals['_WIDGETUPDATED']._serialized_end=807
+  _globals['_WIDGETDELETED']._serialized_start=809
+  _globals['_WIDGETDELETED']._serialized_end=923
+  _globals['_ANNOTATIONCREATED']._serialized_start=925
+  _globals['_ANNOTATIONCREATED']._serialized_end=1047
+  _globals['_ANNOTATIONUPDATED']._serialized_start=1049
+  _globals['_ANNOTATIONUPDATED']._serialized_end=1171
+  _globals['_ANNOTATIONDELETED']._serialized_start=1173
+  _globals['_ANNOTATIONDELETED']._serialized_end=1299
+  _globals['_DASHBOARDGRANTCREATED']._serialized_start=1302
+  _globals['_DASHBOARDGRANTCREATED']._serialized_end=1443
+  _globals['_DASHBOARDGRANTDELETED']._serialized_start=1445
+  _globals['_DASHBOARDGRANTDELETED']._serialized_end=1565
+  _globals['_FOLDERCREATED']._serialized_start=1567
+  _globals['_FOLDERCREATED']._serialized_end=1638
+  _globals['_FOLDERUPDATED']._serialized_start=1640
+  _globals['_FOLDERUPDATED']._serialized_end=1711
+  _globals['_FOLDERMOVED']._serialized_start=1713
+  _globals['_FOLDERMOVED']._serialized_end=1833
+  _globals['_FOLDERDELETED']._serialized_start=1835
+  _globals['_FOLDERDELETED']._serialized_end=1914
+  _globals['_FOLDERGRANTCREATED']._serialized_start=1917
+  _globals['_FOLDERGRANTCREATED']._serialized_end=2049
+  _globals['_FOLDERGRANTDELETED']._serialized_start=2051
+  _globals['_FOLDERGRANTDELETED']._serialized_end=2162
 # @@protoc_insertion_point(module_scope)
