@@ -16,7 +16,7 @@ import grpc
 from meshboard.analytics.v1.insight_service_pb2 import FunnelResult, RetentionResult
 from meshboard.analytics.v1.internal_query_service_pb2 import (
     RunWidgetQueriesRequest,
-    RunWidgetQueriesResponse,
+    WidgetAnswer,
     WidgetQuestion,
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
@@ -114,20 +114,21 @@ class Answers:
     ) -> None:
         known = [self._cached.get((workspace_id, key)) for key in keys]
         questions = [WidgetQuestion.FromString(key) for key in keys]
-        for question, answer in zip(questions, known, strict=True):
-            if answer is not None:
-                question.known_version = answer.version
+        for question, kept in zip(questions, known, strict=True):
+            if kept is not None:
+                question.known_version = kept.version
         request = RunWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
         # The call has more time than its caller waits, so that what is late is told apart from what is away.
         async for response in self._queries.RunWidgetQueries(request, timeout=seconds + 1):
-            key, before = keys[response.index], known[response.index]
-            if response.unchanged and before is not None:
-                self._keep((workspace_id, key), before)
-                answers[key] = before.again()
-                continue
-            answers[key] = answer = _read(response)
-            if answer.version:
-                self._keep((workspace_id, key), answer)
+            for answer in response.answers:
+                key, before = keys[answer.index], known[answer.index]
+                if answer.unchanged and before is not None:
+                    self._keep((workspace_id, key), before)
+                    answers[key] = before.again()
+                    continue
+                answers[key] = found = _read(answer)
+                if found.version:
+                    self._keep((workspace_id, key), found)
 
     def _room(self, workspace_id: str) -> asyncio.Semaphore:
         room = self._rooms.get(workspace_id)
@@ -158,17 +159,17 @@ def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
     return data
 
 
-def _read(response: RunWidgetQueriesResponse) -> Answer:
-    match response.WhichOneof("answer"):
+def _read(answer: WidgetAnswer) -> Answer:
+    match answer.WhichOneof("answer"):
         case "result":
-            data = WidgetData(result=response.result)
+            data = WidgetData(result=answer.result)
         case "funnel":
-            data = WidgetData(funnel=response.funnel)
+            data = WidgetData(funnel=answer.funnel)
         case "retention":
-            data = WidgetData(retention=response.retention)
+            data = WidgetData(retention=answer.retention)
         case _:
-            return _failed(errors.from_peer(response.error, "analytics"))
-    return Answer(data.SerializeToString(), response.version, str(data.WhichOneof("outcome")))
+            return _failed(errors.from_peer(answer.error, "analytics"))
+    return Answer(data.SerializeToString(), answer.version, str(data.WhichOneof("outcome")))
 
 
 def _failed(error: errors.Error) -> Answer:

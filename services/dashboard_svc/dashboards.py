@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
@@ -39,7 +39,7 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
-from services.dashboard_svc.questions import resolve
+from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.streams import stream
 
@@ -78,6 +78,7 @@ class DashboardServicer(DashboardServiceServicer):
         self.grants = grants
         self.search = search
         self.answers = answers
+        self.tiles = Tiles()
         self.feeds = feeds
         self.span = span
         self.draining = draining
@@ -234,8 +235,9 @@ class DashboardServicer(DashboardServiceServicer):
         widgets = await self.boards.widgets(workspace_id, dashboard_id)
         if wanted := {widget_id.lower() for widget_id in request.widget_ids}:
             widgets = [widget for widget in widgets if widget.widget_id in wanted]
-        tiles = resolve(widgets, dashboard, _scope(dashboard, request))
-        return pb.GetDashboardDataResponse(widgets=await self.answers.data_of(workspace_id, tiles))
+        tiles = self.tiles.of(widgets, dashboard, _scope(dashboard, request))
+        # The answers are kept as bytes, and together are the bytes of the response.
+        return cast("pb.GetDashboardDataResponse", await self.answers.serialized(workspace_id, tiles))
 
     async def WatchDashboard(
         self, request: pb.WatchDashboardRequest, context: Context

@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 from google.protobuf.struct_pb2 import ListValue, Value
 from meshboard.analytics.v1 import internal_query_service_pb2, query_service_pb2
-from meshboard.analytics.v1.internal_query_service_pb2 import WidgetQuestion
+from meshboard.analytics.v1.internal_query_service_pb2 import WidgetAnswer, WidgetQuestion
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceServicer,
     add_InternalQueryServiceServicer_to_server,
@@ -70,15 +70,19 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
             for index, question in enumerate(request.questions)
         ]
         try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
+            await asyncio.sleep(0)
+            done, late = await asyncio.wait(tasks, timeout=0)
+            if done:
+                yield internal_query_service_pb2.RunWidgetQueriesResponse(
+                    answers=[one.result() for one in done]
+                )
+            for task in asyncio.as_completed(late):
+                yield internal_query_service_pb2.RunWidgetQueriesResponse(answers=[await task])
         finally:
             for each in tasks:
                 each.cancel()
 
-    async def _answer(
-        self, index: int, workspace_id: str, question: WidgetQuestion
-    ) -> internal_query_service_pb2.RunWidgetQueriesResponse:
+    async def _answer(self, index: int, workspace_id: str, question: WidgetQuestion) -> WidgetAnswer:
         kind = str(question.WhichOneof("question"))
         asked = getattr(question, kind)
         self.asked.append(Asked(workspace_id, asked, question.known_version))
@@ -86,13 +90,11 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         count = self.count[source_id]
         await asyncio.sleep(self.delays.get(source_id, 0))
         if failure := self.failures.get(source_id):
-            return internal_query_service_pb2.RunWidgetQueriesResponse(index=index, error=failure.status())
+            return WidgetAnswer(index=index, error=failure.status())
         version = hashlib.sha256(asked.SerializeToString(deterministic=True) + str(count).encode()).digest()
         if version == question.known_version:
-            return internal_query_service_pb2.RunWidgetQueriesResponse(
-                index=index, unchanged=True, version=version
-            )
-        answer = internal_query_service_pb2.RunWidgetQueriesResponse(index=index, version=version)
+            return WidgetAnswer(index=index, unchanged=True, version=version)
+        answer = WidgetAnswer(index=index, version=version)
         match kind:
             case "funnel":
                 answer.funnel.total.steps.add(title="first", count=count)
