@@ -59,7 +59,8 @@ def measure(
     rows = queries.Rows(account.workspace_id, source_id, events)
     dashboard_id = str(account.post("/v1/dashboards", {"title": "Load"})["dashboard"]["dashboardId"])
     for kind, parts in WIDGETS:
-        body = {"kind": kind, "query": {"sourceIds": [source_id], **parts}}
+        query = {"sourceIds": [source_id], "timeRange": {"lastSeconds": queries.DAYS * 86_400}, **parts}
+        body = {"kind": kind, "query": query}
         account.post(f"/v1/dashboards/{dashboard_id}/widgets", body)
     url = mesh.environment("analytics_svc")["MESHBOARD_EVENT_STORE_URL"]
     asyncio.run(queries.fill(url, rows))
