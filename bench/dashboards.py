@@ -1,8 +1,8 @@
 """The data of a dashboard of twenty widgets over millions of events: cold, and as it is when nothing has changed.
 
 Cold, it is held to the slowest of its queries in the same store when all are sent there at once: what is left is what
-it costs to ask for them as a dashboard. The slowest by itself, and all of them one by one, are told beside it. Each time
-has a range of its own, so that nothing is remembered of it.
+it costs to ask for them as a dashboard. The slowest by itself, and all of them one by one, are told beside it. Each
+time has a range of its own, so that nothing is remembered of it.
 """
 
 from __future__ import annotations

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import grpc
-from meshboard.analytics.v1.insight_service_pb2 import FunnelResult, RetentionResult
 from meshboard.analytics.v1.internal_query_service_pb2 import (
     RunWidgetQueriesRequest,
     WidgetAnswer,
     WidgetQuestion,
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
-from meshboard.analytics.v1.query_pb2 import Result
 from meshboard.dashboard.v1.dashboard_pb2 import WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2 import GetDashboardDataResponse
 
@@ -34,12 +32,6 @@ _TRANSIENT = {grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.DEADLINE_EXC
 # The key of GetDashboardDataResponse.widgets: its number, and that a length follows.
 _WIDGETS = bytes([GetDashboardDataResponse.WIDGETS_FIELD_NUMBER << 3 | 2])
 _NONE = WidgetData(none=WidgetData.NoData()).SerializeToString()
-# Behind an answer, says that it was computed for an earlier call: messages that follow one another are merged.
-_CACHED = {
-    "result": WidgetData(result=Result(cached=True)).SerializeToString(),
-    "funnel": WidgetData(funnel=FunnelResult(cached=True)).SerializeToString(),
-    "retention": WidgetData(retention=RetentionResult(cached=True)).SerializeToString(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +40,6 @@ class Answer:
 
     data: bytes
     version: bytes = b""
-    kind: str = "error"
-
-    def again(self) -> Answer:
-        """The same, for whoever asks later."""
-        return Answer(self.data + _CACHED[self.kind], self.version, self.kind)
 
 
 def is_transient(answer: WidgetData) -> bool:
@@ -63,7 +50,7 @@ def is_transient(answer: WidgetData) -> bool:
 class Answers:
     """Asks analytics_svc. What fails becomes the `error` of the widget in question."""
 
-    def __init__(self, analytics: Peer, *, per_workspace: int = 16, cached_bytes: int = 64 << 20) -> None:
+    def __init__(self, analytics: Peer, *, per_workspace: int = 64, cached_bytes: int = 64 << 20) -> None:
         """`per_workspace` bounds the calls for one workspace that are under way, `cached_bytes` what is kept."""
         self._queries = analytics.stub(InternalQueryServiceStub)
         self._per_workspace = per_workspace
@@ -123,12 +110,15 @@ class Answers:
             for answer in response.answers:
                 key, before = keys[answer.index], known[answer.index]
                 if answer.unchanged and before is not None:
+                    answers[key] = before
                     self._keep((workspace_id, key), before)
-                    answers[key] = before.again()
                     continue
-                answers[key] = found = _read(answer)
-                if found.version:
-                    self._keep((workspace_id, key), found)
+                data = _read(answer)
+                answers[key] = Answer(data.SerializeToString(), answer.version)
+                if answer.version:
+                    # As whoever asks next is given it.
+                    getattr(data, str(data.WhichOneof("outcome"))).cached = True
+                    self._keep((workspace_id, key), Answer(data.SerializeToString(), answer.version))
 
     def _room(self, workspace_id: str) -> asyncio.Semaphore:
         room = self._rooms.get(workspace_id)
@@ -147,7 +137,7 @@ class Answers:
 
 
 def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
-    """The data of a widget, serialized. A sparkline that cannot be computed is left out."""
+    """The data of a widget, serialized: each field once, as the gateway reads it. A sparkline may be missing."""
     if tile.problem is not None:
         return WidgetData(widget_id=tile.widget_id, error=tile.problem).SerializeToString()
     data = WidgetData(widget_id=tile.widget_id).SerializeToString()
@@ -159,17 +149,16 @@ def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
     return data
 
 
-def _read(answer: WidgetAnswer) -> Answer:
+def _read(answer: WidgetAnswer) -> WidgetData:
     match answer.WhichOneof("answer"):
         case "result":
-            data = WidgetData(result=answer.result)
+            return WidgetData(result=answer.result)
         case "funnel":
-            data = WidgetData(funnel=answer.funnel)
+            return WidgetData(funnel=answer.funnel)
         case "retention":
-            data = WidgetData(retention=answer.retention)
+            return WidgetData(retention=answer.retention)
         case _:
-            return _failed(errors.from_peer(answer.error, "analytics"))
-    return Answer(data.SerializeToString(), answer.version, str(data.WhichOneof("outcome")))
+            return WidgetData(error=errors.from_peer(answer.error, "analytics").status())
 
 
 def _failed(error: errors.Error) -> Answer:

@@ -125,13 +125,17 @@ async def test_each_kind_of_widget_has_its_kind_of_answer(mesh: Mesh) -> None:
             display=Display(sparkline=True),
         ),
     ]
+    workspace_id, tiles = new_id(), resolve(widgets, Dashboard(), Scope())
     for _ in range(2):
-        data = await mesh.answers.data_of(new_id(), resolve(widgets, Dashboard(), Scope()))
+        data = await mesh.answers.data_of(workspace_id, tiles)
         assert [one.widget_id for one in data] == [widget.widget_id for widget in widgets]
         assert [one.WhichOneof("outcome") for one in data] == ["funnel", "retention", "none", "result"]
         assert data[0].funnel.total.steps[0].count == data[1].retention.rows[0].size == 3
         assert [one.HasField("sparkline") for one in data] == [False, False, False, True]
         assert data[3].sparkline.rows[0].values[0].number_value == 3
+        # The gateway reads each field once: it does not merge.
+        raw = await mesh.answers.serialized(workspace_id, tiles)
+        assert pb.GetDashboardDataResponse.FromString(raw).SerializeToString() == raw
 
 
 async def test_gives_some_of_the_widgets(mesh: Mesh) -> None:
