@@ -106,7 +106,7 @@ def measure(
     """Milliseconds of each query, its ratio to chDB alone, and those of answers that are remembered."""
     source_id, _ = account.create_source()
     rows = Rows(account.workspace_id, source_id, events)
-    asyncio.run(_fill(mesh.environment("analytics_svc")["MESHBOARD_EVENT_STORE_URL"], rows))
+    asyncio.run(fill(mesh.environment("analytics_svc")["MESHBOARD_EVENT_STORE_URL"], rows))
     say(f"{events:,} events in the store")
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     with Alone(rows) as alone, grpc.insecure_channel(mesh.address("analytics")) as channel:
@@ -160,7 +160,8 @@ def figures(spent: Mapping[tuple[str, str], Sequence[float]], cached: Sequence[f
     return result
 
 
-async def _fill(url: str, rows: Rows) -> None:
+async def fill(url: str, rows: Rows) -> None:
+    """Puts the events into a store."""
     store = EventStore(url)
     for params in rows.inserts():
         await store.execute(_INSERT, params, timeout=LIMIT_SECONDS)

@@ -18,6 +18,7 @@ from meshboard.analytics.v1.internal_query_service_pb2 import (
     CheckWidgetQueriesResponse,
     RunWidgetQueriesRequest,
     RunWidgetQueriesResponse,
+    WidgetAnswer,
     WidgetQuestion,
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
@@ -46,6 +47,8 @@ QUESTIONS_AT_ONCE = 8
 # What the compiled questions that a process remembers may take.
 _PREPARED_BYTES = 16 << 20
 _DIGEST_BYTES = 16
+# A message with more than this is sent before there is more in it.
+_MESSAGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class _Prepared:
     """A question as the store is asked it, and how its rows become an answer; equal digests: the same of both."""
 
     compiled: Compiled
-    read: Callable[[Result], RunWidgetQueriesResponse]
+    read: Callable[[Result], WidgetAnswer]
     digest: bytes
     size: int
 
@@ -69,23 +72,31 @@ class InternalQueryServicer(InternalQueryServiceServicer):
     async def RunWidgetQueries(
         self, request: RunWidgetQueriesRequest, context: Context
     ) -> AsyncIterator[RunWidgetQueriesResponse]:
-        """Gives what is known at once, then the rest as it comes."""
+        """Gives what is known at once, then the rest as it comes. Each message of a stream costs as much as a call."""
         workspace_id = request.workspace_id
         marks = await self._marks(workspace_id, request.questions)
         room = asyncio.Semaphore(QUESTIONS_AT_ONCE)
-        running: set[asyncio.Task[RunWidgetQueriesResponse]] = set()
+        running: set[asyncio.Task[WidgetAnswer]] = set()
         try:
+            known = RunWidgetQueriesResponse()
+            size = 0
             for index, question in enumerate(request.questions):
                 answer = await self._at_once(workspace_id, question, marks, room)
-                if isinstance(answer, RunWidgetQueriesResponse):
-                    answer.index = index
-                    yield answer
-                else:
+                if not isinstance(answer, WidgetAnswer):
                     running.add(asyncio.create_task(_numbered(index, answer)))
+                    continue
+                answer.index = index
+                known.answers.append(answer)
+                size += answer.ByteSize()
+                if size > _MESSAGE_BYTES:
+                    yield known
+                    known, size = RunWidgetQueriesResponse(), 0
+            if known.answers:
+                yield known
             while running:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    yield task.result()
+                    yield RunWidgetQueriesResponse(answers=[task.result()])
         finally:
             for task in running:
                 task.cancel()
@@ -107,7 +118,7 @@ class InternalQueryServicer(InternalQueryServiceServicer):
 
     async def _at_once(
         self, workspace_id: str, question: WidgetQuestion, marks: Marks, room: asyncio.Semaphore
-    ) -> "RunWidgetQueriesResponse | _Computing":
+    ) -> "WidgetAnswer | _Computing":
         """The answer, or how to compute it where the store must be asked."""
         try:
             prepared = await self._prepare(workspace_id, question, marks)
@@ -118,7 +129,7 @@ class InternalQueryServicer(InternalQueryServiceServicer):
                 watermarks = tuple(mark for mark in known if mark is not None)
             version = _digest(prepared.digest, repr(watermarks).encode())
             if version == question.known_version:
-                return RunWidgetQueriesResponse(unchanged=True, version=version)
+                return WidgetAnswer(unchanged=True, version=version)
             if (found := self.queries.remembered(prepared.compiled, watermarks)) is not None:
                 answer = prepared.read(found)
                 answer.version = version
@@ -126,7 +137,7 @@ class InternalQueryServicer(InternalQueryServiceServicer):
         except Exception as failure:
             return _failed(failure)
 
-        async def compute() -> RunWidgetQueriesResponse:
+        async def compute() -> WidgetAnswer:
             try:
                 async with room:
                     found = await self.queries.run_at(prepared.compiled, workspace_id, watermarks)
@@ -140,8 +151,9 @@ class InternalQueryServicer(InternalQueryServiceServicer):
 
     async def _prepare(self, workspace_id: str, question: WidgetQuestion, marks: Marks) -> _Prepared:
         """The question, compiled. Raises what `RunQuery` fails with; NOT_FOUND (SOURCE_NOT_FOUND)."""
-        if absent := _source_ids(question) - marks.keys():
-            raise errors.not_found("SOURCE_NOT_FOUND", "There is no such source.", source_id=min(absent))
+        if not _source_ids(question) <= marks.keys():
+            # Without its id: who looks at the dashboard may not know of it.
+            raise errors.not_found("SOURCE_NOT_FOUND", "There is no such source.")
         kind, now = str(question.WhichOneof("question")), self.queries.now()
         asked = getattr(question, kind)
         raw = asked.SerializeToString(deterministic=True)
@@ -185,8 +197,8 @@ class InternalQueryServicer(InternalQueryServiceServicer):
 _Computing = Callable[[], Any]
 
 
-async def _numbered(index: int, compute: _Computing) -> RunWidgetQueriesResponse:
-    answer: RunWidgetQueriesResponse = await compute()
+async def _numbered(index: int, compute: _Computing) -> WidgetAnswer:
+    answer: WidgetAnswer = await compute()
     answer.index = index
     return answer
 
@@ -200,29 +212,29 @@ def _prepare(
     question: WidgetQuestion, raw: bytes, workspace_id: str, now: datetime, cohorts: Memberships
 ) -> _Prepared:
     # What is remembered has copies: a part of a message keeps all of it alive.
-    read: Callable[[Result], RunWidgetQueriesResponse]
+    read: Callable[[Result], WidgetAnswer]
     current = 0
     match question.WhichOneof("question"):
         case "funnel":
             funnel = FunnelQuery.FromString(raw)
             compiled = compile_funnel(funnel, workspace_id, now, cohorts)
 
-            def read(found: Result) -> RunWidgetQueriesResponse:
-                return RunWidgetQueriesResponse(funnel=read_funnel(funnel, found))
+            def read(found: Result) -> WidgetAnswer:
+                return WidgetAnswer(funnel=read_funnel(funnel, found))
 
         case "retention":
             retention = RetentionQuery.FromString(raw)
             compiled, periods = compile_retention(retention, workspace_id, now, cohorts)
             current = periods.number_at(now)
 
-            def read(found: Result) -> RunWidgetQueriesResponse:
-                return RunWidgetQueriesResponse(retention=read_retention(retention, periods, found, now))
+            def read(found: Result) -> WidgetAnswer:
+                return WidgetAnswer(retention=read_retention(retention, periods, found, now))
 
         case _:
             compiled = compile_query(question.query, workspace_id, now, cohorts)
 
-            def read(found: Result) -> RunWidgetQueriesResponse:
-                return RunWidgetQueriesResponse(result=found)
+            def read(found: Result) -> WidgetAnswer:
+                return WidgetAnswer(result=found)
 
     asked = repr((compiled.sql, compiled.params, current)).encode()
     return _Prepared(compiled, read, _digest(raw, asked), 1_000 + 2 * len(asked))
@@ -232,8 +244,8 @@ def _digest(*parts: bytes) -> bytes:
     return hashlib.blake2b(b"\0".join(parts), digest_size=_DIGEST_BYTES).digest()
 
 
-def _failed(failure: Exception) -> RunWidgetQueriesResponse:
+def _failed(failure: Exception) -> WidgetAnswer:
     error = error_of(failure) or errors.internal()
     if error.code is grpc.StatusCode.INTERNAL:
         log.error("question_failed", exc_info=failure)
-    return RunWidgetQueriesResponse(error=error.status())
+    return WidgetAnswer(error=error.status())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from meshboard.dashboard.v1.annotation_service_pb2_grpc import add_AnnotationServiceServicer_to_server
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.draft_service_pb2_grpc import add_DraftServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.library_service_pb2_grpc import add_LibraryWidgetServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from meshboard.dashboard.v1.variable_service_pb2_grpc import add_VariableServiceServicer_to_server
 from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
@@ -29,6 +33,7 @@ from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
 from services.dashboard_svc import bin, favourites
+from services.dashboard_svc.annotations import Annotations, AnnotationServicer
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
@@ -42,6 +47,7 @@ from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.validation import Validation
+from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 
@@ -102,6 +108,8 @@ async def serve(settings: Settings) -> None:
     library = LibraryWidgetServicer(
         db=sessions, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
     )
+    annotations = AnnotationServicer(sessions, boards, pages, Annotations(sessions, answers))
+    variables = VariableServicer(boards, pages, answers)
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -112,9 +120,6 @@ async def serve(settings: Settings) -> None:
         for owned in (grants, folder_grants):
             await owned.on_member_removed(session, event)
         await favourites.on_member_removed(session, event)
-
-    async def postgres_ready() -> bool:
-        return await db.ready(sessions)
 
     async def bus_ready() -> bool:
         return bus.connected
@@ -128,11 +133,13 @@ async def serve(settings: Settings) -> None:
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
             lambda s: add_LibraryWidgetServiceServicer_to_server(library, s),
+            lambda s: add_AnnotationServiceServicer_to_server(annotations, s),
+            lambda s: add_VariableServiceServicer_to_server(variables, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
         ],
         access,
-        ready=[postgres_ready, bus_ready],
+        ready=[partial(db.ready, sessions), bus_ready],
     )
     await server.start()
     try:

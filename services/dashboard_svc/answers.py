@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import grpc
-from meshboard.analytics.v1.insight_service_pb2 import FunnelResult, RetentionResult
 from meshboard.analytics.v1.internal_query_service_pb2 import (
     RunWidgetQueriesRequest,
-    RunWidgetQueriesResponse,
+    WidgetAnswer,
     WidgetQuestion,
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
-from meshboard.analytics.v1.query_pb2 import Result
 from meshboard.dashboard.v1.dashboard_pb2 import WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2 import GetDashboardDataResponse
 
@@ -34,12 +32,6 @@ _TRANSIENT = {grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.DEADLINE_EXC
 # The key of GetDashboardDataResponse.widgets: its number, and that a length follows.
 _WIDGETS = bytes([GetDashboardDataResponse.WIDGETS_FIELD_NUMBER << 3 | 2])
 _NONE = WidgetData(none=WidgetData.NoData()).SerializeToString()
-# Behind an answer, says that it was computed for an earlier call: messages that follow one another are merged.
-_CACHED = {
-    "result": WidgetData(result=Result(cached=True)).SerializeToString(),
-    "funnel": WidgetData(funnel=FunnelResult(cached=True)).SerializeToString(),
-    "retention": WidgetData(retention=RetentionResult(cached=True)).SerializeToString(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +40,6 @@ class Answer:
 
     data: bytes
     version: bytes = b""
-    kind: str = "error"
-
-    def again(self) -> Answer:
-        """The same, for whoever asks later."""
-        return Answer(self.data + _CACHED[self.kind], self.version, self.kind)
 
 
 def is_transient(answer: WidgetData) -> bool:
@@ -63,7 +50,7 @@ def is_transient(answer: WidgetData) -> bool:
 class Answers:
     """Asks analytics_svc. What fails becomes the `error` of the widget in question."""
 
-    def __init__(self, analytics: Peer, *, per_workspace: int = 16, cached_bytes: int = 64 << 20) -> None:
+    def __init__(self, analytics: Peer, *, per_workspace: int = 64, cached_bytes: int = 64 << 20) -> None:
         """`per_workspace` bounds the calls for one workspace that are under way, `cached_bytes` what is kept."""
         self._queries = analytics.stub(InternalQueryServiceStub)
         self._per_workspace = per_workspace
@@ -72,18 +59,8 @@ class Answers:
         self._cached: OrderedDict[tuple[str, bytes], Answer] = OrderedDict()
         self._bytes = 0
 
-    async def answer(
-        self, workspace_id: str, question: Question, seconds: float = QUERY_SECONDS
-    ) -> WidgetData:
-        """The answer to one question, as data without a widget's id."""
-        answers = await self.ask(workspace_id, [question], seconds)
-        return WidgetData.FromString(answers[question.key].data)
-
     async def data_of(self, workspace_id: str, tiles: Sequence[Tile]) -> list[WidgetData]:
-        """The data of each widget, in their order; equal questions are asked once.
-
-        Returns shortly before the call's deadline, with errors in place of what is not there yet.
-        """
+        """The data of each widget, in their order; equal questions are asked once."""
         return [WidgetData.FromString(piece) for piece in await self._pieces(workspace_id, tiles)]
 
     async def serialized(self, workspace_id: str, tiles: Sequence[Tile]) -> bytes:
@@ -92,15 +69,17 @@ class Answers:
         return b"".join(_WIDGETS + _length_of(piece) + piece for piece in pieces)
 
     async def _pieces(self, workspace_id: str, tiles: Sequence[Tile]) -> list[bytes]:
-        questions = [question for tile in tiles for question in tile.questions]
-        seconds = min(QUERY_SECONDS, 0.9 * seconds_left())
-        answers = await self.ask(workspace_id, questions, seconds)
+        answers = await self.ask(workspace_id, [question for tile in tiles for question in tile.questions])
         return [data_of_tile(tile, answers) for tile in tiles]
 
     async def ask(
-        self, workspace_id: str, questions: Iterable[Question], seconds: float
+        self, workspace_id: str, questions: Iterable[Question], seconds: float = QUERY_SECONDS
     ) -> dict[bytes, Answer]:
-        """The answers by the keys of the questions, in one call; after `seconds` errors for those not there."""
+        """The answers by the keys of the questions, in one call.
+
+        Returns after `seconds`, or shortly before the call's deadline, with errors in place of what is not there yet.
+        """
+        seconds = min(seconds, 0.9 * seconds_left())
         keys = list(dict.fromkeys(question.key for question in questions))
         answers: dict[bytes, Answer] = {}
         failure = errors.unavailable("analytics has left a question out.")
@@ -122,20 +101,24 @@ class Answers:
     ) -> None:
         known = [self._cached.get((workspace_id, key)) for key in keys]
         questions = [WidgetQuestion.FromString(key) for key in keys]
-        for question, answer in zip(questions, known, strict=True):
-            if answer is not None:
-                question.known_version = answer.version
+        for question, kept in zip(questions, known, strict=True):
+            if kept is not None:
+                question.known_version = kept.version
         request = RunWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
         # The call has more time than its caller waits, so that what is late is told apart from what is away.
         async for response in self._queries.RunWidgetQueries(request, timeout=seconds + 1):
-            key, before = keys[response.index], known[response.index]
-            if response.unchanged and before is not None:
-                self._keep((workspace_id, key), before)
-                answers[key] = before.again()
-                continue
-            answers[key] = answer = _read(response)
-            if answer.version:
-                self._keep((workspace_id, key), answer)
+            for answer in response.answers:
+                key, before = keys[answer.index], known[answer.index]
+                if answer.unchanged and before is not None:
+                    answers[key] = before
+                    self._keep((workspace_id, key), before)
+                    continue
+                data = _read(answer)
+                answers[key] = Answer(data.SerializeToString(), answer.version)
+                if answer.version:
+                    # As whoever asks next is given it.
+                    getattr(data, str(data.WhichOneof("outcome"))).cached = True
+                    self._keep((workspace_id, key), Answer(data.SerializeToString(), answer.version))
 
     def _room(self, workspace_id: str) -> asyncio.Semaphore:
         room = self._rooms.get(workspace_id)
@@ -154,7 +137,7 @@ class Answers:
 
 
 def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
-    """The data of a widget, serialized. A sparkline that cannot be computed is left out."""
+    """The data of a widget, serialized: each field once, as the gateway reads it. A sparkline may be missing."""
     if tile.problem is not None:
         return WidgetData(widget_id=tile.widget_id, error=tile.problem).SerializeToString()
     data = WidgetData(widget_id=tile.widget_id).SerializeToString()
@@ -166,17 +149,16 @@ def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
     return data
 
 
-def _read(response: RunWidgetQueriesResponse) -> Answer:
-    match response.WhichOneof("answer"):
+def _read(answer: WidgetAnswer) -> WidgetData:
+    match answer.WhichOneof("answer"):
         case "result":
-            data = WidgetData(result=response.result)
+            return WidgetData(result=answer.result)
         case "funnel":
-            data = WidgetData(funnel=response.funnel)
+            return WidgetData(funnel=answer.funnel)
         case "retention":
-            data = WidgetData(retention=response.retention)
+            return WidgetData(retention=answer.retention)
         case _:
-            return _failed(errors.from_peer(response.error, "analytics"))
-    return Answer(data.SerializeToString(), response.version, str(data.WhichOneof("outcome")))
+            return WidgetData(error=errors.from_peer(answer.error, "analytics").status())
 
 
 def _failed(error: errors.Error) -> Answer:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf.message import Message
-from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2, library_pb2, version_service_pb2
+from meshboard.dashboard.v1 import annotation_pb2, dashboard_pb2, folder_pb2, library_pb2, version_service_pb2
 
 from services.chassis.times import timestamp_of
 from services.dashboard_svc import markdown
-from services.dashboard_svc.models import Dashboard, Folder, LibraryWidget, Version, Widget
+from services.dashboard_svc.models import Annotation, Dashboard, Folder, LibraryWidget, Version, Widget
 
 # What a widget says of itself or a library widget of it, beside title and kind.
 CONTENT = ("description", "query", "funnel", "retention", "markdown", "custom", "display")
@@ -158,3 +158,20 @@ def content_of_widget(widget: dashboard_pb2.Widget, before: bytes | None = None,
     known = dashboard_pb2.Widget.FromString(before or b"")
     content.html = known.html if known.markdown == widget.markdown else markdown.to_html(widget.markdown)
     return content.SerializeToString(deterministic=True)
+
+
+def annotation_to_pb(row: Annotation) -> annotation_pb2.Annotation:
+    """An annotation."""
+    return annotation_pb2.Annotation(
+        annotation_id=row.annotation_id,
+        dashboard_id=row.dashboard_id,
+        time=timestamp_of(row.time),
+        end_time=timestamp_of(row.end_time) if row.end_time else None,
+        text=row.text,
+        tags=row.tags,
+        origin=annotation_pb2.Annotation.BY_HAND,
+        creator_id=row.creator_id,
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+    )

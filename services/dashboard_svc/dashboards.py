@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 from meshboard.dashboard.v1 import dashboard_pb2
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
@@ -57,7 +57,7 @@ from services.dashboard_svc.favourites import for_caller, is_favourite, mark, te
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.models import Dashboard
-from services.dashboard_svc.questions import resolve
+from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.streams import stream
@@ -103,6 +103,7 @@ class DashboardServicer(DashboardServiceServicer):
         self.grants = grants
         self.search = search
         self.answers = answers
+        self.tiles = Tiles()
         self.feeds = feeds
         self.span = span
         self.draining = draining
@@ -329,8 +330,9 @@ class DashboardServicer(DashboardServiceServicer):
         widgets = await self.boards.widgets(workspace_id, dashboard_id)
         if wanted := {widget_id.lower() for widget_id in request.widget_ids}:
             widgets = [widget for widget in widgets if widget.widget_id in wanted]
-        tiles = resolve(widgets, dashboard, _scope(dashboard, request))
-        return pb.GetDashboardDataResponse(widgets=await self.answers.data_of(workspace_id, tiles))
+        tiles = self.tiles.of(widgets, dashboard, _scope(dashboard, request))
+        # The answers are kept as bytes, and together are the bytes of the response.
+        return cast("pb.GetDashboardDataResponse", await self.answers.serialized(workspace_id, tiles))
 
     async def WatchDashboard(
         self, request: pb.WatchDashboardRequest, context: Context

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.chassis.bus import Bus, Received
 from services.dashboard_svc import cursors
-from services.dashboard_svc.answers import QUERY_SECONDS, Answer, Answers, data_of_tile, is_transient
+from services.dashboard_svc.answers import Answer, Answers, data_of_tile, is_transient
 from services.dashboard_svc.questions import Question, Tile, resolve
 from services.dashboard_svc.scopes import Scope
 
@@ -298,7 +298,7 @@ class Feed:
 
     async def _ask(self, question: Question) -> Answer:
         async with self._room:
-            answers = await self._feeds.answers.ask(self.workspace_id, [question], QUERY_SECONDS)
+            answers = await self._feeds.answers.ask(self.workspace_id, [question])
             return answers[question.key]
 
     def _announce(self) -> None:

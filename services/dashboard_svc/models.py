@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     ForeignKeyConstraint,
     Index,
@@ -13,6 +12,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.chassis.db import Id, Time
@@ -202,6 +202,36 @@ class Widget(Base):
     y: Mapped[int]
     width: Mapped[int]
     height: Mapped[int]
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
+class Annotation(Base):
+    """A mark on the axes of time, made by hand. `end_time` is absent for a moment."""
+
+    __tablename__ = "annotations"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id"],
+            ["dashboards.workspace_id", "dashboards.dashboard_id"],
+            ondelete="CASCADE",
+        ),
+        UniqueConstraint(
+            "workspace_id", "dashboard_id", "creator_id", "request_id", name="annotations_request_once"
+        ),
+        Index("annotations_by_time", "workspace_id", "dashboard_id", "time", "annotation_id"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    annotation_id: Mapped[Id] = mapped_column(primary_key=True)
+    time: Mapped[Time]
+    end_time: Mapped[Time | None]
+    text: Mapped[str] = mapped_column(Text)
+    tags: Mapped[list[str]] = mapped_column(ARRAY(Text))
     version: Mapped[int] = mapped_column(BigInteger)
     creator_id: Mapped[Id]
     request_id: Mapped[str | None] = mapped_column(Text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,39 @@ def resolve(widgets: Iterable[Widget], dashboard: Dashboard, scope: Scope) -> li
     return [_tile(widget, dashboard, scope, values) for widget in widgets]
 
 
+class Tiles:
+    """What dashboards ask, remembered for as long as the very same messages are asked about.
+
+    That is so while they are in the cache of the process, from which readers are given the messages themselves.
+    """
+
+    def __init__(self, max_bytes: int = 16 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        # The messages are held, so that no other can have their identity.
+        self._found: OrderedDict[tuple[object, ...], tuple[list[Tile], Dashboard, Sequence[Widget]]] = (
+            OrderedDict()
+        )
+
+    def of(self, widgets: Sequence[Widget], dashboard: Dashboard, scope: Scope) -> list[Tile]:
+        """As `resolve`. The messages, and the answer, are not to be changed."""
+        key = (scope, id(dashboard), *map(id, widgets))
+        if (found := self._found.get(key)) is not None:
+            self._found.move_to_end(key)
+            return found[0]
+        tiles = resolve(widgets, dashboard, scope)
+        self._found[key] = (tiles, dashboard, widgets)
+        self._bytes += _size(tiles)
+        while self._bytes > self._max_bytes:
+            _, (oldest, _, _) = self._found.popitem(last=False)
+            self._bytes -= _size(oldest)
+        return tiles
+
+
+def _size(tiles: Sequence[Tile]) -> int:
+    return 1_000 + sum(500 + 3 * len(question.key) for tile in tiles for question in tile.questions)
+
+
 def _tile(widget: Widget, dashboard: Dashboard, scope: Scope, values: Values) -> Tile:
     asked = _asked(widget)
     if asked is None:
@@ -126,6 +160,11 @@ def _time_range(widget: Widget, dashboard: Dashboard, scope: Scope, values: Valu
         chosen = _chosen(widget.time_range_variable, values)
         if chosen:
             return span_of(widget.time_range_variable, chosen[0])
+    return range_of(dashboard, scope)
+
+
+def range_of(dashboard: Dashboard, scope: Scope) -> TimeRange | None:
+    """The time that is looked at: what the viewer has chosen, else the dashboard's; None: neither says."""
     if scope.time_range:
         return TimeRange.FromString(scope.time_range)
     return dashboard.settings.time_range if dashboard.settings.HasField("time_range") else None

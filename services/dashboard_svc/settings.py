@@ -20,4 +20,4 @@ class Settings(ChassisSettings):
     # What the answers that are kept in a process may take.
     answer_cache_bytes: int = Field(64 << 20, ge=0)
     # How many calls for the data of one workspace's dashboards a process has under way.
-    data_calls_per_workspace: int = Field(16, ge=1)
+    data_calls_per_workspace: int = Field(64, ge=1)

@@ -218,7 +218,7 @@ async def test_dashboards_filter_by_their_own_right(analytics: Analytics) -> Non
     )
     metadata = service_metadata(analytics.identity.keys, "dashboard", "analytics")
     answers = [one async for one in analytics.internal.RunWidgetQueries(request, metadata=metadata)]
-    assert [[list(row) for row in one.result.rows] for one in answers] == [[[4.0]]]
+    assert [list(row) for row in answers[0].answers[0].result.rows] == [[4.0]]
 
 
 async def test_a_change_is_seen_by_the_next_query(analytics: Analytics) -> None:

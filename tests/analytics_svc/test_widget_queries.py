@@ -9,7 +9,7 @@ from google.protobuf.json_format import ParseDict
 from meshboard.analytics.v1.internal_query_service_pb2 import (
     CheckWidgetQueriesRequest,
     RunWidgetQueriesRequest,
-    RunWidgetQueriesResponse,
+    WidgetAnswer,
     WidgetQuestion,
 )
 from meshboard.analytics.v1.source_pb2 import Source
@@ -37,16 +37,17 @@ def question(source: Source, asked: dict[str, Any], known_version: bytes = b"") 
 
 async def run(
     analytics: Analytics, workspace_id: str, questions: list[WidgetQuestion], **call: Any
-) -> list[RunWidgetQueriesResponse]:
+) -> list[WidgetAnswer]:
     """The answers, in the order of the questions."""
     request = RunWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
     call.setdefault("metadata", service_metadata(analytics.identity.keys, "dashboard", "analytics"))
-    answers = [one async for one in analytics.internal.RunWidgetQueries(request, **call)]
+    arriving = analytics.internal.RunWidgetQueries(request, **call)
+    answers = [one async for response in arriving for one in response.answers]
     assert sorted(one.index for one in answers) == list(range(len(questions)))
     return sorted(answers, key=lambda one: one.index)
 
 
-def reasons(answers: list[RunWidgetQueriesResponse]) -> list[str]:
+def reasons(answers: list[WidgetAnswer]) -> list[str]:
     """Why there is no answer, "" where there is one."""
     return [errors.from_status(one.error).reason if one.HasField("error") else "" for one in answers]
 
@@ -74,7 +75,7 @@ async def test_says_that_an_answer_is_the_present_one_until_events_come(analytic
     kinds = (COUNT, FUNNEL, RETENTION)
     first = await run(analytics, member.workspace_id, [question(source, asked) for asked in kinds])
 
-    async def again() -> list[RunWidgetQueriesResponse]:
+    async def again() -> list[WidgetAnswer]:
         known = [question(source, asked, one.version) for asked, one in zip(kinds, first, strict=True)]
         return await run(analytics, member.workspace_id, known)
 
@@ -187,7 +188,11 @@ async def test_ranges_until_now_move_by_the_minute(analytics: Analytics) -> None
     )
 
     async def versions() -> dict[int, bytes]:
-        return {one.index: one.version async for one in servicer.RunWidgetQueries(request, ANY)}
+        return {
+            one.index: one.version
+            async for response in servicer.RunWidgetQueries(request, ANY)
+            for one in response.answers
+        }
 
     first = await versions()
     clock[0] += timedelta(seconds=58)
@@ -206,9 +211,9 @@ async def test_what_is_over_goes_by_the_clock(analytics: Analytics) -> None:
     whole = {"startTime": "2026-11-01T00:00:00Z", "endTime": "2027-03-01T00:00:00Z"}
     asked = question(source, {"retention": {"timeRange": whole, "period": "MONTH"}})
 
-    async def ask() -> RunWidgetQueriesResponse:
+    async def ask() -> WidgetAnswer:
         request = RunWidgetQueriesRequest(workspace_id=member.workspace_id, questions=[asked])
-        return await anext(servicer.RunWidgetQueries(request, ANY))
+        return (await anext(servicer.RunWidgetQueries(request, ANY))).answers[0]
 
     before = await ask()
     clock[0] += timedelta(seconds=1)

@@ -12,7 +12,7 @@ from aiohttp import web
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 
-from bench import direct, events, ingest, queries, reads, startup, visible
+from bench import dashboards, direct, events, ingest, queries, reads, startup, visible
 from bench.figures import Figure, document, percentile, table
 from bench.load import Generator, Load, LoadFailedError, Sent, h2load_rate
 
@@ -106,6 +106,26 @@ def test_start_up_and_delays_have_their_targets() -> None:
         (0.5, None),
         (0.5, True),
     ]
+
+
+def test_dashboards_are_held_to_their_slowest_query() -> None:
+    again = [1.0] * 98 + [16.0] * 2
+    made = dashboards.figures(
+        [13.0, 26.0], [10.0, 20.0], [[4.0, 2.0], [6.0, 2.0]], again, {"dashboard_svc": 3.0}
+    )
+    found = {figure.name: figure for figure in made}
+    assert (
+        found["dashboards/cold to slowest query"].median,
+        found["dashboards/cold to slowest query"].met,
+    ) == (
+        1.3,
+        True,
+    )
+    assert (found["dashboards/again p99"].median, found["dashboards/again p99"].met) == (16.0, False)
+    assert found["dashboards/again, CPU of dashboard_svc"].median == 3.0
+    assert found["dashboards/slowest query, alone"].median == 5.0
+    assert found["dashboards/all queries, one by one"].median == 7.0
+    assert len({str(widget) for widget in dashboards.WIDGETS}) == 20
 
 
 def test_queries_are_held_to_the_same_sql_alone() -> None:

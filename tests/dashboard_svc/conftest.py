@@ -13,6 +13,10 @@ import grpc.aio
 import pytest
 from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.dashboard.v1.annotation_service_pb2_grpc import (
+    AnnotationServiceStub,
+    add_AnnotationServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard as DashboardMessage
 from meshboard.dashboard.v1.dashboard_pb2 import Widget as WidgetMessage
 from meshboard.dashboard.v1.dashboard_service_pb2 import CreateDashboardRequest
@@ -37,6 +41,10 @@ from meshboard.dashboard.v1.library_service_pb2_grpc import (
 from meshboard.dashboard.v1.search_service_pb2_grpc import (
     SearchServiceStub,
     add_SearchServiceServicer_to_server,
+)
+from meshboard.dashboard.v1.variable_service_pb2_grpc import (
+    VariableServiceStub,
+    add_VariableServiceServicer_to_server,
 )
 from meshboard.dashboard.v1.version_service_pb2_grpc import (
     VersionServiceStub,
@@ -66,6 +74,7 @@ from services.chassis.rights import Rights
 from services.chassis.search import Engine
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server
+from services.dashboard_svc.annotations import Annotations, AnnotationServicer
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.dashboard_search import DashboardSearch
@@ -78,6 +87,7 @@ from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.validation import Validation
+from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
@@ -91,11 +101,13 @@ class Mesh:
 
     identity: Absentee
     analytics: StandInAnalytics
+    analytics_address: str
     users: StandInUsers
     db: async_sessionmaker[AsyncSession]
     bus: Bus
     server: Server
     feeds: Feeds
+    answers: Answers
     engine: Engine
     dashboards: Any
     drafts: Any
@@ -105,6 +117,8 @@ class Mesh:
     library: Any
     internal_grants: Any
     searches: Any
+    annotations: Any
+    variables: Any
     another: Any = field(repr=False)
 
     async def dashboard(
@@ -241,6 +255,8 @@ async def mesh(
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
             access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
             searches = SearchServicer(db, search, peers[0], pages)
+            annotations = AnnotationServicer(db, boards, pages, Annotations(db, answers))
+            variables = VariableServicer(boards, pages, answers)
             registrations = [
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
                 lambda server: add_DraftServiceServicer_to_server(drafts, server),
@@ -249,6 +265,8 @@ async def mesh(
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
                 lambda server: add_LibraryWidgetServiceServicer_to_server(library, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
+                lambda server: add_AnnotationServiceServicer_to_server(annotations, server),
+                lambda server: add_VariableServiceServicer_to_server(variables, server),
                 lambda server: add_SearchServiceServicer_to_server(searches, server),
             ]
             async with serving(settings, registrations, access) as (channel, server):
@@ -262,11 +280,13 @@ async def mesh(
             yield Mesh(
                 identity=identity,
                 analytics=analytics,
+                analytics_address=address,
                 users=users,
                 db=db,
                 bus=bus,
                 server=server,
                 feeds=feeds,
+                answers=feeds.answers,
                 engine=engine,
                 dashboards=DashboardServiceStub(channel),
                 drafts=DraftServiceStub(channel),
@@ -276,6 +296,8 @@ async def mesh(
                 widgets=WidgetServiceStub(channel),
                 library=LibraryWidgetServiceStub(channel),
                 searches=SearchServiceStub(channel),
+                annotations=AnnotationServiceStub(channel),
+                variables=VariableServiceStub(channel),
                 another=replica,
             )
     relay.cancel()

@@ -15,12 +15,12 @@ import grpc.aio
 from google.protobuf.struct_pb2 import ListValue, Value
 from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1 import internal_query_service_pb2, query_service_pb2
-from meshboard.analytics.v1.internal_query_service_pb2 import WidgetQuestion
+from meshboard.analytics.v1.internal_query_service_pb2 import WidgetAnswer, WidgetQuestion
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import (
     InternalQueryServiceServicer,
     add_InternalQueryServiceServicer_to_server,
 )
-from meshboard.analytics.v1.query_pb2 import Column, Query
+from meshboard.analytics.v1.query_pb2 import Column, Query, Result
 from meshboard.analytics.v1.query_service_pb2_grpc import (
     QueryServiceServicer,
     add_QueryServiceServicer_to_server,
@@ -48,9 +48,9 @@ class Asked:
 class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     """Answers each question with the number that `count` has for its first source.
 
-    `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
-    for a query of one of the sources in `hidden`, or, without any there, for all. `absent` sources are not there.
-    `problem` is what CheckWidgetQueries says of each question.
+    `results` take the place of the number for a source, `failures` are its errors, `delays` are seconds before an
+    answer. `refused` is what ValidateQuery raises, for a query of one of the sources in `hidden`, or, without any
+    there, for all. `absent` sources are not there. `problem` is what CheckWidgetQueries says of each question.
     `meanwhile` is awaited before a query is judged.
     """
 
@@ -64,7 +64,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.meanwhile: Callable[[], Awaitable[object]] | None = None
         self.asked: list[Asked] = []
         self.calls = 0
-        self.remembers = True
+        self.results: dict[str, Result] = {}
         self.validated: list[tuple[Query, dict[str, str]]] = []
         self.checked: list[WidgetQuestion] = []
         self.problem: errors.Error | None = None
@@ -78,15 +78,19 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
             for index, question in enumerate(request.questions)
         ]
         try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
+            await asyncio.sleep(0)
+            done, late = await asyncio.wait(tasks, timeout=0)
+            if done:
+                yield internal_query_service_pb2.RunWidgetQueriesResponse(
+                    answers=[one.result() for one in done]
+                )
+            for task in asyncio.as_completed(late):
+                yield internal_query_service_pb2.RunWidgetQueriesResponse(answers=[await task])
         finally:
             for each in tasks:
                 each.cancel()
 
-    async def _answer(
-        self, index: int, workspace_id: str, question: WidgetQuestion
-    ) -> internal_query_service_pb2.RunWidgetQueriesResponse:
+    async def _answer(self, index: int, workspace_id: str, question: WidgetQuestion) -> WidgetAnswer:
         kind = str(question.WhichOneof("question"))
         asked = getattr(question, kind)
         self.asked.append(Asked(workspace_id, asked, question.known_version))
@@ -94,18 +98,18 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         count = self.count[source_id]
         await asyncio.sleep(self.delays.get(source_id, 0))
         if failure := self.failures.get(source_id):
-            return internal_query_service_pb2.RunWidgetQueriesResponse(index=index, error=failure.status())
+            return WidgetAnswer(index=index, error=failure.status())
         version = hashlib.sha256(asked.SerializeToString(deterministic=True) + str(count).encode()).digest()
-        if self.remembers and version == question.known_version:
-            return internal_query_service_pb2.RunWidgetQueriesResponse(
-                index=index, unchanged=True, version=version
-            )
-        answer = internal_query_service_pb2.RunWidgetQueriesResponse(index=index, version=version)
+        if version == question.known_version:
+            return WidgetAnswer(index=index, unchanged=True, version=version)
+        answer = WidgetAnswer(index=index, version=version)
         match kind:
             case "funnel":
                 answer.funnel.total.steps.add(title="first", count=count)
             case "retention":
                 answer.retention.rows.add(size=count)
+            case _ if source_id in self.results:
+                answer.result.CopyFrom(self.results[source_id])
             case _:
                 answer.result.columns.add(name="count", type=Column.NUMBER)
                 answer.result.rows.append(ListValue(values=[Value(number_value=count)]))

@@ -571,6 +571,25 @@ MATRIX: Mapping[str, Row] = {
         ("LIBRARY_WIDGET_NOT_FOUND",),
         absent="LIBRARY_WIDGET_NOT_FOUND",
     ),
+    "dashboard.v1.AnnotationService.CreateAnnotation": On(
+        {**_BOARD, "text": "t", "request_id": "once"}, "0-+++", "DASHBOARD_NOT_FOUND"
+    ),
+    "dashboard.v1.AnnotationService.GetAnnotation": On(
+        {**_BOARD, "annotation_id": "{absent}"}, "0++++", "DASHBOARD_NOT_FOUND", ("ANNOTATION_NOT_FOUND",)
+    ),
+    "dashboard.v1.AnnotationService.ListAnnotations": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
+    "dashboard.v1.AnnotationService.UpdateAnnotation": On(
+        {"annotation": {**_BOARD, "annotation_id": "{absent}", "text": "t"}},
+        "0-+++",
+        "DASHBOARD_NOT_FOUND",
+        ("ANNOTATION_NOT_FOUND",),
+    ),
+    "dashboard.v1.AnnotationService.DeleteAnnotation": On(
+        {**_BOARD, "annotation_id": "{absent}"}, "0-+++", "DASHBOARD_NOT_FOUND", ("ANNOTATION_NOT_FOUND",)
+    ),
+    "dashboard.v1.VariableService.ListVariableValues": On(
+        {**_BOARD, "name": "never"}, "0++++", "DASHBOARD_NOT_FOUND", ("VARIABLE_NOT_FOUND",)
+    ),
     # analytics_svc
     "analytics.v1.IngestService.Ingest": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),
     "analytics.v1.IngestService.IngestStream": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),

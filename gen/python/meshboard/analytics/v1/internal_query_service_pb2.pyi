@@ -93,6 +93,30 @@ Global___RunWidgetQueriesRequest: _TypeAlias = RunWidgetQueriesRequest  # noqa: 
 
 @_typing.final
 class RunWidgetQueriesResponse(_message.Message):
+    """Answers, one or more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetAnswer]:
+        """The answers."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___WidgetAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunWidgetQueriesResponse: _TypeAlias = RunWidgetQueriesResponse  # noqa: Y015
+
+@_typing.final
+class WidgetAnswer(_message.Message):
     """The answer to one question."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -145,7 +169,7 @@ class RunWidgetQueriesResponse(_message.Message):
     _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
 
-Global___RunWidgetQueriesResponse: _TypeAlias = RunWidgetQueriesResponse  # noqa: Y015
+Global___WidgetAnswer: _TypeAlias = WidgetAnswer  # noqa: Y015
 
 @_typing.final
 class CheckWidgetQueriesRequest(_message.Message):

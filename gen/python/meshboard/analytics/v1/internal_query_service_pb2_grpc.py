@@ -52,8 +52,8 @@ class InternalQueryServiceServicer:
     """
 
     def RunWidgetQueries(self, request, context):
-        """Computes the answers to many questions over sources of one workspace, each as soon as it is there, in any order. A
-        question that fails has its error as its answer.
+        """Computes the answers to many questions over sources of one workspace, in any order: those that are there at once
+        together, the others each as soon as it is there. A question that fails has its error as its answer.
 
         A question whose answer is still the one that the asker has (`known_version`) is answered with `unchanged`.
         """

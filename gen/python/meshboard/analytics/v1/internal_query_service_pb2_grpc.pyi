@@ -17,8 +17,8 @@ class InternalQueryServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RunWidgetQueries: _aio.UnaryStreamMultiCallable[_internal_query_service_pb2.RunWidgetQueriesRequest, _internal_query_service_pb2.RunWidgetQueriesResponse]
-    """Computes the answers to many questions over sources of one workspace, each as soon as it is there, in any order. A
-    question that fails has its error as its answer.
+    """Computes the answers to many questions over sources of one workspace, in any order: those that are there at once
+    together, the others each as soon as it is there. A question that fails has its error as its answer.
 
     A question whose answer is still the one that the asker has (`known_version`) is answered with `unchanged`.
     """
@@ -34,8 +34,8 @@ class InternalQueryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _internal_query_service_pb2.RunWidgetQueriesRequest,
         context: _aio.ServicerContext[_internal_query_service_pb2.RunWidgetQueriesRequest, _abc.AsyncIterator[_internal_query_service_pb2.RunWidgetQueriesResponse]],
     ) -> _abc.AsyncIterator[_internal_query_service_pb2.RunWidgetQueriesResponse]:
-        """Computes the answers to many questions over sources of one workspace, each as soon as it is there, in any order. A
-        question that fails has its error as its answer.
+        """Computes the answers to many questions over sources of one workspace, in any order: those that are there at once
+        together, the others each as soon as it is there. A question that fails has its error as its answer.
 
         A question whose answer is still the one that the asker has (`known_version`) is answered with `unchanged`.
         """

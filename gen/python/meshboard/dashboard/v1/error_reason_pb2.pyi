@@ -82,6 +82,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
     number.
     """
+    VARIABLE_NOT_FOUND: _ErrorReason.ValueType  # 52
+    """NOT_FOUND: the dashboard has no such variable."""
+    ANNOTATION_NOT_FOUND: _ErrorReason.ValueType  # 53
+    """NOT_FOUND: the dashboard has no such annotation, made by hand."""
+    TOO_MANY_ANNOTATIONS: _ErrorReason.ValueType  # 54
+    """FAILED_PRECONDITION: a dashboard has at most 10,000 annotations. Delete some."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -146,4 +152,10 @@ VARIABLE_UNFIT: ErrorReason.ValueType  # 51
 """INVALID_ARGUMENT: what is chosen for a variable cannot be compared with as the condition says: choose one value, or a
 number.
 """
+VARIABLE_NOT_FOUND: ErrorReason.ValueType  # 52
+"""NOT_FOUND: the dashboard has no such variable."""
+ANNOTATION_NOT_FOUND: ErrorReason.ValueType  # 53
+"""NOT_FOUND: the dashboard has no such annotation, made by hand."""
+TOO_MANY_ANNOTATIONS: ErrorReason.ValueType  # 54
+"""FAILED_PRECONDITION: a dashboard has at most 10,000 annotations. Delete some."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -22,69 +22,76 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from meshboard.dashboard.v1 import annotation_pb2 as meshboard_dot_dashboard_dot_v1_dot_annotation__pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as meshboard_dot_dashboard_dot_v1_dot_dashboard__pb2
 from meshboard.dashboard.v1 import folder_pb2 as meshboard_dot_dashboard_dot_v1_dot_folder__pb2
 from meshboard.dashboard.v1 import library_pb2 as meshboard_dot_dashboard_dot_v1_dot_library__pb2
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a$meshboard/dashboard/v1/library.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"U\n\x12\x44\x61shboardUndeleted\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"W\n\x0f\x44\x61shboardPurged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"T\n\x0c\x44raftStarted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"V\n\x0e\x44raftDiscarded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"U\n\x12\x44\x61shboardPublished\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"v\n\x0fVersionRestored\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1d\n\nversion_id\x18\x03 \x01(\tR\tversionId\"t\n\x13\x44\x61shboardFavourited\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"v\n\x15\x44\x61shboardUnfavourited\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"d\n\x14LibraryWidgetCreated\x12L\n\x0elibrary_widget\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.LibraryWidgetR\rlibraryWidget\"\x89\x01\n\x14LibraryWidgetUpdated\x12L\n\x0elibrary_widget\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.LibraryWidgetR\rlibraryWidget\x12#\n\rdashboard_ids\x18\x02 \x03(\tR\x0c\x64\x61shboardIds\"e\n\x14LibraryWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12*\n\x11library_widget_id\x18\x02 \x01(\tR\x0flibraryWidgetId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a\'meshboard/dashboard/v1/annotation.proto\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a$meshboard/dashboard/v1/library.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"U\n\x12\x44\x61shboardUndeleted\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"W\n\x0f\x44\x61shboardPurged\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"T\n\x0c\x44raftStarted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"V\n\x0e\x44raftDiscarded\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"U\n\x12\x44\x61shboardPublished\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"v\n\x0fVersionRestored\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1d\n\nversion_id\x18\x03 \x01(\tR\tversionId\"t\n\x13\x44\x61shboardFavourited\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"v\n\x15\x44\x61shboardUnfavourited\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"d\n\x14LibraryWidgetCreated\x12L\n\x0elibrary_widget\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.LibraryWidgetR\rlibraryWidget\"\x89\x01\n\x14LibraryWidgetUpdated\x12L\n\x0elibrary_widget\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.LibraryWidgetR\rlibraryWidget\x12#\n\rdashboard_ids\x18\x02 \x03(\tR\x0c\x64\x61shboardIds\"e\n\x14LibraryWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12*\n\x11library_widget_id\x18\x02 \x01(\tR\x0flibraryWidgetId\"z\n\x11\x41nnotationCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x42\n\nannotation\x18\x02 \x01(\x0b\x32\".meshboard.dashboard.v1.AnnotationR\nannotation\"z\n\x11\x41nnotationUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x42\n\nannotation\x18\x02 \x01(\x0b\x32\".meshboard.dashboard.v1.AnnotationR\nannotation\"~\n\x11\x41nnotationDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12#\n\rannotation_id\x18\x03 \x01(\tR\x0c\x61nnotationId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.dashboard.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DASHBOARDCREATED']._serialized_start=209
-  _globals['_DASHBOARDCREATED']._serialized_end=292
-  _globals['_DASHBOARDUPDATED']._serialized_start=294
-  _globals['_DASHBOARDUPDATED']._serialized_end=377
-  _globals['_DASHBOARDMOVED']._serialized_start=379
-  _globals['_DASHBOARDMOVED']._serialized_end=498
-  _globals['_DASHBOARDDELETED']._serialized_start=500
-  _globals['_DASHBOARDDELETED']._serialized_end=588
-  _globals['_DASHBOARDUNDELETED']._serialized_start=590
-  _globals['_DASHBOARDUNDELETED']._serialized_end=675
-  _globals['_DASHBOARDPURGED']._serialized_start=677
-  _globals['_DASHBOARDPURGED']._serialized_end=764
-  _globals['_DRAFTSTARTED']._serialized_start=766
-  _globals['_DRAFTSTARTED']._serialized_end=850
-  _globals['_DRAFTDISCARDED']._serialized_start=852
-  _globals['_DRAFTDISCARDED']._serialized_end=938
-  _globals['_DASHBOARDPUBLISHED']._serialized_start=940
-  _globals['_DASHBOARDPUBLISHED']._serialized_end=1025
-  _globals['_VERSIONRESTORED']._serialized_start=1027
-  _globals['_VERSIONRESTORED']._serialized_end=1145
-  _globals['_DASHBOARDFAVOURITED']._serialized_start=1147
-  _globals['_DASHBOARDFAVOURITED']._serialized_end=1263
-  _globals['_DASHBOARDUNFAVOURITED']._serialized_start=1265
-  _globals['_DASHBOARDUNFAVOURITED']._serialized_end=1383
-  _globals['_WIDGETCREATED']._serialized_start=1385
-  _globals['_WIDGETCREATED']._serialized_end=1491
-  _globals['_WIDGETUPDATED']._serialized_start=1493
-  _globals['_WIDGETUPDATED']._serialized_end=1599
-  _globals['_WIDGETDELETED']._serialized_start=1601
-  _globals['_WIDGETDELETED']._serialized_end=1715
-  _globals['_LIBRARYWIDGETCREATED']._serialized_start=1717
-  _globals['_LIBRARYWIDGETCREATED']._serialized_end=1817
-  _globals['_LIBRARYWIDGETUPDATED']._serialized_start=1820
-  _globals['_LIBRARYWIDGETUPDATED']._serialized_end=1957
-  _globals['_LIBRARYWIDGETDELETED']._serialized_start=1959
-  _globals['_LIBRARYWIDGETDELETED']._serialized_end=2060
-  _globals['_DASHBOARDGRANTCREATED']._serialized_start=2063
-  _globals['_DASHBOARDGRANTCREATED']._serialized_end=2204
-  _globals['_DASHBOARDGRANTDELETED']._serialized_start=2206
-  _globals['_DASHBOARDGRANTDELETED']._serialized_end=2326
-  _globals['_FOLDERCREATED']._serialized_start=2328
-  _globals['_FOLDERCREATED']._serialized_end=2399
-  _globals['_FOLDERUPDATED']._serialized_start=2401
-  _globals['_FOLDERUPDATED']._serialized_end=2472
-  _globals['_FOLDERMOVED']._serialized_start=2474
-  _globals['_FOLDERMOVED']._serialized_end=2594
-  _globals['_FOLDERDELETED']._serialized_start=2596
-  _globals['_FOLDERDELETED']._serialized_end=2675
-  _globals['_FOLDERGRANTCREATED']._serialized_start=2678
-  _globals['_FOLDERGRANTCREATED']._serialized_end=2810
-  _globals['_FOLDERGRANTDELETED']._serialized_start=2812
-  _globals['_FOLDERGRANTDELETED']._serialized_end=2923
+  _globals['_DASHBOARDCREATED']._serialized_start=250
+  _globals['_DASHBOARDCREATED']._serialized_end=333
+  _globals['_DASHBOARDUPDATED']._serialized_start=335
+  _globals['_DASHBOARDUPDATED']._serialized_end=418
+  _globals['_DASHBOARDMOVED']._serialized_start=420
+  _globals['_DASHBOARDMOVED']._serialized_end=539
+  _globals['_DASHBOARDDELETED']._serialized_start=541
+  _globals['_DASHBOARDDELETED']._serialized_end=629
+  _globals['_DASHBOARDUNDELETED']._serialized_start=631
+  _globals['_DASHBOARDUNDELETED']._serialized_end=716
+  _globals['_DASHBOARDPURGED']._serialized_start=718
+  _globals['_DASHBOARDPURGED']._serialized_end=805
+  _globals['_DRAFTSTARTED']._serialized_start=807
+  _globals['_DRAFTSTARTED']._serialized_end=891
+  _globals['_DRAFTDISCARDED']._serialized_start=893
+  _globals['_DRAFTDISCARDED']._serialized_end=979
+  _globals['_DASHBOARDPUBLISHED']._serialized_start=981
+  _globals['_DASHBOARDPUBLISHED']._serialized_end=1066
+  _globals['_VERSIONRESTORED']._serialized_start=1068
+  _globals['_VERSIONRESTORED']._serialized_end=1186
+  _globals['_DASHBOARDFAVOURITED']._serialized_start=1188
+  _globals['_DASHBOARDFAVOURITED']._serialized_end=1304
+  _globals['_DASHBOARDUNFAVOURITED']._serialized_start=1306
+  _globals['_DASHBOARDUNFAVOURITED']._serialized_end=1424
+  _globals['_WIDGETCREATED']._serialized_start=1426
+  _globals['_WIDGETCREATED']._serialized_end=1532
+  _globals['_WIDGETUPDATED']._serialized_start=1534
+  _globals['_WIDGETUPDATED']._serialized_end=1640
+  _globals['_WIDGETDELETED']._serialized_start=1642
+  _globals['_WIDGETDELETED']._serialized_end=1756
+  _globals['_LIBRARYWIDGETCREATED']._serialized_start=1758
+  _globals['_LIBRARYWIDGETCREATED']._serialized_end=1858
+  _globals['_LIBRARYWIDGETUPDATED']._serialized_start=1861
+  _globals['_LIBRARYWIDGETUPDATED']._serialized_end=1998
+  _globals['_LIBRARYWIDGETDELETED']._serialized_start=2000
+  _globals['_LIBRARYWIDGETDELETED']._serialized_end=2101
+  _globals['_ANNOTATIONCREATED']._serialized_start=2103
+  _globals['_ANNOTATIONCREATED']._serialized_end=2225
+  _globals['_ANNOTATIONUPDATED']._serialized_start=2227
+  _globals['_ANNOTATIONUPDATED']._serialized_end=2349
+  _globals['_ANNOTATIONDELETED']._serialized_start=2351
+  _globals['_ANNOTATIONDELETED']._serialized_end=2477
+  _globals['_DASHBOARDGRANTCREATED']._serialized_start=2480
+  _globals['_DASHBOARDGRANTCREATED']._serialized_end=2621
+  _globals['_DASHBOARDGRANTDELETED']._serialized_start=2623
+  _globals['_DASHBOARDGRANTDELETED']._serialized_end=2743
+  _globals['_FOLDERCREATED']._serialized_start=2745
+  _globals['_FOLDERCREATED']._serialized_end=2816
+  _globals['_FOLDERUPDATED']._serialized_start=2818
+  _globals['_FOLDERUPDATED']._serialized_end=2889
+  _globals['_FOLDERMOVED']._serialized_start=2891
+  _globals['_FOLDERMOVED']._serialized_end=3011
+  _globals['_FOLDERDELETED']._serialized_start=3013
+  _globals['_FOLDERDELETED']._serialized_end=3092
+  _globals['_FOLDERGRANTCREATED']._serialized_start=3095
+  _globals['_FOLDERGRANTCREATED']._serialized_end=3227
+  _globals['_FOLDERGRANTDELETED']._serialized_start=3229
+  _globals['_FOLDERGRANTDELETED']._serialized_end=3340
 # @@protoc_insertion_point(module_scope)

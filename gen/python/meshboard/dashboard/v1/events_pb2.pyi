@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from meshboard.dashboard.v1 import annotation_pb2 as _annotation_pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
 from meshboard.dashboard.v1 import folder_pb2 as _folder_pb2
 from meshboard.dashboard.v1 import library_pb2 as _library_pb2
@@ -507,6 +508,92 @@ class LibraryWidgetDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LibraryWidgetDeleted: _TypeAlias = LibraryWidgetDeleted  # noqa: Y015
+
+@_typing.final
+class AnnotationCreated(_message.Message):
+    """An annotation was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    ANNOTATION_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    @_builtins.property
+    def annotation(self) -> _annotation_pb2.Annotation:
+        """The annotation."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        annotation: _annotation_pb2.Annotation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotationCreated: _TypeAlias = AnnotationCreated  # noqa: Y015
+
+@_typing.final
+class AnnotationUpdated(_message.Message):
+    """An annotation was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    ANNOTATION_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    @_builtins.property
+    def annotation(self) -> _annotation_pb2.Annotation:
+        """The annotation after the change."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        annotation: _annotation_pb2.Annotation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotationUpdated: _TypeAlias = AnnotationUpdated  # noqa: Y015
+
+@_typing.final
+class AnnotationDeleted(_message.Message):
+    """An annotation was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    ANNOTATION_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    annotation_id: _builtins.str
+    """The annotation."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+        annotation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation_id", b"annotation_id", "dashboard_id", b"dashboard_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotationDeleted: _TypeAlias = AnnotationDeleted  # noqa: Y015
 
 @_typing.final
 class DashboardGrantCreated(_message.Message):
