@@ -392,19 +392,18 @@ async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *argumen
     ConnectionError while Postgres is away.
     """
     with telemetry.span(f"sql {sql.split(None, 1)[0]}", "CLIENT", sql=sql):
+        # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
+        pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
         try:
-            # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
-            pooled = await greenlet_spawn(engine(db).sync_engine.pool.connect)
-            try:
-                assert pooled.driver_connection is not None
-                rows: Sequence[Any] = await pooled.driver_connection.fetch(sql, *arguments)
-            finally:
-                await greenlet_spawn(pooled.close)
+            assert pooled.driver_connection is not None
+            rows: Sequence[Any] = await pooled.driver_connection.fetch(sql, *arguments)
         except asyncpg.CharacterNotInRepertoireError:
             raise
         except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             # No other input makes such a statement fail: it is the database's trouble, and passes.
             raise ConnectionError("the database cannot do it now") from error
+        finally:
+            await greenlet_spawn(pooled.close)
         return rows
 
 
