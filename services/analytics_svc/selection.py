@@ -27,6 +27,8 @@ VISIT_GAP_SECONDS = 30 * 60
 # What `quarters` can be asked about.
 QUARTERED = frozenset({"event", "is_robot"})
 _QUARTER_MS = 900_000
+# Of a shorter range the events themselves are counted: the engine needs longer to plan a look at the counts.
+_SHORT_MS = 6 * 3_600_000
 # Clocks there did not always stand at, or change at, a quarter of an hour since 1970.
 ODD_ZONES = frozenset(
     {
@@ -157,9 +159,9 @@ class Selection:
         The engine has counted them, see tables.py. What the range has of other quarters is counted event by event.
         """
         start, end, scope = self.start, self.end, self._scope()
-        first = None if start is None else -(-start // _QUARTER_MS) * _QUARTER_MS
-        last = None if end is None else end // _QUARTER_MS * _QUARTER_MS
-        if first is not None and last is not None and first >= last:
+        first = start if start is None else -(-start // _QUARTER_MS) * _QUARTER_MS
+        last = end if end is None else end // _QUARTER_MS * _QUARTER_MS
+        if start is not None and end is not None and end - start < _SHORT_MS:
             return self._edges([(start, end)])
         within = [f"quarter >= {self.instant(first)}"] if first is not None else []
         within += [f"quarter < {self.instant(last)}"] if last is not None else []

@@ -12,11 +12,12 @@ from services.analytics_svc.persons import persons_table
 # short beside that: days up to a month, weeks up to a year, months beyond. So it is removed by dropping partitions, see
 # removals.py. The key serves queries: one source, a stretch of days, an event.
 #
-# `quarters` has the number of events in each quarter of an hour. It is a part of the parts of the table: written with
-# them, merged, rewritten and dropped with them, so that what it says is what they have, see Selection.quarters.
-# `sequences` lets live tails read what came last.
+# `quarters` has how many events there are in each quarter of an hour, for Selection.quarters, and when the last of them
+# was received, for removals.py. It belongs to the parts of the table: it is written, merged, rewritten and dropped with
+# them, so that it says what they say. `sequences` lets live tails read what came last.
 _QUARTER = "workspace_id, source_id, toStartOfFifteenMinutes(time), event, is_robot"
-_QUARTERS = f"quarters (SELECT {_QUARTER}, count(), min(time), max(time) GROUP BY {_QUARTER})"
+_KEPT = "count(), min(time), max(time), max(receive_time), max(retention_days)"
+_QUARTERS = f"quarters (SELECT {_QUARTER}, {_KEPT} GROUP BY {_QUARTER})"
 _SEQUENCES = "sequences sequence TYPE minmax"
 _COLUMNS = f"""
     workspace_id UUID,
@@ -90,8 +91,11 @@ ENGINE = Distributed('%(cluster)s', currentDatabase(), events_shard, sipHash64(s
 """,
 )
 
+_SETTING = (
+    f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES},"
+    " lightweight_mutation_projection_mode = 'rebuild'"
+)
 # Columns that came later, for tables that were made without them. Such tables keep their partitions of months.
-_SETTING = f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES}"
 _CHANGES = (
     "ADD COLUMN IF NOT EXISTS previous_id String,"
     " ADD COLUMN IF NOT EXISTS region LowCardinality(String),"
