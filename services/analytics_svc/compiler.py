@@ -110,9 +110,9 @@ def compile_query(
 ) -> Compiled:
     """Compiles a query that meets the rules of its contract, over sources of the workspace.
 
-    `cohorts` are those that its filters name. Without `from_counts` events are read also where the counts that the store
-    keeps would do, which gives the same answer later: for tests and the bench. Raises INVALID_ARGUMENT with PROPERTY_UNKNOWN, QUERY_INVALID,
-    FORMULA_INVALID, PATTERN_INVALID or TIME_ZONE_UNKNOWN and the path of the field.
+    `cohorts` are those that its filters name. Without `from_counts`, which tests and the bench switch off, events are
+    read also where the counts that the store keeps would give the same answer. Raises INVALID_ARGUMENT with
+    PROPERTY_UNKNOWN, QUERY_INVALID, FORMULA_INVALID, PATTERN_INVALID or TIME_ZONE_UNKNOWN and the path of the field.
     """
     start, end = resolve_range(query.time_range, now)
     events = Selection(workspace_id, query.source_ids, start, end, cohorts)

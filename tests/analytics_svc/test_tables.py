@@ -87,7 +87,10 @@ async def test_a_cluster_has_the_columns_and_the_order_of_the_embedded_table(sto
         "SELECT partition_key, sorting_key FROM system.tables"
         " WHERE name = {table:String} AND database = currentDatabase()"
     )
-    projections = "SELECT name, query FROM system.projections WHERE table = {table:String} AND database = currentDatabase()"
+    projections = (
+        "SELECT name, query FROM system.projections"
+        " WHERE table = {table:String} AND database = currentDatabase()"
+    )
     indices = (
         "SELECT name, type, expr FROM system.data_skipping_indices"
         " WHERE table = {table:String} AND database = currentDatabase()"
