@@ -214,7 +214,9 @@ async def test_works_on_a_table_from_before_there_were_such_partitions(house: Ho
     )
     await house.store.execute("RENAME TABLE events TO model")
     await house.store.execute(old.format("model"))
-    await house.store.execute("ALTER TABLE events DROP COLUMN retention_days")
+    await house.store.execute(
+        "ALTER TABLE events DROP PROJECTION quarters, DROP INDEX sequences, DROP COLUMN retention_days"
+    )
     await create_tables(house.store)
     short, long = await house.source(30), await house.source(0)
     await house.receive(short, 30, [0, 62, 100])
