@@ -411,7 +411,7 @@ def doctor(port: int, data: Path) -> None:
 @click.argument(
     "names",
     nargs=-1,
-    type=click.Choice(["reads", "auth", "access", "ingest", "visible", "queries", "startup"]),
+    type=click.Choice(["reads", "auth", "access", "ingest", "visible", "queries", "startup", "soak"]),
 )
 @click.option(
     "--quick", is_flag=True, help="One short round of each: to see that it works, not how fast it is."
@@ -425,8 +425,8 @@ def doctor(port: int, data: Path) -> None:
 def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str) -> None:
     """Measure a mesh: rates, delays, start-up and memory; all of them, or those in NAMES.
 
-    Everything runs on this machine, the load too, in about fourteen minutes. The figures are also written to
-    bench/results.
+    Everything runs on this machine, the load too, in about fourteen minutes; soak, which is ten minutes of load, only
+    when it is named. The figures are also written to bench/results.
     """
     suite = importlib.import_module("bench.suite")
     figures = importlib.import_module("bench.figures")

@@ -50,6 +50,8 @@ log = structlog.get_logger(__name__)
 # for a moment; longer when much has come in that moment, because an insert costs the store 20 ms and 3 µs an event.
 LINGER_SECONDS = 0.05
 _MUCH_BYTES = 256 << 10
+# How often a range that grows beside an insert looks whether that has ended.
+_BUSY_SECONDS = 0.01
 # How often the size of the log is looked at.
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -86,7 +88,7 @@ class _Range(NamedTuple):
 
 
 class Pipeline:
-    """Inserts a range when it has `flush_bytes`, or `flush_seconds` after its first message at the latest.
+    """Inserts a range when it has `flush_bytes`, or `flush_seconds` after its first message, once the store is free.
 
     `enriching` is what finds out what events tell of themselves; absent: `enrich`.
 
@@ -101,7 +103,7 @@ class Pipeline:
         now: Callable[[], datetime],
         *,
         max_log_bytes: int,
-        flush_bytes: int = 8 << 20,
+        flush_bytes: int = 16 << 20,
         flush_seconds: float = 0.15,
         enriching: Callable[[LoggedBatch], None] | None = None,
         deduplicate: bool = True,
@@ -191,7 +193,7 @@ class Pipeline:
         inserting: asyncio.Task[None] | None = None
         try:
             while True:
-                messages = await self._collect(reader)
+                messages = await self._collect(reader, inserting)
                 following = await self._prepare(messages, messages[-1].sequence) if messages else None
                 if inserting is not None:
                     await inserting
@@ -208,8 +210,11 @@ class Pipeline:
             if inserting is not None and inserting.cancel():
                 await asyncio.wait([inserting])
 
-    async def _collect(self, reader: LogReader) -> list[_Message]:
-        """The messages of a new range: what arrives within a moment of the first; [] after a second without any."""
+    async def _collect(self, reader: LogReader, inserting: asyncio.Task[None] | None) -> list[_Message]:
+        """The messages of a new range: what arrives within a moment of the first; [] after a second without any.
+
+        While the store is busy with the range before, this one grows: the more there is, the larger are the inserts.
+        """
         loop = asyncio.get_running_loop()
         message = await self._next(reader, 1.0)
         messages, size, began = [], 0, loop.time()
@@ -217,8 +222,12 @@ class Pipeline:
             messages.append(message)
             size += len(message.payload)
             patience = self.flush_seconds if size >= _MUCH_BYTES else min(LINGER_SECONDS, self.flush_seconds)
-            left = began + patience - loop.time()
-            message = await self._next(reader, left) if size < self.flush_bytes else None
+            message = None
+            while message is None and size < self.flush_bytes:
+                left = began + patience - loop.time()
+                if left <= 0 and (inserting is None or inserting.done()):
+                    break
+                message = await self._next(reader, left if left > 0 else _BUSY_SECONDS)
         return messages
 
     async def _collect_again(self, reader: LogReader, end: int) -> list[_Message]:
