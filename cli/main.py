@@ -217,6 +217,7 @@ def token(data: Path) -> None:
 
 main.add_command(operate.audit)
 main.add_command(operate.accounts)
+main.add_command(operate.events)
 main.add_command(operate.keys)
 main.add_command(operate.reindex)
 main.add_command(sending.send)

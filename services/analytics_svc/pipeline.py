@@ -14,7 +14,10 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from math import inf
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
@@ -55,6 +58,12 @@ _BUSY_SECONDS = 0.01
 # How often the size of the log is looked at.
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+# How often the store may fail at events in the same way before it is asked which of them it is.
+_TRIES = 5
+# What the store takes if it takes any event.
+_BLAMELESS = LoggedBatch(
+    workspace_id=str(UUID(int=0)), source_id=str(UUID(int=0)), events=[LoggedEvent(event="check")]
+).SerializeToString()
 
 _events = Counter("meshboard_pipeline_events_total", "Events by what became of them.", ["outcome"])
 _inserted, _duplicate, _failed, _robot = (
@@ -364,38 +373,53 @@ class Pipeline:
 
     async def _insert(self, batches: Sequence[LoggedBatch], token: str, retry_ids: Sequence[str]) -> None:
         """Inserts all of them, in one insert also when the store refuses some."""
-        if not batches:
-            return
-        try:
+        while batches:
             data = [batch.SerializeToString() for batch in batches]
-            await self._persist(lambda: insert_events(self.store, data, token))
-        except DataRefusedError:
-            await self._persist(lambda: prepare_check(self.store))
-            # Pieces have no token of their own: after a crash halfway they would be other ones.
-            batches, failures = await self._sort_out(batches, retry_ids)
-            await self._fail(failures)
-            data = [batch.SerializeToString() for batch in batches]
-            if data:
-                await self._persist(lambda: insert_events(self.store, data, token))
-        _inserted.inc(sum(len(batch.events) for batch in batches))
+            try:
+                await self._persist(partial(insert_events, self.store, data, token), tries=_TRIES)
+            except EventStoreError:
+                await self._persist(lambda: prepare_check(self.store))
+                # Pieces have no token of their own: after a crash halfway they would be other ones.
+                batches, failures = await self._sort_out(batches, retry_ids)
+                await self._fail(failures)
+                if not failures:
+                    await asyncio.sleep(
+                        _RETRY_SECONDS[-1]
+                    )  # it is not the events: the disk is full, or the like
+            else:
+                _inserted.inc(sum(len(batch.events) for batch in batches))
+                return
 
     async def _sort_out(
         self, batches: Sequence[LoggedBatch], retry_ids: Sequence[str]
     ) -> tuple[list[LoggedBatch], list[Failure]]:
         """What the store takes, and the events that it refuses; halves what has both."""
         data = [batch.SerializeToString() for batch in batches]
-        try:
-            await self._persist(lambda: check_events(self.store, data))
-        except DataRefusedError as error:
-            halves = _halves(batches)
-            if halves is None:
-                log.error(
-                    "event_refused", sequence=batches[0].sequence, code=error.code
-                )  # the text quotes the event
-                return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
-            (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
-            return one + other, refused + also_refused
-        return list(batches), []
+        halves = _halves(batches)
+        error = await self._refusal(data, 1 if halves else _TRIES)
+        if error is None:
+            return list(batches), []
+        if halves is None:
+            # Without the text, which quotes the event.
+            log.error("event_refused", sequence=batches[0].sequence, code=error.code)
+            return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
+        (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
+        return one + other, refused + also_refused
+
+    async def _refusal(self, data: Sequence[bytes], tries: int) -> EventStoreError | None:
+        """What the store says against these events. What it says against any event is its own trouble: that passes."""
+        while True:
+            try:
+                await self._persist(lambda: check_events(self.store, data), tries=tries)
+                return None
+            except DataRefusedError as error:
+                return error
+            except EventStoreError as error:
+                with suppress(EventStoreError):
+                    await self._persist(lambda: check_events(self.store, [_BLAMELESS]), tries=1)
+                    return error
+            await asyncio.sleep(_RETRY_SECONDS[-1])
+            await self._persist(lambda: prepare_check(self.store))
 
     async def _fail(self, failures: Sequence[Failure]) -> None:
         if failures:
@@ -416,9 +440,12 @@ class Pipeline:
         except BusError as error:
             log.warning("event_log_away", error=str(error))
 
-    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Repeats what fails because Postgres or the store is away, for as long as it takes."""
-        failures = 0
+    async def _persist(self, attempt: Callable[[], Awaitable[T]], *, tries: float = inf) -> T:
+        """Repeats what fails because Postgres or the store is away, for as long as it takes.
+
+        Raises DataRefusedError at once, and another error of the store when it comes `tries` times on end.
+        """
+        failures = same = code = 0
         while True:
             try:
                 return await attempt()
@@ -428,6 +455,10 @@ class Pipeline:
                 # Not the text of the store's errors, which may quote events.
                 why = f"{error.code}" if isinstance(error, EventStoreError) else str(error)[:300]
                 log.warning("pipeline_waits", error=f"{type(error).__name__}: {why}", failures=failures)
+                last, code = code, error.code if isinstance(error, EventStoreError) else 0
+                same = same + 1 if code == last else 1
+                if code and same >= tries:
+                    raise
                 await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
                 failures += 1
 

@@ -20,6 +20,7 @@ import re2
 from google.protobuf import struct_pb2
 from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 
+from services.analytics_svc.channels import COLUMNS, PARAMETERS, with_channels
 from services.analytics_svc.event_store import Value
 from services.chassis import errors
 
@@ -46,7 +47,8 @@ ODD_ZONES = frozenset(
     }
 )
 
-# Built-in properties and their expressions; `visit_id` and `person_id` are columns of subqueries only.
+# Built-in properties and their expressions; `visit_id`, `person_id` and those of channels.py are columns of subqueries
+# only.
 BUILT_INS = {
     name: name
     for name in (
@@ -71,6 +73,7 @@ BUILT_INS = {
         "utm_campaign",
         "utm_term",
         "utm_content",
+        *COLUMNS,
     )
 } | {"is_robot": "if(is_robot, 'true', 'false')"}
 
@@ -145,12 +148,17 @@ class Selection:
     params: dict[str, Value] = field(default_factory=dict)
     uses_visits: bool = False
     uses_persons: bool = False
+    channel_columns: set[str] = field(default_factory=set)
     # Whether a cohort that was named looks beyond the sources.
     cohorts_look_beyond: bool = False
 
     def rows(self) -> str:
         """A subquery that gives the columns of the events, and those that were asked for."""
-        return self._with_persons(self._rows()) if self.uses_persons else self._rows()
+        rows = self._rows()
+        if self.channel_columns:
+            self.params.update(PARAMETERS)
+            rows = with_channels(rows, sorted(self.channel_columns))
+        return self._with_persons(rows) if self.uses_persons else rows
 
     def quarters(self) -> str:
         """A subquery that gives counts of the events: `count_` of them with an `event` and `is_robot` have their time
@@ -359,6 +367,8 @@ class Selection:
             )
         self.uses_visits = self.uses_visits or name == "visit_id"
         self.uses_persons = self.uses_persons or name == "person_id"
+        if name in COLUMNS:
+            self.channel_columns.add(name)
         expression = BUILT_INS[name]
         return Property(text=expression, exists=f"{expression} != ''", number="NULL", is_number="0")
 

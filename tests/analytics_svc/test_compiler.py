@@ -49,6 +49,19 @@ ZONES = [
 ]
 # Around the changes of clocks in several of these zones, in 2015 to 2019.
 MOMENTS = [1427590800, 1446339600, 1541300400, 1444492800, 1428163200, 1520719200, 1432055000]
+ADDRESSES = [
+    "",
+    "https://shop.example/",
+    "https://www.shop.example/a?utm_source=fb",
+    "https://shop.example/?gclid=x",
+]
+REFERRED_FROM = [
+    "",
+    "https://www.google.de/",
+    "https://blog.shop.example/b",
+    "https://a.example/",
+    "https://t.co/x",
+]
 
 
 def batch_of(workspace_id: str, source_id: str, rows: Iterable[Row], sequence: int = 1) -> bytes:
@@ -87,6 +100,8 @@ def random_rows(source_id: str, count: int, seed: int) -> list[Row]:
             "distinct_id": f"u{dice.randrange(6)}",
             "browser": dice.choice(["Firefox", "Chrome", ""]),
             "is_robot": dice.choice(["true", "false"]),
+            "url": dice.choice(ADDRESSES),
+            "referrer": dice.choice(REFERRED_FROM),
         }
         time = dice.choice(MOMENTS) * 1000 + dice.randrange(-40 * 3_600_000, 40 * 3_600_000)
         if dice.random() < 0.3:
@@ -131,12 +146,15 @@ names = st.sampled_from(
         "distinct_id",
         "browser",
         "is_robot",
+        "referrer_name",
         "properties.latency",
         "properties.plan",
         "properties.mixed",
     ]
 )
-texts = st.sampled_from(["view", "u1", "Fire", "", "404", "pro", "it's", "a\\b", "true", "line\nbreak", "e"])
+texts = st.sampled_from(
+    ["direct", "Google", "view", "u1", "Fire", "", "404", "pro", "it's", "a\\b", "true", "line\nbreak", "e"]
+)
 numbers = st.sampled_from([0.0, 0.5, 404.0, 7.0, -3.5])
 values = texts | numbers | st.booleans()
 patterns = st.sampled_from(
