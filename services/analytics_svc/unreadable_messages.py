@@ -122,8 +122,9 @@ def _id(text: str) -> str:
     return str(UUID(text))
 
 
-async def _with_database(arguments: argparse.Namespace) -> int:
-    sessions = db.connect(load(AnalyticsSettings).postgres_url, pool_size=1)
+async def run_on(postgres_url: str, arguments: argparse.Namespace) -> int:
+    """Runs one command on a database, and gives its exit code."""
+    sessions = db.connect(postgres_url, pool_size=1)
     try:
         return await run(sessions, arguments)
     except (OSError, TimeoutError, SQLAlchemyError) as error:
@@ -137,8 +138,9 @@ async def _with_database(arguments: argparse.Namespace) -> int:
 
 def main() -> None:
     """Does what the command line says."""
+    arguments = parser().parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    raise SystemExit(asyncio.run(_with_database(parser().parse_args())))
+    raise SystemExit(asyncio.run(run_on(load(AnalyticsSettings).postgres_url, arguments)))
 
 
 if __name__ == "__main__":

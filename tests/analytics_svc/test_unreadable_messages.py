@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -96,27 +93,12 @@ async def test_takes_nothing_that_a_source_has(sessions: Sessions, call: Run) ->
     assert (await call("discard", owned))[0] == 1
 
 
-def test_says_when_postgres_does_not_answer() -> None:
-    names = (
-        "REDIS_URL",
-        "NATS_URL",
-        "LISTEN",
-        "KEYS_DIR",
-        "MASTER_KEY_FILE",
-        "EVENT_STORE_URL",
-        "PRIVATE_LISTEN",
-    )
-    environment = {f"MESHBOARD_{name}": "unused" for name in names}
-    environment["MESHBOARD_POSTGRES_URL"] = "postgresql://nobody@127.0.0.1:1/none"
-    done = subprocess.run(
-        [sys.executable, "-m", "services.analytics_svc.unreadable_messages", "list"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (3, b"")
-    assert b"start the mesh first" in done.stderr
+async def test_says_when_postgres_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = "postgresql://nobody@127.0.0.1:1/none"
+    code = await unreadable_messages.run_on(nobody, unreadable_messages.parser().parse_args(["list"]))
+    said = capsys.readouterr()
+    assert (code, said.out) == (3, "")
+    assert "start the mesh first" in said.err
 
 
 @pytest.mark.parametrize("command", [["list"], ["show", new_id()], ["discard", new_id()]])
