@@ -17,12 +17,21 @@ from typing import Any
 
 import psutil
 
-from bench import access, dashboards, ingest, load, mesh, queries, reads, sign_ins, startup, visible
+from bench import access, dashboards, ingest, load, mesh, queries, reads, sign_ins, soak, startup, visible
 from bench.figures import Figure, document
 from cli.envoy_config import REPOSITORY
 from cli.main import free_port
 
-NAMES = ("reads", "auth", "access", "ingest", "visible", "queries", "dashboards", "startup")
+NAMES = (
+    "reads",
+    "auth",
+    "access",
+    "ingest",
+    "visible",
+    "queries",
+    "dashboards",
+    "startup",
+)  # soak when it is named
 BUSY = 0.25  # load of other work, for each core, from which on rates mean little
 RESULTS = REPOSITORY / "bench" / "results"
 _PACKAGES = (
@@ -41,8 +50,8 @@ Say = Callable[[str], None]
 def run(names: Sequence[str], *, quick: bool, data_dir: Path | None, say: Say) -> tuple[list[Figure], Path]:
     """Measures, and returns the figures and the file that they are in.
 
-    `names` are of NAMES. With `data_dir` the mesh that runs there is measured, which must have been started without
-    limits; `startup` is left out then. Raises MeshFailedError and LoadFailedError.
+    `names` are of NAMES, or `soak`. With `data_dir` the mesh that runs there is measured, which must have been started
+    without limits; `startup` is left out then. Raises MeshFailedError and LoadFailedError.
     """
     figures: list[Figure] = []
     machine = machine_facts()
@@ -125,6 +134,15 @@ def _under_load(own: mesh.Mesh, names: Sequence[str], *, quick: bool, say: Say) 
             rounds=3 if quick else 15,
             cached=50 if quick else 1_000,
             say=_tagged(say, "dashboards"),
+        )
+    if "soak" in names:
+        figures += soak.measure(
+            own,
+            account,
+            minutes=2 if quick else 10,
+            minute_seconds=5 if quick else 60,
+            events=20_000 if quick else 200_000,
+            say=_tagged(say, "soak"),
         )
     return figures
 

@@ -217,6 +217,7 @@ def token(data: Path) -> None:
 
 main.add_command(operate.audit)
 main.add_command(operate.accounts)
+main.add_command(operate.events)
 main.add_command(operate.keys)
 main.add_command(operate.reindex)
 main.add_command(sending.send)
@@ -411,7 +412,9 @@ def doctor(port: int, data: Path) -> None:
 @click.argument(
     "names",
     nargs=-1,
-    type=click.Choice(["reads", "auth", "access", "ingest", "visible", "queries", "dashboards", "startup"]),
+    type=click.Choice(
+        ["reads", "auth", "access", "ingest", "visible", "queries", "dashboards", "startup", "soak"]
+    ),
 )
 @click.option(
     "--quick", is_flag=True, help="One short round of each: to see that it works, not how fast it is."
@@ -425,8 +428,8 @@ def doctor(port: int, data: Path) -> None:
 def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str) -> None:
     """Measure a mesh: rates, delays, start-up and memory; all of them, or those in NAMES.
 
-    Everything runs on this machine, the load too, in about fourteen minutes. The figures are also written to
-    bench/results.
+    Everything runs on this machine, the load too, in about fourteen minutes; soak, which is ten minutes of load, only
+    when it is named. The figures are also written to bench/results.
     """
     suite = importlib.import_module("bench.suite")
     figures = importlib.import_module("bench.figures")

@@ -128,6 +128,55 @@ def enable(email: str, data: Path, output: str) -> None:
     operate(data, "accounts", "enable", "-o", output, "--", email)
 
 
+# --- events -----------------------------------------------------------------------------------------------
+
+
+@click.group()
+def events() -> None:
+    """Look at what could not be read in the event log."""
+
+
+@events.group()
+def unreadable() -> None:
+    """List, show or discard messages of the event log that could not be read.
+
+    Which source such a message is of is not known, so no page and no call shows it.
+    """
+
+
+def unread(data: Path, *arguments: str) -> None:
+    """Runs services.analytics_svc.unreadable_messages, and ends with its exit code."""
+    module = "services.analytics_svc.unreadable_messages"
+    raise SystemExit(run_beside(data, "analytics_svc", module, *arguments).returncode)
+
+
+@unreadable.command("list", epilog="Example: ./dev events unreadable list -o json | jq .count")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many.")
+@data_option
+@output_option
+def list_unreadable(limit: int, data: Path, output: str) -> None:
+    """Show when each came, its size and why it could not be read, the newest first."""
+    unread(data, "list", f"--limit={limit}", "-o", output)
+
+
+@unreadable.command("show", epilog="Example: ./dev events unreadable show 01a221ac-d70f-… > message.bin")
+@click.argument("failed_event_id", type=click.UUID)
+@data_option
+@output_option
+def show_unreadable(failed_event_id: UUID, data: Path, output: str) -> None:
+    """Write the message, byte for byte; with `-o json` in base64. Exit code 1: there is none."""
+    unread(data, "show", "-o", output, str(failed_event_id))
+
+
+@unreadable.command("discard", epilog="Example: ./dev events unreadable discard 01a221ac-d70f-…")
+@click.argument("failed_event_ids", type=click.UUID, nargs=-1, required=True)
+@data_option
+@output_option
+def discard_unreadable(failed_event_ids: tuple[UUID, ...], data: Path, output: str) -> None:
+    """Give messages up for good. Exit code 1: none of them is there."""
+    unread(data, "discard", "-o", output, *map(str, failed_event_ids))
+
+
 # --- keys -------------------------------------------------------------------------------------------------
 
 

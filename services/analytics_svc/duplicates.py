@@ -9,11 +9,12 @@ It is a Bloom filter (Bloom 1970) in its blocked form (Putze, Sanders and Single
 
 import asyncio
 import time
-from array import array
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 import xxhash
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
@@ -25,32 +26,40 @@ log = structlog.get_logger(__name__)
 WINDOW = timedelta(days=7)
 CAPACITY = 1 << 20
 _BITS_PER_KEY = 24
-_MASK = (1 << 64) - 1
-# The two bits of a word that twelve bits of a key stand for.
-_BITS = [1 << (bits & 63) | 1 << (bits >> 6) for bits in range(1 << 12)]
+_BITS_SET = 5  # by a key, six bits of which each stand for one of a word's
+_PLACE_SHIFT = 6 * _BITS_SET
+_AT_ONCE = 50_000
+
+Keys = npt.NDArray[np.uint64]
 
 
 class SeenKeys:
     """Keys that have been added, and a few that have not. Grows by doubling; a key is a 64-bit hash."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
-        self._parts: list[array[int]] = []
+        self._parts: list[Keys] = []
         self._begun: list[float] = []
         self._grow(capacity)
 
-    def add(self, key: int) -> bool:
-        """Adds a key; says whether it may have been there. False is certain."""
-        mask = _BITS[key & 4095] | _BITS[key >> 12 & 4095] | 1 << (key >> 24 & 63)
-        place = (key >> 30) * 0x9E3779B97F4A7C15 & _MASK  # spreads what is left of the key over all words
+    def add(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Adds keys; says of each whether it may have been there, be it among these. False is certain."""
+        masks = np.zeros(len(keys), np.uint64)
+        for number in range(_BITS_SET):
+            masks |= np.uint64(1) << (keys >> (6 * number) & 63)
+        places = keys >> _PLACE_SHIFT
+        seen = np.ones(len(keys), np.bool_)
+        seen[np.unique(keys, return_index=True)[1]] = False  # the first of equal ones
         for words in self._parts:
-            if words[place % len(words)] & mask == mask:
-                return True
-        if not self._room:
-            self._grow(2 * self._capacity)
-        words = self._parts[-1]
-        words[place % len(words)] |= mask
-        self._room -= 1
-        return False
+            seen |= words[places % len(words)] & masks == masks
+        new = np.flatnonzero(~seen)
+        while len(new):
+            if not self._room:
+                self._grow(2 * self._capacity)
+            some, new = new[: self._room], new[self._room :]
+            words = self._parts[-1]
+            np.bitwise_or.at(words, places[some] % len(words), masks[some])
+            self._room -= len(some)
+        return seen
 
     def forget(self, seconds: float) -> None:
         """Frees what holds only keys that were added longer ago."""
@@ -59,7 +68,7 @@ class SeenKeys:
 
     def _grow(self, capacity: int) -> None:
         self._capacity = self._room = capacity
-        self._parts.append(array("Q", bytes(capacity * _BITS_PER_KEY // 8)))
+        self._parts.append(np.zeros(capacity * _BITS_PER_KEY // 64, np.uint64))
         self._begun.append(time.monotonic())
 
 
@@ -91,26 +100,25 @@ class Duplicates:
         # A day at a time, to bound the memory; the last bound is open, for what came meanwhile.
         bounds = [now - timedelta(days=days) for days in range(WINDOW.days + 1, -1, -1)]
         for begin, end in zip(bounds, [*bounds[1:-1], now + WINDOW], strict=False):
-            keys = array("Q")
-            keys.frombytes(
-                await self._store.scan(
-                    "SELECT xxh3(concat(toString(source_id), insert_id)) FROM events"
-                    " WHERE receive_time >= fromUnixTimestamp64Milli({begin:Int64}, 'UTC')"
-                    " AND receive_time < fromUnixTimestamp64Milli({end:Int64}, 'UTC') FORMAT RowBinary",
-                    {"begin": int(begin.timestamp() * 1000), "end": int(end.timestamp() * 1000)},
-                )
+            stored = await self._store.scan(
+                "SELECT xxh3(concat(toString(source_id), insert_id)) FROM events"
+                " WHERE receive_time >= fromUnixTimestamp64Milli({begin:Int64}, 'UTC')"
+                " AND receive_time < fromUnixTimestamp64Milli({end:Int64}, 'UTC') FORMAT RowBinary",
+                {"begin": int(begin.timestamp() * 1000), "end": int(end.timestamp() * 1000)},
             )
+            keys = np.frombuffer(stored, np.uint64)
             count += len(keys)
-            for number, key in enumerate(keys):
-                self._seen.add(key)
-                if number % 50_000 == 0:
-                    await asyncio.sleep(0)  # lets others run, such as the private HTTP port
+            for some in range(0, len(keys), _AT_ONCE):
+                self._seen.add(keys[some : some + _AT_ONCE])
+                await asyncio.sleep(0)  # lets others run, such as the private HTTP port
         log.info("duplicates_remembered", events=count, seconds=round(time.monotonic() - start, 2))
 
     def suspects(self, batch: LoggedBatch) -> list[int]:
         """The places of events that may have been there before; the others are surely new. Call it once for a batch."""
-        source_id, add = batch.source_id, self._seen.add
-        return [index for index, event in enumerate(batch.events) if add(key_of(source_id, event.insert_id))]
+        source_id = batch.source_id
+        keys = np.array([key_of(source_id, event.insert_id) for event in batch.events], np.uint64)
+        suspects: list[int] = np.flatnonzero(self._seen.add(keys)).tolist()
+        return suspects
 
     async def drop(self, batches: Sequence[LoggedBatch], suspected: Sequence[Sequence[int]]) -> int:
         """Removes the events that were there before, in the store or in these batches; says how many.

@@ -6,7 +6,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc.aio
 from google.protobuf.struct_pb2 import Struct, Value
@@ -20,12 +20,14 @@ from meshboard.analytics.v1.ingest_service_pb2 import (
     RefusedEvent,
 )
 from meshboard.analytics.v1.ingest_service_pb2_grpc import IngestServiceServicer
+from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter
 from uuid_utils.compat import uuid7
 
 from services.analytics_svc import write_keys
 from services.analytics_svc.event_log import EventLog
 from services.analytics_svc.geo import GeoDatabase
+from services.analytics_svc.glance import DAY_SECONDS, MAX_PROPERTIES, MAX_PROPERTIES_BYTES, glance
 from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.rules import Rulebook, Rules
 from services.analytics_svc.streams import acknowledged
@@ -34,13 +36,19 @@ from services.chassis.bus import BusError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-DAY_SECONDS = 86_400
-MAX_PROPERTIES_BYTES = 65_536
 # How long a batch may have been on its way before the sender's clock is taken to be wrong.
 TRAVEL_SECONDS = 5
 
 _events = Counter("meshboard_ingest_events_total", "Events by what became of them.", ["outcome"])
 _accepted, _refused, _dropped = (_events.labels(outcome) for outcome in ("accepted", "refused", "dropped"))
+
+
+class Judged(NamedTuple):
+    """A batch as it is logged, and what is not in it."""
+
+    batch: bytes
+    refused: list[RefusedEvent]
+    dropped: int
 
 
 class IngestServicer(IngestServiceServicer):
@@ -66,28 +74,19 @@ class IngestServicer(IngestServiceServicer):
         receive_time = Timestamp()
         receive_time.FromDatetime(self.now())
         correct_times(request, receive_time)
-        rules = self.rulebook.rules_of(source)
-        if rules is not None and rules.are_slow:  # other calls go on meanwhile
-            refused, dropped = await asyncio.to_thread(judge, request, receive_time.seconds, rules)
-        else:
-            refused, dropped = judge(request, receive_time.seconds, rules)
+        judged = await self._judge(source, request, receive_time)
         accepted = len(request.events)
         if accepted:
-            if self.geo is not None:
-                places = [self.geo.place_of(event.ip or write_keys.address()) for event in request.events]
-            else:
-                places = []
-            complete(request, receive_time, places)
             give_back = await self.quotas.take(source, accepted)
             try:
-                await self.log.append(source, request.SerializeToString())
+                await self.log.append(source, judged.batch)
             except BusError as error:
                 give_back()
                 raise errors.unavailable("The event log takes no events now.") from error
         _accepted.inc(accepted)
-        _refused.inc(len(refused))
-        _dropped.inc(dropped)
-        return IngestResponse(accepted_count=accepted, refused=refused, dropped_count=dropped)
+        _refused.inc(len(judged.refused))
+        _dropped.inc(judged.dropped)
+        return IngestResponse(accepted_count=accepted, refused=judged.refused, dropped_count=judged.dropped)
 
     async def IngestStream(
         self, requests: AsyncIterator[IngestStreamRequest], context: Context
@@ -97,6 +96,31 @@ class IngestServicer(IngestServiceServicer):
 
         async for acknowledgement in acknowledged(requests, take, auth.recheck):
             yield acknowledgement
+
+    async def _judge(self, source: Source, request: IngestRequest, receive_time: Timestamp) -> Judged:
+        """Leaves the events in the request that are to be kept."""
+        strip(request)
+        rules = self.rulebook.rules_of(source)
+        refused: list[RefusedEvent] = []
+        dropped = 0
+        if rules is None:
+            batch = request.SerializeToString()
+            seen = glance(batch, len(request.events), receive_time.seconds)
+            if seen.is_whole and self.geo is None:
+                return Judged(batch, refused, dropped)
+            if not seen.is_good:
+                refused, dropped = judge(request, receive_time.seconds, rules)
+        elif rules.are_slow:  # other calls go on meanwhile
+            refused, dropped = await asyncio.to_thread(judge, request, receive_time.seconds, rules)
+        else:
+            refused, dropped = judge(request, receive_time.seconds, rules)
+        complete(request, receive_time, self._places_of(request))
+        return Judged(request.SerializeToString(), refused, dropped)
+
+    def _places_of(self, request: IngestRequest) -> list[bytes]:
+        if self.geo is None:
+            return []
+        return [self.geo.place_of(event.ip or write_keys.address()) for event in request.events]
 
 
 def correct_times(request: IngestRequest, receive_time: Timestamp) -> None:
@@ -137,15 +161,19 @@ def judge(request: IngestRequest, now_seconds: int, rules: Rules | None) -> tupl
     return refused, len(gone) - len(refused)
 
 
-def complete(request: IngestRequest, receive_time: Timestamp, places: Sequence[bytes] = ()) -> None:
-    """Gives events the time and the `insert_id` that they lack, and leaves nothing in the request but events.
-
-    `places` says of each event where it was, as a serialized LoggedEvent; or of none.
-    """
+def strip(request: IngestRequest) -> None:
+    """Leaves nothing in the request but events."""
     request.ClearField("write_key")
     request.ClearField("send_time")
     # What this contract does not know would be read as fields of LoggedBatch and LoggedEvent.
     request.DiscardUnknownFields()
+
+
+def complete(request: IngestRequest, receive_time: Timestamp, places: Sequence[bytes] = ()) -> None:
+    """Gives events the time and the `insert_id` that they lack, and takes their addresses.
+
+    `places` says of each event where it was, as a serialized LoggedEvent; or of none.
+    """
     prefix = uuid7().hex
     for index, event in enumerate(request.events):
         event.ClearField("ip")
@@ -196,7 +224,7 @@ def _plausible(time: Timestamp, now_seconds: int) -> bool:
 
 def _refusal_of_properties(properties: Struct) -> tuple[str, str] | None:
     fields = properties.fields
-    if len(fields) > 200:
+    if len(fields) > MAX_PROPERTIES:
         return "PROPERTIES_INVALID", "properties: must have at most 200 names"
     if properties.ByteSize() > MAX_PROPERTIES_BYTES:
         return "PROPERTIES_INVALID", "properties: must have at most 64 KiB"

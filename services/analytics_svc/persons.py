@@ -206,6 +206,37 @@ class Persons:
                 yield Scope(workspace_id, scope_id), cells
 
 
+async def unlink(store: EventStore, deleted: Collection[tuple[str, str]]) -> set[str]:
+    """Removes what deleted sources, by workspace and source id, have said of persons, and gives the workspaces.
+
+    In the scope of a workspace the ids go that no other source has linked; what such an id has joined stays joined.
+    Raises UnavailableError or EventStoreError.
+    """
+    if not deleted:
+        return set()
+    source_ids = sorted(source_id for _, source_id in deleted)
+    found: set[str] = set()
+    for some in pieces(source_ids):
+        linked = await store.query(
+            "SELECT DISTINCT toString(workspace_id) FROM persons"
+            " WHERE workspace_id IN {workspaces:Array(UUID)} AND scope_id IN {sources:Array(UUID)}",
+            {"workspaces": sorted({workspace_id for workspace_id, _ in deleted}), "sources": some},
+        )
+        workspace_ids = sorted(workspace_id for (workspace_id,) in linked.rows)
+        if workspace_ids:
+            await store.execute(
+                "ALTER TABLE persons DELETE WHERE workspace_id IN {workspaces:Array(UUID)} AND ("
+                " scope_id IN {sources:Array(UUID)} OR scope_id = workspace_id AND (workspace_id, distinct_id) NOT IN ("
+                " SELECT workspace_id, distinct_id FROM persons WHERE workspace_id IN {workspaces:Array(UUID)}"
+                " AND scope_id != workspace_id AND scope_id NOT IN {sources:Array(UUID)}))"
+                " SETTINGS mutations_sync = 1",
+                {"workspaces": workspace_ids, "sources": some},
+                timeout=300,
+            )
+            found.update(workspace_ids)
+    return found
+
+
 def unite(joints: Iterable[tuple[T, T]], sizes: dict[T, int]) -> dict[T, T]:
     """What each of the groups in `sizes` belongs to when those of each joint have met, one joint after the other."""
     parents: dict[T, T] = {}

@@ -14,7 +14,10 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from math import inf
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
@@ -50,9 +53,17 @@ log = structlog.get_logger(__name__)
 # for a moment; longer when much has come in that moment, because an insert costs the store 20 ms and 3 µs an event.
 LINGER_SECONDS = 0.05
 _MUCH_BYTES = 256 << 10
+# How often a range that grows beside an insert looks whether that has ended.
+_BUSY_SECONDS = 0.01
 # How often the size of the log is looked at.
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+# How often the store may fail at events in the same way before it is asked which of them it is.
+_TRIES = 5
+# What the store takes if it takes any event.
+_BLAMELESS = LoggedBatch(
+    workspace_id=str(UUID(int=0)), source_id=str(UUID(int=0)), events=[LoggedEvent(event="check")]
+).SerializeToString()
 
 _events = Counter("meshboard_pipeline_events_total", "Events by what became of them.", ["outcome"])
 _inserted, _duplicate, _failed, _robot = (
@@ -86,7 +97,7 @@ class _Range(NamedTuple):
 
 
 class Pipeline:
-    """Inserts a range when it has `flush_bytes`, or `flush_seconds` after its first message at the latest.
+    """Inserts a range when it has `flush_bytes`, or `flush_seconds` after its first message, once the store is free.
 
     `enriching` is what finds out what events tell of themselves; absent: `enrich`.
 
@@ -101,7 +112,7 @@ class Pipeline:
         now: Callable[[], datetime],
         *,
         max_log_bytes: int,
-        flush_bytes: int = 8 << 20,
+        flush_bytes: int = 16 << 20,
         flush_seconds: float = 0.15,
         enriching: Callable[[LoggedBatch], None] | None = None,
         deduplicate: bool = True,
@@ -191,7 +202,7 @@ class Pipeline:
         inserting: asyncio.Task[None] | None = None
         try:
             while True:
-                messages = await self._collect(reader)
+                messages = await self._collect(reader, inserting)
                 following = await self._prepare(messages, messages[-1].sequence) if messages else None
                 if inserting is not None:
                     await inserting
@@ -208,8 +219,11 @@ class Pipeline:
             if inserting is not None and inserting.cancel():
                 await asyncio.wait([inserting])
 
-    async def _collect(self, reader: LogReader) -> list[_Message]:
-        """The messages of a new range: what arrives within a moment of the first; [] after a second without any."""
+    async def _collect(self, reader: LogReader, inserting: asyncio.Task[None] | None) -> list[_Message]:
+        """The messages of a new range: what arrives within a moment of the first; [] after a second without any.
+
+        While the store is busy with the range before, this one grows: the more there is, the larger are the inserts.
+        """
         loop = asyncio.get_running_loop()
         message = await self._next(reader, 1.0)
         messages, size, began = [], 0, loop.time()
@@ -217,8 +231,12 @@ class Pipeline:
             messages.append(message)
             size += len(message.payload)
             patience = self.flush_seconds if size >= _MUCH_BYTES else min(LINGER_SECONDS, self.flush_seconds)
-            left = began + patience - loop.time()
-            message = await self._next(reader, left) if size < self.flush_bytes else None
+            message = None
+            while message is None and size < self.flush_bytes:
+                left = began + patience - loop.time()
+                if left <= 0 and (inserting is None or inserting.done()):
+                    break
+                message = await self._next(reader, left if left > 0 else _BUSY_SECONDS)
         return messages
 
     async def _collect_again(self, reader: LogReader, end: int) -> list[_Message]:
@@ -355,38 +373,53 @@ class Pipeline:
 
     async def _insert(self, batches: Sequence[LoggedBatch], token: str, retry_ids: Sequence[str]) -> None:
         """Inserts all of them, in one insert also when the store refuses some."""
-        if not batches:
-            return
-        try:
+        while batches:
             data = [batch.SerializeToString() for batch in batches]
-            await self._persist(lambda: insert_events(self.store, data, token))
-        except DataRefusedError:
-            await self._persist(lambda: prepare_check(self.store))
-            # Pieces have no token of their own: after a crash halfway they would be other ones.
-            batches, failures = await self._sort_out(batches, retry_ids)
-            await self._fail(failures)
-            data = [batch.SerializeToString() for batch in batches]
-            if data:
-                await self._persist(lambda: insert_events(self.store, data, token))
-        _inserted.inc(sum(len(batch.events) for batch in batches))
+            try:
+                await self._persist(partial(insert_events, self.store, data, token), tries=_TRIES)
+            except EventStoreError:
+                await self._persist(lambda: prepare_check(self.store))
+                # Pieces have no token of their own: after a crash halfway they would be other ones.
+                batches, failures = await self._sort_out(batches, retry_ids)
+                await self._fail(failures)
+                if not failures:
+                    await asyncio.sleep(
+                        _RETRY_SECONDS[-1]
+                    )  # it is not the events: the disk is full, or the like
+            else:
+                _inserted.inc(sum(len(batch.events) for batch in batches))
+                return
 
     async def _sort_out(
         self, batches: Sequence[LoggedBatch], retry_ids: Sequence[str]
     ) -> tuple[list[LoggedBatch], list[Failure]]:
         """What the store takes, and the events that it refuses; halves what has both."""
         data = [batch.SerializeToString() for batch in batches]
-        try:
-            await self._persist(lambda: check_events(self.store, data))
-        except DataRefusedError as error:
-            halves = _halves(batches)
-            if halves is None:
-                log.error(
-                    "event_refused", sequence=batches[0].sequence, code=error.code
-                )  # the text quotes the event
-                return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
-            (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
-            return one + other, refused + also_refused
-        return list(batches), []
+        halves = _halves(batches)
+        error = await self._refusal(data, 1 if halves else _TRIES)
+        if error is None:
+            return list(batches), []
+        if halves is None:
+            # Without the text, which quotes the event.
+            log.error("event_refused", sequence=batches[0].sequence, code=error.code)
+            return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
+        (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
+        return one + other, refused + also_refused
+
+    async def _refusal(self, data: Sequence[bytes], tries: int) -> EventStoreError | None:
+        """What the store says against these events. What it says against any event is its own trouble: that passes."""
+        while True:
+            try:
+                await self._persist(lambda: check_events(self.store, data), tries=tries)
+                return None
+            except DataRefusedError as error:
+                return error
+            except EventStoreError as error:
+                with suppress(EventStoreError):
+                    await self._persist(lambda: check_events(self.store, [_BLAMELESS]), tries=1)
+                    return error
+            await asyncio.sleep(_RETRY_SECONDS[-1])
+            await self._persist(lambda: prepare_check(self.store))
 
     async def _fail(self, failures: Sequence[Failure]) -> None:
         if failures:
@@ -407,9 +440,12 @@ class Pipeline:
         except BusError as error:
             log.warning("event_log_away", error=str(error))
 
-    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Repeats what fails because Postgres or the store is away, for as long as it takes."""
-        failures = 0
+    async def _persist(self, attempt: Callable[[], Awaitable[T]], *, tries: float = inf) -> T:
+        """Repeats what fails because Postgres or the store is away, for as long as it takes.
+
+        Raises DataRefusedError at once, and another error of the store when it comes `tries` times on end.
+        """
+        failures = same = code = 0
         while True:
             try:
                 return await attempt()
@@ -419,6 +455,10 @@ class Pipeline:
                 # Not the text of the store's errors, which may quote events.
                 why = f"{error.code}" if isinstance(error, EventStoreError) else str(error)[:300]
                 log.warning("pipeline_waits", error=f"{type(error).__name__}: {why}", failures=failures)
+                last, code = code, error.code if isinstance(error, EventStoreError) else 0
+                same = same + 1 if code == last else 1
+                if code and same >= tries:
+                    raise
                 await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
                 failures += 1
 

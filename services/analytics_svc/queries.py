@@ -22,14 +22,13 @@ from meshboard.analytics.v1.query_service_pb2 import (
 )
 from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceServicer
 from prometheus_client import Counter, Histogram
-from sqlalchemy import select, true
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.event_store import EventStore, Rows, TooExpensiveError, UnavailableError, Value
 from services.analytics_svc.memberships import Memberships, check_visible, memberships, named_in
-from services.analytics_svc.models import Watermark
 from services.chassis import auth, errors, telemetry
+from services.chassis.db import fetch_at_once
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -45,6 +44,10 @@ _WORDS = {
     "memory": "The query needs more memory than a query may have",
     "rows": "The query reads more events than a query may",
 }
+
+# On the way of every query, also where its answer is remembered.
+_ALL_WATERMARKS = "SELECT watermark FROM watermarks WHERE workspace_id = $1 ORDER BY source_id"
+_WATERMARKS = _ALL_WATERMARKS.replace(" ORDER", " AND source_id = ANY($2::uuid[]) ORDER")
 
 _answers = Counter("meshboard_query_answers_total", "Answers by where they came from.", ["from"])
 _seconds = Histogram(
@@ -191,16 +194,12 @@ class Queries:
 
         All sources of the workspace when none is named.
         """
-        async with self.db() as session:
-            found = await session.scalars(
-                select(Watermark.watermark)
-                .where(
-                    Watermark.workspace_id == workspace_id,
-                    Watermark.source_id.in_(source_ids) if source_ids else true(),
-                )
-                .order_by(Watermark.source_id)
-            )
-            return tuple(found)
+        found = (
+            await fetch_at_once(self.db, _WATERMARKS, workspace_id, list(source_ids))
+            if source_ids
+            else await fetch_at_once(self.db, _ALL_WATERMARKS, workspace_id)
+        )
+        return tuple(row["watermark"] for row in found)
 
     async def rows(self, sql: str, params: Mapping[str, Value], workspace_id: str) -> Rows:
         """Runs a SELECT for a workspace, within the limits of a query.

@@ -4,6 +4,8 @@ The time counts from receipt. Partitions lie as tables.py says, so that what end
 costs nothing. Where a partition also has events that stay (a source that ends sooner than its neighbours, a setting
 that was changed, a table from before there were such partitions), the events of a source are deleted from it by a
 rewrite, once, when all that it has there are over: up to a day, a week or a month late, as the partition is long.
+
+What a deleted source has said of persons goes with it, see persons.py.
 """
 
 import asyncio
@@ -21,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.analytics_svc.event_log import MAX_LOG_SECONDS
 from services.analytics_svc.event_store import EventStore, EventStoreError, UnavailableError
 from services.analytics_svc.models import DeletedSource, Source, Watermark
+from services.analytics_svc.persons import unlink
 
 log = structlog.get_logger(__name__)
 
@@ -90,6 +93,8 @@ class Retention:
                 if over:
                     await self._remove(partition_id, over, whole=len(over) == len(shares))
                     touched.update(over)
+            unlinked = await unlink(self.store, deleted)
+            touched.update(source for source in {*days, *deleted} if source[0] in unlinked)
             await self._forget(touched, now)
 
     async def _settings(self) -> tuple[dict[SourceKey, int], set[SourceKey]]:

@@ -20,12 +20,35 @@ import re2
 from google.protobuf import struct_pb2
 from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 
+from services.analytics_svc.channels import COLUMNS, PARAMETERS, with_channels
 from services.analytics_svc.event_store import Value
 from services.chassis import errors
 
 VISIT_GAP_SECONDS = 30 * 60
+# What `quarters` can be asked about.
+QUARTERED = frozenset({"event", "is_robot"})
+_QUARTER_MS = 900_000
+# Of a shorter range the events themselves are counted: the engine needs longer to plan a look at the counts.
+_SHORT_MS = 6 * 3_600_000
+# Clocks there did not always stand at, or change at, a quarter of an hour since 1970.
+ODD_ZONES = frozenset(
+    {
+        "Africa/Monrovia",
+        "America/Goose_Bay",
+        "America/Moncton",
+        "America/St_Johns",
+        "Antarctica/Casey",
+        "Asia/Gaza",
+        "Asia/Hebron",
+        "Canada/Newfoundland",
+        "Pacific/Guam",
+        "Pacific/Kiritimati",
+        "Pacific/Saipan",
+    }
+)
 
-# Built-in properties and their expressions; `visit_id` and `person_id` are columns of subqueries only.
+# Built-in properties and their expressions; `visit_id`, `person_id` and those of channels.py are columns of subqueries
+# only.
 BUILT_INS = {
     name: name
     for name in (
@@ -50,6 +73,7 @@ BUILT_INS = {
         "utm_campaign",
         "utm_term",
         "utm_content",
+        *COLUMNS,
     )
 } | {"is_robot": "if(is_robot, 'true', 'false')"}
 
@@ -124,12 +148,42 @@ class Selection:
     params: dict[str, Value] = field(default_factory=dict)
     uses_visits: bool = False
     uses_persons: bool = False
+    channel_columns: set[str] = field(default_factory=set)
     # Whether a cohort that was named looks beyond the sources.
     cohorts_look_beyond: bool = False
 
     def rows(self) -> str:
         """A subquery that gives the columns of the events, and those that were asked for."""
-        return self._with_persons(self._rows()) if self.uses_persons else self._rows()
+        rows = self._rows()
+        if self.channel_columns:
+            self.params.update(PARAMETERS)
+            rows = with_channels(rows, sorted(self.channel_columns))
+        return self._with_persons(rows) if self.uses_persons else rows
+
+    def quarters(self) -> str:
+        """A subquery that gives counts of the events: `count_` of them with an `event` and `is_robot` have their time
+        in the quarter of an hour that begins at `time`, the first of them at `first_`, the last at `last_`.
+
+        The engine has counted them, see tables.py. What the range has of other quarters is counted event by event.
+        """
+        start, end, scope = self.start, self.end, self._scope()
+        first = start if start is None else -(-start // _QUARTER_MS) * _QUARTER_MS
+        last = end if end is None else end // _QUARTER_MS * _QUARTER_MS
+        if start is not None and end is not None and end - start < _SHORT_MS:
+            return self._edges([(start, end)])
+        within = [f"quarter >= {self.instant(first)}"] if first is not None else []
+        within += [f"quarter < {self.instant(last)}"] if last is not None else []
+        counted = f"""
+            SELECT quarter AS time, event, is_robot, count_, first_, last_
+            FROM (
+                SELECT toStartOfFifteenMinutes(time) AS quarter, event, is_robot,
+                    count() AS count_, min(time) AS first_, max(time) AS last_
+                FROM events WHERE {" AND ".join(scope + within)}
+                GROUP BY quarter, event, is_robot
+            )
+        """
+        edges = [(a, b) for a, b in ((start, first), (last, end)) if a != b]
+        return f"({counted} UNION ALL {self._edges(edges)})" if edges else f"({counted})"
 
     @property
     def looks_beyond_sources(self) -> bool:
@@ -149,14 +203,34 @@ class Selection:
             ) AS link ON event.distinct_id = link.linked_id
         )"""
 
-    def _rows(self) -> str:
-        start, end = self.start, self.end
-        scope = [
+    def _scope(self) -> list[str]:
+        return [
             f"workspace_id = {self.bind(self.workspace_id, 'UUID')}",
             f"source_id IN {self.bind(sorted(self.source_ids), 'Array(UUID)')}",
         ]
-        after = [f"time >= {self.instant(start)}"] if start is not None else []
-        before = [f"time < {self.instant(end)}"] if end is not None else []
+
+    def _edges(self, ranges: Sequence[tuple[int | None, int | None]]) -> str:
+        in_ranges = [" AND ".join(self._after(start) + self._before(end)) for start, end in ranges]
+        return f"""(
+            SELECT time, event, is_robot, toUInt64(1) AS count_, time AS first_, time AS last_
+            FROM events WHERE {" AND ".join(self._scope())} AND ({" OR ".join(in_ranges)})
+        )"""
+
+    def _after(self, start: int | None) -> list[str]:
+        # The key has the day before the time: the engine does not see by itself which days a time leaves.
+        if start is None:
+            return []
+        instant = self.instant(start)
+        return [f"time >= {instant}", f"indexHint(toDate(time) >= toDate({instant}))"]
+
+    def _before(self, end: int | None) -> list[str]:
+        if end is None:
+            return []
+        instant = self.instant(end)
+        return [f"time < {instant}", f"indexHint(toDate(time) <= toDate({instant}))"]
+
+    def _rows(self) -> str:
+        scope, after, before = self._scope(), self._after(self.start), self._before(self.end)
         in_range = f"(SELECT * FROM events WHERE {' AND '.join(scope + after + before)})"
         if not self.uses_visits:
             return in_range
@@ -175,7 +249,7 @@ class Selection:
                     FROM events WHERE {" AND ".join([*scope, *before, seen])}
                 )
             )
-            {"WHERE " + after[0] if after else ""}
+            {f"WHERE time >= {self.instant(self.start)}" if self.start is not None else ""}
         )"""
 
     def instant(self, milliseconds: int) -> str:
@@ -293,6 +367,8 @@ class Selection:
             )
         self.uses_visits = self.uses_visits or name == "visit_id"
         self.uses_persons = self.uses_persons or name == "person_id"
+        if name in COLUMNS:
+            self.channel_columns.add(name)
         expression = BUILT_INS[name]
         return Property(text=expression, exists=f"{expression} != ''", number="NULL", is_number="0")
 

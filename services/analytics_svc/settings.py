@@ -16,8 +16,9 @@ class AnalyticsSettings(Settings):
     store_dir: Path = Path(".data/store")
     # What the event log may take of the disk; what is in it can be read into a new store.
     event_log_bytes: int = 8 << 30
-    # An insert waits for so many bytes of the event log, or so many seconds after the first of them.
-    flush_bytes: int = Field(8 << 20, ge=1 << 16, le=64 << 20)
+    # An insert waits for so many bytes of the event log, or so many seconds after the first of them and until the
+    # insert before has ended.
+    flush_bytes: int = Field(16 << 20, ge=1 << 16, le=64 << 20)
     flush_seconds: float = Field(0.15, ge=0, le=10)
     # A file in MaxMind's format that tells where addresses are. Without it no event has a country, region or city.
     geo_database: FilePath | None = None

@@ -9,13 +9,14 @@ from google.protobuf.json_format import ParseDict
 from meshboard.analytics.v1.event_service_pb2 import StoredEvent
 from meshboard.analytics.v1.query_pb2 import Filter
 
+from services.analytics_svc.channels import COLUMNS
 from services.analytics_svc.selection import BUILT_INS, Selection
 
 # A message may have 4 MiB; an event, as it is measured here, becomes larger on its way.
 MAX_BYTES = 2 << 20
 
 # What is no column of the table, or has a field of its own.
-_ELSEWHERE = {"event", "distinct_id", "visit_id", "person_id"}
+_ELSEWHERE = {"event", "distinct_id", "visit_id", "person_id", *COLUMNS}
 _OTHERS = tuple(name for name in BUILT_INS if name not in _ELSEWHERE)
 _COLUMNS = (
     "toString(source_id)",

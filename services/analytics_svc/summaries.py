@@ -87,7 +87,9 @@ class Summaries:
         """
         of = Selection(workspace_id, [source_id], None, None)
         sql = f"""
-            SELECT event, {self._seen(of)} FROM {of.rows()}
+            SELECT event, sum(count_) AS total, sumIf(count_, time >= {self._since(of)}),
+                toUnixTimestamp64Milli(min(first_)), toUnixTimestamp64Milli(max(last_))
+            FROM {of.quarters()}
             GROUP BY event ORDER BY total DESC, event LIMIT {MAX_NAMES + 1}
         """
         return [Seen(*row) for row in await self._ask(of, sql)]
@@ -163,9 +165,12 @@ class Summaries:
         return Profile(Seen(name, *counts[0]), values, events)
 
     def _seen(self, of: Selection) -> str:
-        # By the hour, so that answers are shared.
+        return _SEEN.format(since=self._since(of))
+
+    def _since(self, of: Selection) -> str:
+        # By the hour, so that answers are shared, and no quarter of an hour is cut.
         since = (self.queries.now() - RECENT).replace(minute=0, second=0, microsecond=0)
-        return _SEEN.format(since=of.instant(int(since.timestamp() * 1000)))
+        return of.instant(int(since.timestamp() * 1000))
 
     async def _ask(self, of: Selection, sql: str) -> Rows:
         watermarks = await self.queries.watermarks(of.workspace_id, of.source_ids)

@@ -11,7 +11,15 @@ from services.analytics_svc.persons import persons_table
 # the look-up of duplicates reads the newest only. What is kept for about as long lies together, in stretches that are
 # short beside that: days up to a month, weeks up to a year, months beyond. So it is removed by dropping partitions, see
 # removals.py. The key serves queries: one source, a stretch of days, an event.
-_COLUMNS = """
+#
+# `quarters` has how many events there are in each quarter of an hour, for Selection.quarters, and when the last of them
+# was received, for removals.py. It belongs to the parts of the table: it is written, merged, rewritten and dropped with
+# them, so that it says what they say. `sequences` lets live tails read what came last.
+_QUARTER = "workspace_id, source_id, toStartOfFifteenMinutes(time), event, is_robot"
+_KEPT = "count(), min(time), max(time), max(receive_time), max(retention_days)"
+_QUARTERS = f"quarters (SELECT {_QUARTER}, {_KEPT} GROUP BY {_QUARTER})"
+_SEQUENCES = "sequences sequence TYPE minmax"
+_COLUMNS = f"""
     workspace_id UUID,
     source_id UUID,
     event LowCardinality(String),
@@ -43,7 +51,9 @@ _COLUMNS = """
     region LowCardinality(String),
     city LowCardinality(String),
     retention_days UInt16,
-    INDEX insert_ids insert_id TYPE bloom_filter(0.001)
+    INDEX insert_ids insert_id TYPE bloom_filter(0.001),
+    INDEX {_SEQUENCES},
+    PROJECTION {_QUARTERS}
 """
 _ORDER = """
 PARTITION BY (
@@ -59,6 +69,9 @@ ORDER BY (workspace_id, source_id, toDate(time), event, time)
 _TOKENS = 10_000
 # An insert that would leave less is not made, so that merges have room, and the queries that wait for them.
 _KEPT_FREE_BYTES = 256 << 20
+# Merges cost more than all else that is done with an event. So they wait until parts have so many of about their size
+# beside them, instead of 5, and an event is written half as often; queries find a few more parts.
+_MERGE_BASE = 12
 
 _EMBEDDED = f"""
 CREATE TABLE IF NOT EXISTS events ({_COLUMNS})
@@ -81,14 +94,28 @@ ENGINE = Distributed('%(cluster)s', currentDatabase(), events_shard, sipHash64(s
 """,
 )
 
+_SETTING = (
+    f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES},"
+    f" merge_selector_base = {_MERGE_BASE}, lightweight_mutation_projection_mode = 'rebuild'"
+)
 # Columns that came later, for tables that were made without them. Such tables keep their partitions of months.
-_SETTING = f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES}"
 _CHANGES = (
     "ADD COLUMN IF NOT EXISTS previous_id String,"
     " ADD COLUMN IF NOT EXISTS region LowCardinality(String),"
     " ADD COLUMN IF NOT EXISTS city LowCardinality(String),"
     " ADD COLUMN IF NOT EXISTS retention_days UInt16"
 )
+_ADDITIONS = f"ADD INDEX IF NOT EXISTS {_SEQUENCES}, ADD PROJECTION IF NOT EXISTS {_QUARTERS}"
+# Parts from before have neither, and are read whole until this has been through them.
+_BUILD = "MATERIALIZE INDEX sequences, MATERIALIZE PROJECTION quarters"
+_UNBUILT = """
+SELECT count() FROM {parts} WHERE database = currentDatabase() AND table = '{table}' AND active
+    AND NOT has(projections, 'quarters')
+"""
+_BUILDING = """
+SELECT count() FROM {mutations} WHERE database = currentDatabase() AND table = '{table}' AND NOT is_done
+    AND command LIKE '%MATERIALIZE PROJECTION%'
+"""
 
 # What is read of `LoggedBatch`, in the engine's words: `optional` makes what a property is not come as NULL.
 _SCHEMA = """
@@ -176,12 +203,14 @@ def statements(cluster: str) -> list[str]:
         return [
             _EMBEDDED,
             f"ALTER TABLE events {_CHANGES}",
+            f"ALTER TABLE events {_ADDITIONS}",
             f"ALTER TABLE events {_SETTING}",
             persons_table(cluster),
         ]
     on_cluster = f"ON CLUSTER '{cluster}'"
     changes = [
         f"ALTER TABLE events_shard {on_cluster} {_CHANGES}",
+        f"ALTER TABLE events_shard {on_cluster} {_ADDITIONS}",
         f"ALTER TABLE events_shard {on_cluster} {_SETTING}",
         f"ALTER TABLE events {on_cluster} {_CHANGES}",
     ]
@@ -198,11 +227,23 @@ async def create_tables(store: EventStore, *, timeout: float = 60) -> None:
         try:
             for statement in statements(store.cluster):
                 await store.execute(statement)
-            return
+            return await _build(store)
         except UnavailableError:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.2)
+
+
+async def _build(store: EventStore) -> None:
+    """Begins to give older parts what came later; the engine goes on in the background."""
+    names = {"table": "events", "parts": "system.parts", "mutations": "system.mutations"}
+    if store.cluster:
+        names = {name: f"clusterAllReplicas('{store.cluster}', {table})" for name, table in names.items()}
+        names["table"] = "events_shard"
+    if not (await store.query(_UNBUILT.format(**names))).rows[0][0]:
+        return
+    if not (await store.query(_BUILDING.format(**names))).rows[0][0]:
+        await store.execute(f"ALTER TABLE {store.table_of('events')} {_BUILD}")
 
 
 async def insert_events(store: EventStore, batches: Iterable[bytes], token: str) -> None:

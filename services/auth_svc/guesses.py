@@ -16,6 +16,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -203,10 +204,18 @@ class Guesses:
         if not counts:
             return []
         try:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for count in counts:
-                    pipeline.eval(script, 3, *count.keys, *arguments(count))
-                found: list[int] = await pipeline.execute()
+            return await self._ask([("EVAL", script, 3, *count.keys, *arguments(count)) for count in counts])
         except (RedisError, OSError, TimeoutError):
             raise errors.unavailable("Failed tries cannot be counted.", peer="redis") from None
-        return found
+
+    async def _ask(self, commands: list[tuple[object, ...]]) -> list[int]:
+        """The answers, in one round trip; as a pipeline gives them, for half of what that costs."""
+        connection: Any = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # theirs
+        try:
+            await connection.send_packed_command(connection.pack_commands(commands))
+            return [await connection.read_response() for _ in commands]
+        except BaseException:  # of its answers some may be on the way, which are nobody else's
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await self._redis.connection_pool.release(connection)

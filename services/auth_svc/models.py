@@ -81,7 +81,7 @@ class Session(Table):
     __tablename__ = "sessions"
     __table_args__ = (
         UniqueConstraint("family_hash", name="sessions_family_once"),
-        Index("sessions_by_user", "user_id"),
+        Index("sessions_of_user", "user_id", "session_id"),
         Index("sessions_by_end", "expire_time"),
         Index("sessions_revoked", "revoke_time", postgresql_where=text("revoke_time IS NOT NULL")),
         Index(

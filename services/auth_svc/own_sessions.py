@@ -1,9 +1,10 @@
 """The sessions of one's own account: which there are, and ending them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 import grpc.aio
 from meshboard.auth.v1.events_pb2 import SessionRevoked
@@ -27,10 +28,21 @@ from services.auth_svc.models import Session
 from services.auth_svc.origins import origin_of
 from services.chassis import auth, errors
 from services.chassis.cache import CachedMessages
+from services.chassis.db import fetch_at_once
 from services.chassis.paging import Pages
 from services.chassis.times import timestamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+# As text, for the driver itself: pages that show where one is signed in ask again and again. UUIDv7s sort by time.
+_LIST = """
+    SELECT session_id::text, user_agent, address, create_time, last_use_time, expire_time, methods,
+        impersonator_id::text
+    FROM sessions
+    WHERE user_id = $1 AND revoke_time IS NULL AND expire_time > $2 AND session_id < $3
+    ORDER BY sessions.session_id DESC LIMIT $4
+"""
+_AFTER_ALL = str(UUID(int=2**128 - 1))
 
 
 @dataclass(frozen=True)
@@ -45,22 +57,12 @@ class SessionServicer(SessionServiceServicer):
     async def ListSessions(self, request: ListSessionsRequest, context: Context) -> ListSessionsResponse:
         caller = auth.caller()
         page = self.pages.open(request, caller.user_id)
-        async with self.db() as session:
-            # UUIDv7s sort by time.
-            rows = await session.scalars(
-                select(Session)
-                .where(
-                    Session.user_id == caller.user_id,
-                    Session.revoke_time.is_(None),
-                    Session.expire_time > self.now(),
-                    page.after(Session.session_id, descending=True),
-                )
-                .order_by(Session.session_id.desc())
-                .limit(page.limit)
-            )
-        found, next_page_token = page.close(rows.all(), lambda row: (row.session_id,))
+        (last,) = page.last or (_AFTER_ALL,)
+        rows = await fetch_at_once(self.db, _LIST, caller.user_id, self.now(), last, page.limit)
+        found, next_page_token = page.close(rows, lambda row: (row["session_id"],))
         return ListSessionsResponse(
-            sessions=[session_to_pb(row, caller.session_id) for row in found], next_page_token=next_page_token
+            sessions=[_session_to_pb(row, caller.session_id) for row in found],
+            next_page_token=next_page_token,
         )
 
     async def RevokeSession(self, request: RevokeSessionRequest, context: Context) -> RevokeSessionResponse:
@@ -105,18 +107,18 @@ class SessionServicer(SessionServiceServicer):
         return RevokeOtherSessionsResponse(revoked_count=len(ended))
 
 
-def session_to_pb(row: Session, current_id: str) -> SessionMessage:
-    """The session as its person sees it."""
+def _session_to_pb(row: Mapping[str, Any], current_id: str) -> SessionMessage:
+    """The session as its person sees it, from a row of `_LIST`."""
     return SessionMessage(
-        session_id=row.session_id,
-        current=row.session_id == current_id,
-        device=device_of(row.user_agent),
-        address=row.address,
-        create_time=timestamp_of(row.create_time),
-        last_use_time=timestamp_of(row.last_use_time),
-        expire_time=timestamp_of(row.expire_time),
-        authentication_methods=row.methods,
-        impersonator_user_id=row.impersonator_id or "",
+        session_id=row["session_id"],
+        current=row["session_id"] == current_id,
+        device=device_of(row["user_agent"]),
+        address=row["address"],
+        create_time=timestamp_of(row["create_time"]),
+        last_use_time=timestamp_of(row["last_use_time"]),
+        expire_time=timestamp_of(row["expire_time"]),
+        authentication_methods=row["methods"],
+        impersonator_user_id=row["impersonator_id"] or "",
     )
 
 

@@ -45,8 +45,8 @@ _unacknowledged = Gauge(
 
 _DAY = 86_400.0
 _PULL_SECONDS = 30.0
-_MEASURE_SECONDS = 5.0
-_IDLE_HEARTBEAT_SECONDS = 1.0
+_MEASURE_SECONDS = 15.0
+_IDLE_HEARTBEAT_SECONDS = 3.0  # for each of a hundred consumers: a short one costs more than the messages
 
 Headers = Mapping[str, str]
 

@@ -52,6 +52,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.util import greenlet_spawn
 from uuid_utils.compat import uuid7
 
 from services.chassis import telemetry
@@ -391,17 +392,19 @@ async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *argumen
     ConnectionError while Postgres is away.
     """
     with telemetry.span(f"sql {sql.split(None, 1)[0]}", "CLIENT", sql=sql):
-        async with engine(db).connect() as connection:
-            raw = (await connection.get_raw_connection()).driver_connection
-            assert raw is not None
-            try:
-                rows: Sequence[Any] = await raw.fetch(sql, *arguments)
-            except asyncpg.CharacterNotInRepertoireError:
-                raise
-            except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                # No other input makes such a statement fail: it is the database's trouble, and passes.
-                raise ConnectionError("the database cannot do it now") from error
-            return rows
+        # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
+        pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
+        try:
+            assert pooled.driver_connection is not None
+            rows: Sequence[Any] = await pooled.driver_connection.fetch(sql, *arguments)
+        except asyncpg.CharacterNotInRepertoireError:
+            raise
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            # No other input makes such a statement fail: it is the database's trouble, and passes.
+            raise ConnectionError("the database cannot do it now") from error
+        finally:
+            await greenlet_spawn(pooled.close)
+        return rows
 
 
 class Adds(Protocol):

@@ -8,9 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo
 
 from meshboard.analytics.v1.query_pb2 import Comparison, Filter, Measure, Query
+
+from services.analytics_svc.channels import REFERRERS, Referrer
 
 Cell = str | float | None
 
@@ -274,10 +277,85 @@ def _visits(rows: list[Row]) -> dict[int, str]:
 def _text(name: str, row: Row, visits: dict[int, str]) -> str | None:
     if name == "visit_id":
         return visits[id(row)]
+    if name in {"channel", "referrer_name"}:
+        return (channel(row) if name == "channel" else referrer_name(row)) or None
     if not name.startswith("properties."):
         return row.built_ins.get(name, "") or None
     value = row.properties.get(name.removeprefix("properties."))
     return None if value is None else write(value)
+
+
+def _host(row: Row, name: str) -> str:
+    return (urlsplit(row.built_ins.get(name, "")).hostname or "").removeprefix("www.")
+
+
+def _known(text: str) -> Referrer | None:
+    """Who is known by a host, by one above it, or by a word."""
+    known = {name: referrer for referrer in REFERRERS for name in referrer.names.split()}
+    labels = text.lower().split(".")
+    for depth in range(len(labels)):
+        name = ".".join(labels[depth:])
+        country = re.fullmatch(r"([a-z]+)(\.com|\.co)?\.[a-z]{2,3}", name)
+        if depth == 0 or "." in name:
+            if name in known:
+                return known[name]
+            if country and f"{country[1]}.*" in known:
+                return known[f"{country[1]}.*"]
+    return None
+
+
+def _referring(row: Row) -> str:
+    """The host of the referrer, when that is not the page's own."""
+    own, other = _host(row, "url"), _host(row, "referrer")
+    if own and (own == other or own.endswith(f".{other}") or other.endswith(f".{own}")):
+        return ""
+    return other
+
+
+def referrer_name(row: Row) -> str:
+    """Who referred."""
+    host = _referring(row)
+    known = _known(host)
+    return known.title if known else host
+
+
+def channel(row: Row) -> str:
+    """How somebody came."""
+    if not row.built_ins.get("url") and not row.built_ins.get("referrer"):
+        return ""
+    address = urlsplit(row.built_ins.get("url", ""))
+    tags = {name: values[0] for name, values in parse_qs(address.query).items()}
+    medium = tags.get("utm_medium", "").lower()
+    campaign = tags.get("utm_campaign", "").lower()
+    source = tags.get("utm_source", "")
+    known = _known(source or _referring(row))
+    kind = known.kind if known else "site"
+    searched = any(tags.get(name) for name in ("gclid", "gbraid", "wbraid", "msclkid"))
+    banner = medium in {"display", "banner", "expandable", "interstitial", "cpm"} or "dclid" in tags
+    paid = "cp" in medium or medium.startswith(("ppc", "paid"))
+    shopping = kind == "shopping" or bool({"shop", "shopping"} & set(re.split("[^a-z]", campaign)))
+    listed = kind if kind in {"search", "social", "video"} else ""
+    if searched or paid:
+        if "cross-network" in campaign:
+            return "cross_network"
+        if shopping or listed:
+            return "paid_shopping" if shopping else f"paid_{listed}"
+        return "display" if banner else "paid_search" if searched else "paid_other"
+    if banner or shopping:
+        return "display" if banner else "organic_shopping"
+    if medium in {"email", "e-mail", "newsletter"}:
+        return "email"
+    if medium in {"affiliate", "podcast", "sms", "push"}:
+        return {"affiliate": "affiliates", "podcast": "audio"}.get(medium, medium)
+    if medium == "social" or listed or medium == "organic":
+        return f"organic_{'social' if medium == 'social' else listed or 'search'}"
+    if kind in {"email", "ai"}:
+        return "ai_assistant" if kind == "ai" else kind
+    if medium not in {"", "referral"}:
+        return "other"
+    if medium or source or _referring(row):
+        return "referral"
+    return "internal" if _host(row, "referrer") else "direct"
 
 
 def write(value: str | float | bool) -> str:

@@ -3,9 +3,11 @@
 import random
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
+import pytest
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 
-from services.analytics_svc.duplicates import WINDOW, Duplicates, SeenKeys, key_of
+from services.analytics_svc.duplicates import WINDOW, Duplicates, Keys, SeenKeys, key_of
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.tables import insert_events
 from tests.harness import new_id
@@ -28,22 +30,34 @@ async def drop(duplicates: Duplicates, batches: list[LoggedBatch]) -> int:
     return await duplicates.drop(batches, [duplicates.suspects(made) for made in batches])
 
 
-def test_never_calls_a_known_key_new() -> None:
+def keys_of(*keys: int) -> Keys:
+    return np.array(keys, np.uint64)
+
+
+@pytest.mark.parametrize("at_once", [1, 1_000, 100_000])
+def test_never_calls_a_known_key_new(at_once: int) -> None:
     dice = random.Random(1)
     seen = SeenKeys(capacity=1 << 14)
-    keys = [dice.getrandbits(64) for _ in range(100_000)]  # it grows three times
-    maybe = sum(seen.add(key) for key in keys)
+    keys = keys_of(*(dice.getrandbits(64) for _ in range(100_000)))[: at_once * 20_000]  # it grows
+    pieces = [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
+    maybe = sum(int(seen.add(piece).sum()) for piece in pieces)
     assert maybe < 1_000
-    assert all(seen.add(key) for key in keys)
+    assert all(seen.add(piece).all() for piece in pieces)
+
+
+def test_knows_what_comes_twice_at_once() -> None:
+    seen = SeenKeys()
+    assert seen.add(keys_of(5, 7 << 40, 5, 9 << 50, 7 << 40)).tolist() == [False, False, True, False, True]
+    assert seen.add(keys_of(2**64 - 1, 9 << 50, 12345678901234567890)).tolist() == [False, True, False]
+    assert seen.add(keys_of()).tolist() == []
 
 
 def test_forgets_what_was_filled_long_ago() -> None:
     seen = SeenKeys(capacity=64)
-    keys = [key_of("source", str(number)) for number in range(1_000)]
-    for key in keys:
-        seen.add(key)
+    keys = keys_of(*(key_of("source", str(number)) for number in range(1_000)))
+    seen.add(keys)
     seen.forget(-1)
-    assert not all(seen.add(key) for key in keys)
+    assert not seen.add(keys).all()
 
 
 async def test_hashes_as_the_store_does(store: EventStore) -> None:

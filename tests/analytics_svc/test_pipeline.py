@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import structlog
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.source_pb2 import Source
@@ -449,6 +450,38 @@ async def test_what_the_store_refuses_holds_up_nobody(log: Log, poisoned: int, t
     async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
         await eventually(lambda: _has_rows(log, total - poisoned), seconds=600)
     assert await log.counts() == (total - poisoned, total - poisoned)
+
+
+async def test_what_the_store_fails_at_holds_up_nobody(log: Log) -> None:
+    """An error that is not known as one of data: it may pass, and here it never does."""
+    await log.store.execute("ALTER TABLE events ADD CONSTRAINT strange CHECK throwIf(event = 'poison') = 0")
+    batch = LoggedBatch()
+    for n in range(200):
+        batch.events.add(event="poison" if n in {7, 150} else "view", distinct_id="a", insert_id=f"{n}")
+    await log.event_log.append(log.source, batch.SerializeToString())
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.until(198)
+        await log.append(["next"])
+        await log.until(199)
+        db = chassis_db.connect(log.database_url)
+        failed = [row for row in await _failed(db) if row.source_id == log.source.source_id]
+        await chassis_db.engine(db).dispose()
+    assert {row.identity for row in failed} == {b"7", b"150"}
+    assert all(row.step == "insert" and "FUNCTION_THROW_IF" in row.error for row in failed)
+
+
+async def test_what_the_store_fails_at_whatever_it_is_waits(log: Log) -> None:
+    """An error of the store itself is no event's fault, however long it lasts."""
+    await log.store.execute("ALTER TABLE events ADD CONSTRAINT ill CHECK throwIf(1) = 0")
+    db = chassis_db.connect(log.database_url)
+    with structlog.testing.capture_logs() as said:
+        async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+            await log.append(["a", "b"])
+            await eventually(lambda: sum(entry["event"] == "pipeline_waits" for entry in said) > 8)
+            assert not [row for row in await _failed(db) if row.source_id == log.source.source_id]
+            await log.store.execute("ALTER TABLE events DROP CONSTRAINT ill")
+            await log.until(2)
+    await chassis_db.engine(db).dispose()
 
 
 async def _has_rows(log: Log, count: int) -> bool:

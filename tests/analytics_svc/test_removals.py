@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
-from sqlalchemy import insert, text
+from sqlalchemy import delete, insert, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.models import DeletedSource, Source, Watermark
+from services.analytics_svc.persons import Persons, links_of
 from services.analytics_svc.removals import Retention
 from services.analytics_svc.tables import create_tables, insert_events
 from services.chassis import db as chassis_db
@@ -95,6 +96,21 @@ class House:
     async def mutations(self) -> int:
         """How many rewrites there were."""
         return int((await self.store.query("SELECT count() FROM system.mutations")).rows[0][0])
+
+    async def link(self, source_id: str, distinct_id: str, previous_id: str, workspace_id: str = "") -> None:
+        """Has a source say that two ids are one person's."""
+        batch = LoggedBatch(workspace_id=workspace_id or self.workspace_id, source_id=source_id)
+        batch.events.append(LoggedEvent(distinct_id=distinct_id, previous_id=previous_id))
+        await Persons(self.store).link(links_of([batch]), 1)
+
+    async def delete(self, source_id: str) -> None:
+        async with self.db.begin() as session:
+            await session.execute(delete(Source).where(Source.source_id == source_id))
+
+    async def linked(self, scope_id: str) -> list[str]:
+        """The ids that are linked in a scope."""
+        sql = "SELECT distinct_id FROM persons FINAL WHERE scope_id = {scope:UUID} ORDER BY distinct_id"
+        return [row[0] for row in (await self.store.query(sql, {"scope": scope_id})).rows]
 
     async def watermark(self, source_id: str) -> int:
         async with self.db() as session:
@@ -214,7 +230,9 @@ async def test_works_on_a_table_from_before_there_were_such_partitions(house: Ho
     )
     await house.store.execute("RENAME TABLE events TO model")
     await house.store.execute(old.format("model"))
-    await house.store.execute("ALTER TABLE events DROP COLUMN retention_days")
+    await house.store.execute(
+        "ALTER TABLE events DROP PROJECTION quarters, DROP INDEX sequences, DROP COLUMN retention_days"
+    )
     await create_tables(house.store)
     short, long = await house.source(30), await house.source(0)
     await house.receive(short, 30, [0, 62, 100])
@@ -235,3 +253,25 @@ async def test_waits_for_the_insert_under_way(house: House) -> None:
         assert await house.ages(source_id) == [100]
     await sweeping
     assert await house.ages(source_id) == []
+
+
+async def test_takes_what_a_deleted_source_has_said_of_persons(house: House) -> None:
+    gone, kept = await house.source(0), await house.source(0)
+    await house.link(gone, "ada", "cookie-1")
+    await house.link(gone, "bob", "cookie-2")
+    await house.link(kept, "ada", "phone")
+    elsewhere = new_id()  # a workspace in which the same ids are linked
+    await house.link(gone, "bob", "cookie-2", elsewhere)
+    await house.delete(gone)
+    await house.sweep()
+    assert await house.linked(gone) == ["bob", "cookie-2"]  # those of the other workspace
+    assert await house.linked(elsewhere) == ["bob", "cookie-2"]
+    assert await house.linked(kept) == ["ada", "phone"]
+    assert await house.linked(house.workspace_id) == ["ada", "phone"]
+    assert await house.watermark(kept) == 8  # answers that know of the links are not given again
+    done = await house.mutations()
+    await house.sweep()
+    assert (await house.mutations(), await house.watermark(kept)) == (done, 8)
+    await house.link(gone, "bob", "cookie-2")  # the log may bring it late
+    await house.sweep()
+    assert await house.linked(house.workspace_id) == ["ada", "phone"]

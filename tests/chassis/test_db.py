@@ -6,14 +6,21 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, exc, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.pool import QueuePool
 from uuid_utils.compat import uuid7
 
 from services.chassis import db as chassis_db
-from services.chassis.db import ChassisBase, GrantRow, InboxRow, OutboxRow, Rows
+from services.chassis.db import ChassisBase, GrantRow, InboxRow, OutboxRow, Rows, fetch_at_once
 from tests.conditions import eventually
 from tests.parts import Parts
 
 Sessions = async_sessionmaker[AsyncSession]
+
+
+def connections_in_use(db: Sessions) -> int:
+    pool = chassis_db.engine(db).sync_engine.pool
+    assert isinstance(pool, QueuePool)
+    return pool.checkedout()
 
 
 async def test_many_replicas_migrate_at_once(parts: Parts) -> None:
@@ -130,10 +137,15 @@ async def test_errors_do_not_show_parameters(db: Sessions) -> None:
     assert "hide_parameters" in str(raised.value)
 
 
-async def test_a_cancelled_call_cancels_its_statement(db: Sessions) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_cancelled_call_cancels_its_statement(db: Sessions, at_once: bool) -> None:
+    statement = "SELECT pg_sleep(30) /* cancel me */"
+
     async def sleep() -> None:
+        if at_once:
+            await fetch_at_once(db, statement)
         async with db() as session:
-            await session.execute(text("SELECT pg_sleep(30) /* cancel me */"))
+            await session.execute(text(statement))
 
     async def sleeping() -> int:
         async with db() as session:
@@ -157,6 +169,7 @@ async def test_a_cancelled_call_cancels_its_statement(db: Sessions) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await eventually(ended, seconds=3)
+    assert connections_in_use(db) == 0
 
 
 async def test_lost_connections_are_replaced_unseen(parts: Parts, db: Sessions) -> None:
@@ -171,6 +184,26 @@ async def test_lost_connections_are_replaced_unseen(parts: Parts, db: Sessions) 
     await chassis_db.engine(other).dispose()
     async with db() as session:
         assert await session.scalar(pid_query) != old
+
+
+async def test_a_statement_at_once_finds_no_lost_connection(parts: Parts, db: Sessions) -> None:
+    pid = "SELECT pg_backend_pid()"
+    ((old,),) = await fetch_at_once(db, pid)
+    other = chassis_db.connect(parts.admin_url)
+    await fetch_at_once(other, "SELECT pg_terminate_backend($1, 5000)", old)
+    await chassis_db.engine(other).dispose()
+    ((new,),) = await fetch_at_once(db, pid)
+    assert new != old
+    assert connections_in_use(db) == 0
+
+
+async def test_a_statement_at_once_says_that_postgres_is_away() -> None:
+    absent = chassis_db.connect("postgresql://user:x@/user?host=/nonexistent")
+    with pytest.raises(FileNotFoundError) as refused:
+        await fetch_at_once(absent, "SELECT 1")
+    assert chassis_db.is_away(refused.value)
+    assert connections_in_use(absent) == 0
+    await chassis_db.engine(absent).dispose()
 
 
 async def test_ready_says_no_in_time(parts: Parts, db: Sessions) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 
-from bench import dashboards, direct, events, ingest, queries, reads, startup, visible
+from bench import dashboards, direct, events, ingest, queries, reads, soak, startup, visible
 from bench.figures import Figure, document, percentile, table
 from bench.load import Generator, Load, LoadFailedError, Sent, h2load_rate
 
@@ -87,6 +87,15 @@ def test_ingest_is_counted_until_acknowledged_and_until_visible() -> None:
     assert found["ingest/grpc 100 to chDB alone"].rounds == (0.1,)
     assert found["ingest/grpc 100 CPU of store"].rounds == (20,)
     assert "ingest/grpc 100 CPU of valkey" not in found
+
+
+def test_says_whether_memory_is_flat_under_load() -> None:
+    sizes = [100e6, 200e6, 210e6, 220e6]
+    flat = soak.figures([1000.0] * 4, [{"store": int(size), "nats": 10_000_000} for size in sizes])
+    assert [figure.met for figure in flat if figure.name == "soak/last minute to the middle"] == [True]
+    grown = soak.figures([1000.0] * 4, [{"store": int(size**2 / 1e8)} for size in [*sizes[:3], 300e6]])
+    assert [figure.met for figure in grown if figure.name == "soak/last minute to the middle"] == [False]
+    assert {figure.name for figure in flat} >= {"soak/all processes", "soak/store", "soak/nats"}
 
 
 def test_start_up_and_delays_have_their_targets() -> None:

@@ -401,7 +401,7 @@ class FailedEventsDiscarded(_message.Message):
     SOURCE_ID_FIELD_NUMBER: _builtins.int
     FAILED_EVENT_IDS_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
-    """The workspace."""
+    """The workspace; empty, as the source is, for messages of the log that could not be read."""
     source_id: _builtins.str
     """The source."""
     @_builtins.property

@@ -25,11 +25,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Query(_message.Message):
     """A question about events: measures, by buckets of time and by values of properties.
 
-    A `property` is a built-in (`event`, `distinct_id`, `person_id`, `visit_id`, `url`, `path`, `host`, `referrer_host`,
-    `browser`, `os`, `device`, `is_robot`, `country`, `region`, `city`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`,
-    `utm_content`), or `properties.<name>` for one of the application's own. An unknown built-in fails with INVALID_ARGUMENT,
-    reason PROPERTY_UNKNOWN, and the nearest known names. More than about 100 conditions and measures together, or 256 KiB of
+    A `property` is a built-in (`event`, `distinct_id`, `person_id`, `visit_id`, `url`, `path`, `host`, `referrer`,
+    `referrer_host`, `referrer_name`, `channel`, `user_agent`, `browser`, `os`, `device`, `is_robot`, `country`, `region`,
+    `city`, `utm_source`, `utm_medium`, `utm_campaign`, `utm_term`, `utm_content`), or `properties.<name>` for one of the
+    application's own. An unknown built-in fails with INVALID_ARGUMENT, reason PROPERTY_UNKNOWN, and the nearest known names. More than about 100 conditions and measures together, or 256 KiB of
     values, fail with INVALID_ARGUMENT, reason QUERY_INVALID.
+
+    `channel` says how the visitor came to the page of an event, by its `utm_` parameters and the marks of advertisements, else
+    by its referrer: `direct`, `internal` (from the site itself), `organic_search`, `organic_social`, `organic_video`,
+    `organic_shopping`, `paid_search`, `paid_social`, `paid_video`, `paid_shopping`, `paid_other`, `cross_network`, `display`,
+    `email`, `ai_assistant`, `affiliates`, `audio`, `sms`, `push`, `referral` or `other`; empty without `url` and `referrer`.
+    `referrer_name` is who referred, such as `Hacker News`, or the referrer's host; empty when that is the site's own.
 
     A `person_id` stands for all ids of one person, those that events have linked as `distinct_id` and `previous_id`, whenever
     they came: UNIQUE of `distinct_id` counts devices, UNIQUE of `person_id` people. In a query of one source the links of that
