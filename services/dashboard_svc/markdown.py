@@ -72,16 +72,18 @@ def to_html(markdown: str) -> str:
         if style := token.attrs.pop("style", None):
             token.attrs["align"] = str(style).removeprefix("text-align:")
     made: str = _PARSER.renderer.render(tokens, _PARSER.options, {})
+    if len(made) <= MAX_HTML:  # which costs little to sanitise
+        made = nh3.clean(
+            made,
+            tags=_TAGS,
+            attributes=_ATTRIBUTES,
+            attribute_filter=_filter,
+            url_schemes=_SCHEMES,
+            link_rel="noopener noreferrer nofollow",
+        )
     if len(made) > MAX_HTML:
         raise errors.invalid_fields([("markdown", f"makes more than {MAX_HTML} characters of HTML")])
-    return nh3.clean(
-        made,
-        tags=_TAGS,
-        attributes=_ATTRIBUTES,
-        attribute_filter=_filter,
-        url_schemes=_SCHEMES,
-        link_rel="noopener noreferrer nofollow",
-    )
+    return made
 
 
 def to_text(markup: str) -> str:

@@ -30,7 +30,7 @@ async def test_gives_each_widget_its_data_in_the_order_of_the_layout(mesh: Mesh)
     sources = [new_id() for _ in range(3)]
     mesh.analytics.count.update({source_id: n for n, source_id in enumerate(sources)})
     made = [
-        await mesh.widget(ann, dashboard, Query(source_ids=[source_id]), layout=Layout(y=10 - n))
+        await mesh.widget(ann, dashboard, Query(source_ids=[source_id]), layout=Layout(y=10 - n, height=1))
         for n, source_id in enumerate(sources)
     ]
     data = await mesh.dashboards.GetDashboardData(request, metadata=viewer.metadata)

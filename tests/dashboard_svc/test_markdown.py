@@ -115,8 +115,16 @@ def test_no_image_is_fetched_from_here() -> None:
         assert "src" not in to_html(f"![x]({url})")
 
 
-def test_a_text_that_makes_very_much_is_refused() -> None:
+@pytest.mark.parametrize(
+    "markdown",
+    [
+        "|a" * 100 + "\n" + "|-" * 100 + "\n" + "|\n" * 2_000,
+        "[](/)" * 4_000,  # more only with what is added to links
+        "[a]: /" + "b" * 5_000 + "\n\n" + "[a]" * 3_000,
+    ],
+)
+def test_a_text_that_makes_very_much_is_refused(markdown: str) -> None:
     with pytest.raises(errors.Error) as refusal:
-        to_html("|a" * 100 + "\n" + "|-" * 100 + "\n" + "|\n" * 2_000)
+        to_html(markdown)
     assert refusal.value.reason == "VALIDATION_FAILED"
     assert str(MAX_HTML) in refusal.value.message
