@@ -17,6 +17,7 @@ from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget
 
 from services.chassis import errors
 from services.chassis.interceptor import validate
+from services.dashboard_svc import library
 from services.dashboard_svc.scopes import Scope, Values, span_of, values_of
 
 Asked = Query | FunnelQuery | RetentionQuery
@@ -110,6 +111,8 @@ def _size(tiles: Sequence[Tile]) -> int:
 
 
 def _tile(widget: Widget, dashboard: Dashboard, scope: Scope, values: Values) -> Tile:
+    if widget.library_widget_id and not widget.kind:
+        return Tile(widget.widget_id, problem=library.absent().status())
     asked = _asked(widget)
     if asked is None:
         return Tile(widget.widget_id)

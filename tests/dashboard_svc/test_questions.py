@@ -274,3 +274,8 @@ def test_resolving_leaves_the_widget_alone() -> None:
     assert tile.SerializeToString(deterministic=True) == before
     assert first.question is not None
     assert (first.question.last_seconds, first.question.source_ids) == (5, (SOURCE,))
+
+
+def test_a_widget_whose_library_widget_is_gone_says_so():
+    gone = Widget(widget_id=new_id(), library_widget_id=new_id())
+    assert reason(one(board(), gone)) == "LIBRARY_WIDGET_NOT_FOUND"
