@@ -189,12 +189,12 @@ async def record(
     reason: str = "",
     *,
     restored_number: int | None = None,
-) -> None:
-    """Keeps the working copy as the version `dashboard.version`, made at `dashboard.update_time`.
+) -> int:
+    """Keeps the working copy as the version `dashboard.version`, made at `dashboard.update_time`; gives the number.
 
-    It takes the place of the version before when that is by the same author, within 10 minutes, and neither has a
-    reason; or when nothing has changed but that there is a reason now. Raises FAILED_PRECONDITION, so it also bounds
-    what a dashboard holds.
+    Without a reason nothing is kept when nothing has changed: the number is then that of the last version. The new one
+    takes the place of the one before when that is by the same author, within 10 minutes, and neither has a reason; or
+    when nothing has changed but that there is a reason now. Raises FAILED_PRECONDITION (DASHBOARD_TOO_LARGE).
     """
     await session.flush()
     content = (await content_of(session, dashboard)).SerializeToString(deterministic=True)
@@ -205,6 +205,15 @@ async def record(
             limit_bytes=MAX_CONTENT_BYTES,
             bytes=len(content),
         )
+    last = await session.execute(
+        select(Version.number, Version.content == content)
+        .where(*versions_of(dashboard))
+        .order_by(Version.number.desc())
+        .limit(1)
+    )
+    for number, unchanged in last:
+        if unchanged and not reason and restored_number is None:
+            return int(number)
     version = Version(
         workspace_id=dashboard.workspace_id,
         dashboard_id=dashboard.dashboard_id,
@@ -220,6 +229,7 @@ async def record(
         session.add(version)
         await session.flush()
         await _prune(session, dashboard)
+    return dashboard.version
 
 
 async def _put_together(session: AsyncSession, dashboard: Dashboard, version: Version) -> bool:

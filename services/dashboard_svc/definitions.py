@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.analytics.v1.query_pb2 import Breakdown, Filter, Query, TimeRange
@@ -155,8 +155,11 @@ def is_time_span(text: str) -> bool:
 
 
 def _check_settings(settings: Settings, field: str) -> None:
-    if settings.time_zone and settings.time_zone not in _TIME_ZONES:
-        raise errors.invalid_fields([(f"{field}.time_zone", "is no time zone that is known")])
+    if settings.time_zone:
+        try:
+            ZoneInfo(settings.time_zone)
+        except (KeyError, ValueError, OSError):
+            raise errors.invalid_fields([(f"{field}.time_zone", "is no time zone that is known")]) from None
     _check_time_range(settings.time_range, f"{field}.time_range")
 
 
@@ -165,9 +168,6 @@ def _check_time_range(time_range: TimeRange, field: str) -> None:
         start_time = time_of(time_range.start_time, f"{field}.start_time")
         if start_time >= time_of(time_range.end_time, f"{field}.end_time"):
             raise errors.invalid_fields([(field, "ends before it starts")])
-
-
-_TIME_ZONES = available_timezones()
 
 
 def _invalid(variable: Variable, path: str, why: str) -> errors.Error:

@@ -49,8 +49,7 @@ class DraftServicer(DraftServiceServicer):
             if dashboard.published_version is not None:
                 raise errors.already_exists("DRAFT_EXISTS", "The dashboard has a draft already.")
             touch(dashboard, self.now())
-            await record(session, dashboard, caller.user_id)
-            dashboard.published_version = dashboard.version
+            dashboard.published_version = await record(session, dashboard, caller.user_id)
             dashboard.published_tags = dashboard.tags
             event = DraftStarted(workspace_id=caller.workspace_id, dashboard_id=dashboard.dashboard_id)
             outbox.add(session, event, workspace_id=caller.workspace_id)
@@ -102,8 +101,8 @@ class DraftServicer(DraftServiceServicer):
             number = dashboard.published_version
             content: DashboardContent = await shown_content(session, dashboard)
             _end(dashboard, now)
-            await write_content(session, dashboard, content, author_id=caller.user_id, now=now)
-            await record(session, dashboard, caller.user_id, restored_number=number)
+            if await write_content(session, dashboard, content, author_id=caller.user_id, now=now):
+                await record(session, dashboard, caller.user_id, restored_number=number)
             event = DraftDiscarded(workspace_id=caller.workspace_id, dashboard_id=dashboard.dashboard_id)
             outbox.add(session, event, workspace_id=caller.workspace_id)
             answer = await for_caller(session, dashboard_to_pb(dashboard))

@@ -91,8 +91,7 @@ class VersionServicer(VersionServiceServicer):
             if request.from_version_id:
                 before = await _content(session, dashboard, request.from_version_id)
             else:
-                second = int(request.to_version_id or dashboard.version)
-                before = await _content_before(session, dashboard, second)
+                before = await _content_before(session, dashboard, request.to_version_id, after)
         found = list(islice(changes(before, after), MAX_CHANGES + 1))
         return pb.DiffVersionsResponse(changes=found[:MAX_CHANGES], truncated=len(found) > MAX_CHANGES)
 
@@ -176,12 +175,16 @@ async def _content(session: AsyncSession, dashboard: Dashboard, version_id: str)
     return DashboardContent.FromString((await _version(session, dashboard, version_id)).content)
 
 
-async def _content_before(session: AsyncSession, dashboard: Dashboard, number: int) -> DashboardContent:
-    """The content of the version before this number; nothing before the first."""
-    content = await session.scalar(
+async def _content_before(
+    session: AsyncSession, dashboard: Dashboard, version_id: str, content: DashboardContent
+) -> DashboardContent:
+    """What was before a version, or, without one, before the present content; nothing before the first."""
+    present = content.SerializeToString(deterministic=True)
+    earlier = Version.number < int(version_id) if version_id else Version.content != present
+    before = await session.scalar(
         select(Version.content)
-        .where(*versions_of(dashboard), Version.number < number)
+        .where(*versions_of(dashboard), earlier)
         .order_by(Version.number.desc())
         .limit(1)
     )
-    return DashboardContent.FromString(content or b"")
+    return DashboardContent.FromString(before or b"")

@@ -93,6 +93,19 @@ async def test_a_reason_is_given_to_what_was_changed_before(mesh: Mesh) -> None:
     assert (newest.version_id, newest.reason, oldest.reason) == (published.etag, "It is new", "")
 
 
+async def test_what_changes_nothing_is_no_version(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    bob = mesh.identity.member("editor", workspace_id=ann.workspace_id)
+    dashboard_id = (await mesh.dashboard(ann, "Old")).dashboard_id
+    named = await update(mesh, ann, dashboard_id, title="New", reason="new")
+    await update(mesh, bob, dashboard_id, title="New")
+    await start_draft(mesh, bob, dashboard_id)
+    await publish(mesh, bob, dashboard_id)
+    newest, _ = await versions(mesh, ann, dashboard_id)
+    assert (newest.version_id, newest.author_id) == (named.etag, ann.user_id)
+    assert await diff(mesh, ann, dashboard_id) == [("title", "Old", "New")]
+
+
 async def test_ten_minutes_after_the_first_change_a_version_is_full(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     dashboard_id = (await mesh.dashboard(ann)).dashboard_id
@@ -111,13 +124,13 @@ async def test_keeps_the_newest_and_what_viewers_see(mesh: Mesh, monkeypatch: An
     monkeypatch.setattr(contents, "MAX_VERSIONS", 3)
     ann = mesh.identity.member("editor")
     dashboard_id = (await mesh.dashboard(ann)).dashboard_id
-    draft = await start_draft(mesh, ann, dashboard_id)
+    await start_draft(mesh, ann, dashboard_id)
     for number in range(6):
         await update(mesh, ann, dashboard_id, title=f"{number}", reason=f"{number}")
     found = await versions(mesh, ann, dashboard_id)
     assert [each.reason for each in found] == ["5", "4", "3", ""]
     assert [each.published for each in found] == [False, False, False, True]
-    assert found[-1].version_id == draft.etag
+    assert found[-1].version_id == (await get(mesh, ann, dashboard_id)).etag
 
 
 async def test_changes_of_widgets_make_versions(mesh: Mesh) -> None:
