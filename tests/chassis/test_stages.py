@@ -126,7 +126,12 @@ class Internal(internal_pb_grpc.InternalUserServiceServicer):
 
 
 class Dashboards(dashboard_pb_grpc.DashboardServiceServicer):
-    """A stream that goes on for as long as its caller may see it."""
+    """A stream that goes on for as long as its caller may see it, and an answer that is kept as bytes."""
+
+    async def GetDashboard(self, request, context):
+        kept = dashboard_pb.GetDashboardResponse()
+        kept.dashboard.title = "Kept"
+        return kept.SerializeToString()
 
     async def WatchDashboard(self, request, context):
         while True:
@@ -482,6 +487,16 @@ async def test_calls_beyond_the_limit_are_refused_at_the_door(running: Running, 
     await running.sources.CreateSource(pb.CreateSourceRequest(title="x"), metadata=member.metadata)
 
 
+async def test_an_answer_that_is_kept_as_bytes_goes_out_as_it_is(running: Running, identity: Identity):
+    member = identity.member("viewer")
+    dashboard_id = new_id()
+    async with running.sessions.begin() as session:
+        session.add(Dashboard(workspace_id=member.workspace_id, dashboard_id=dashboard_id))
+    request = dashboard_pb.GetDashboardRequest(dashboard_id=dashboard_id)
+    answer = await running.dashboards.GetDashboard(request, metadata=member.metadata)
+    assert answer.dashboard.title == "Kept"
+
+
 # Clients
 
 
@@ -498,6 +513,27 @@ async def test_a_peers_answer_reaches_the_caller_and_its_faults_do_not(running: 
     with pytest.raises(errors.Error) as caught:
         await stub.CreateSource(pb.CreateSourceRequest(title="wait"), timeout=0.2)
     assert caught.value.code.name == "DEADLINE_EXCEEDED"
+    await peer.close()
+
+
+async def test_a_peers_stream_is_for_who_calls(running: Running, identity: Identity):
+    peer = Peer("user", f"127.0.0.1:{running.server.port}", auth.ServiceTokens("dashboard", identity.keys))
+    member = identity.member("viewer")
+    dashboard_id = new_id()
+    async with running.sessions.begin() as session:
+        session.add(Dashboard(workspace_id=member.workspace_id, dashboard_id=dashboard_id))
+    auth.set_caller(auth.Caller(token=member.token))
+    stub = peer.stub(dashboard_pb_grpc.DashboardServiceStub)
+
+    async def read(dashboard_id: str) -> None:
+        request = dashboard_pb.WatchDashboardRequest(dashboard_id=dashboard_id)
+        async for response in stub.WatchDashboard(request, timeout=1):
+            assert response.cursor == "x"
+
+    for asked, reason in ((dashboard_id, "DEADLINE_PASSED"), (new_id(), "DASHBOARD_NOT_FOUND")):
+        with pytest.raises(errors.Error) as caught:
+            await read(asked)
+        assert caught.value.reason == reason
     await peer.close()
 
 
