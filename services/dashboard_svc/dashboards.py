@@ -56,6 +56,7 @@ from services.dashboard_svc.definitions import clean, questions_of, sources_of
 from services.dashboard_svc.favourites import for_caller, is_favourite, mark, tell_caller, unmark
 from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
+from services.dashboard_svc.library import resolved
 from services.dashboard_svc.models import Dashboard
 from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
@@ -235,10 +236,11 @@ class DashboardServicer(DashboardServiceServicer):
             if original is None or original.delete_time:
                 raise absent()
             content = await shown_content(session, original)
+            asking = await resolved(session, caller.workspace_id, content)
         if request.title:
             content.title = request.title
             clean(content, ["title"])
-        await self.sources.require(sources_of(content))
+        await self.sources.require(sources_of(asking))
         for widget in content.widgets:
             widget.widget_id = new_id()
         async with self.db.begin() as session:

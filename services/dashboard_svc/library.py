@@ -37,6 +37,15 @@ async def shown_widgets(
     return shown
 
 
+async def resolved(
+    session: AsyncSession, workspace_id: str, content: dashboard_pb2.DashboardContent
+) -> dashboard_pb2.DashboardContent:
+    """A copy of the content in which widgets say what those of the library say: what it asks of sources."""
+    copy = dashboard_pb2.DashboardContent.FromString(content.SerializeToString())
+    await shown_widgets(session, workspace_id, copy.widgets)
+    return copy
+
+
 def show(row: LibraryWidget, widget: dashboard_pb2.Widget) -> None:
     """Gives a widget what one of the library says."""
     content = dashboard_pb2.Widget.FromString(row.content)

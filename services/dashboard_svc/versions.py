@@ -23,6 +23,7 @@ from services.dashboard_svc.convert import dashboard_to_pb, version_to_pb
 from services.dashboard_svc.definitions import questions_of, sources_of
 from services.dashboard_svc.diffs import changes
 from services.dashboard_svc.favourites import for_caller
+from services.dashboard_svc.library import resolved
 from services.dashboard_svc.models import Dashboard, Version
 from services.dashboard_svc.sources import Sources, question_of
 
@@ -103,8 +104,9 @@ class VersionServicer(VersionServiceServicer):
         async with self.db() as session:
             dashboard = await _dashboard(session, request.dashboard_id)
             content = await _content(session, dashboard, request.version_id)
-            present = await content_of(session, dashboard)
-        problems = await self._judge(content, present)
+            present = await resolved(session, caller.workspace_id, await content_of(session, dashboard))
+            asking = await resolved(session, caller.workspace_id, content)
+        problems = await self._judge(asking, present)
         async with self.db.begin() as session:
             # What was judged is what is there, or nothing is done.
             etag = request.etag or str(dashboard.version)

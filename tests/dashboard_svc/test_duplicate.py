@@ -14,6 +14,7 @@ from tests.dashboard_svc.boards import events, get, listed, start_draft, update,
 from tests.dashboard_svc.conftest import Mesh
 from tests.dashboard_svc.test_folders import folder_grant
 from tests.dashboard_svc.test_grants import grant
+from tests.dashboard_svc.test_library_widgets import create, place
 from tests.harness import Member, new_id, refused
 
 
@@ -92,6 +93,20 @@ async def test_takes_the_right_to_query_each_source(mesh: Mesh) -> None:
     assert await refused(call) == (grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND")
     _, metadata = mesh.analytics.validated[-1]
     assert metadata["authorization"] == dict(editor.metadata)["authorization"]
+    assert len(await listed(mesh, admin)) == 1
+
+
+async def test_takes_the_right_to_query_what_library_widgets_ask(mesh: Mesh) -> None:
+    admin = mesh.identity.member("admin")
+    editor = mesh.identity.member("editor", admin.workspace_id)
+    source_id = new_id()
+    dashboard = await mesh.dashboard(admin)
+    shared = await create(mesh, admin, query=Query(source_ids=[source_id]))
+    await place(mesh, admin, dashboard, shared.library_widget_id)
+    mesh.analytics.hidden.add(source_id)
+    mesh.analytics.refused = errors.permission_denied("PERMISSION_MISSING", "No.")
+    call = duplicate(mesh, editor, dashboard.dashboard_id)
+    assert await refused(call) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_MISSING")
     assert len(await listed(mesh, admin)) == 1
 
 

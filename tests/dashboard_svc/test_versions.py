@@ -19,6 +19,7 @@ from services.dashboard_svc import contents
 from services.dashboard_svc.models import Version
 from tests.dashboard_svc.boards import events, get, publish, start_draft, update, versions
 from tests.dashboard_svc.conftest import Mesh
+from tests.dashboard_svc.test_library_widgets import create, place
 from tests.harness import Member, new_id, reason_of, refused
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -292,6 +293,22 @@ async def test_a_source_that_the_caller_may_not_query_does_not_come_back(mesh: M
         "PERMISSION_MISSING",
     )
     assert await get(mesh, ann, dashboard.dashboard_id) == before
+
+
+async def test_a_library_widget_does_not_come_back_with_a_source_that_the_caller_may_not_query(
+    mesh: Mesh,
+) -> None:
+    ann, source_id = mesh.identity.member("editor"), new_id()
+    dashboard = await mesh.dashboard(ann, "Old")
+    shared = await create(mesh, ann, query=Query(source_ids=[source_id]))
+    placed = await place(mesh, ann, dashboard, shared.library_widget_id)
+    old = await update(mesh, ann, dashboard.dashboard_id, description="x", reason="old")
+    await delete_widget(mesh, ann, placed)
+    mesh.analytics.hidden.add(source_id)
+    mesh.analytics.refused = errors.permission_denied("PERMISSION_MISSING", "No.")
+    call = restore(mesh, ann, dashboard.dashboard_id, old.etag)
+    assert await refused(call) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_MISSING")
+    assert await widgets(mesh, ann, dashboard) == {}
 
 
 async def test_what_was_changed_meanwhile_is_not_restored_over(mesh: Mesh) -> None:

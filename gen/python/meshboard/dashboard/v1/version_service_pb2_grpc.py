@@ -93,6 +93,7 @@ class VersionServiceServicer:
     def RestoreVersion(self, request, context):
         """Gives a dashboard, or its draft, the content of a version again, which makes a new version, and emits
         `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
+        When nothing differs, nothing happens.
 
         A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
         looks at a source that is there takes `sources.query` on it.

@@ -34,6 +34,7 @@ class VersionServiceStub:
     RestoreVersion: _aio.UnaryUnaryMultiCallable[_version_service_pb2.RestoreVersionRequest, _version_service_pb2.RestoreVersionResponse]
     """Gives a dashboard, or its draft, the content of a version again, which makes a new version, and emits
     `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
+    When nothing differs, nothing happens.
 
     A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
     looks at a source that is there takes `sources.query` on it.
@@ -86,6 +87,7 @@ class VersionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_version_service_pb2.RestoreVersionResponse]:
         """Gives a dashboard, or its draft, the content of a version again, which makes a new version, and emits
         `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
+        When nothing differs, nothing happens.
 
         A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
         looks at a source that is there takes `sources.query` on it.
