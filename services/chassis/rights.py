@@ -67,6 +67,7 @@ _ADMIN = _EDITOR | {
     "sources.grant",
     "dashboards.delete",
     "dashboards.grant",
+    "dashboards.share",
     "folders.delete",
     "folders.grant",
     "service_accounts.view",
