@@ -30,6 +30,9 @@ from meshboard.dashboard.v1.events_pb2 import (
     FolderGrantDeleted,
     FolderMoved,
     FolderUpdated,
+    ShareLinkCreated,
+    ShareLinkDeleted,
+    ShareLinkUpdated,
 )
 from meshboard.user.v1.events_pb2 import (
     InvitationAccepted,
@@ -79,6 +82,13 @@ _GRANT = {
     "effect": "grant.effect",
     "team_id": "grant.subject.team_id",
     "everyone": "grant.subject.workspace",
+}
+_SHARE_LINK = {
+    "dashboard_id": "share_link.dashboard_id",
+    "share_link_id": "share_link.share_link_id",
+    "title": "share_link.title",
+    "has_password": "share_link.has_password",
+    "paused": "share_link.paused",
 }
 _WRITE_KEY = {"source_id": "write_key.source_id", "write_key_id": "write_key.write_key_id"}
 
@@ -143,6 +153,11 @@ AUDITED: Mapping[type[Message], Rule] = {
         },
     ),
     DashboardDeleted: Rule("dashboard.deleted", "", {"dashboard_id": "dashboard_id"}),
+    ShareLinkCreated: Rule("share_link.created", "", _SHARE_LINK),
+    ShareLinkUpdated: Rule("share_link.updated", "", {**_SHARE_LINK, "fields": "fields"}),
+    ShareLinkDeleted: Rule(
+        "share_link.deleted", "", {"dashboard_id": "dashboard_id", "share_link_id": "share_link_id"}
+    ),
     DashboardGrantCreated: Rule(
         "grant.created", "grant.subject.user_id", {"dashboard_id": "dashboard_id", **_GRANT}
     ),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from meshboard.dashboard.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis import auth, db, times, trust
@@ -17,10 +19,12 @@ from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.erasures import erase_grants, erasing
 from services.chassis.grants import InternalGrantServicer
+from services.chassis.guesses import Counts
 from services.chassis.inbox import consume
 from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.passwords import Passwords
 from services.chassis.process import until_stopped
 from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
@@ -34,16 +38,25 @@ from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.share_links import ShareLinks, Tickets
+from services.dashboard_svc.shares import ShareServicer, password_delayed
+from services.dashboard_svc.snapshots import Snapshots
 from services.dashboard_svc.widgets import WidgetServicer
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition root
     """Runs the service until it is told to stop."""
     await db.migrate(settings.postgres_url, "services.dashboard_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
     bus = await Bus.connect(settings.nats_url, "dashboard")
     cache = await Cache.connect(settings.redis_url, bus, "dashboard")
 
+    redis = Redis.from_url(settings.redis_url, socket_timeout=1, socket_connect_timeout=1)
+
+    boards = Boards(sessions, cache)
+    tickets = Tickets(settings.derived_keys("share tickets"), settings.share_ticket_seconds, times.now)
+    links = ShareLinks(sessions, boards, tickets, settings.public_url, times.now)
+    await links.listen(bus)
     tokens = auth.ServiceTokens("dashboard", settings.keys_dir)
     auth_peer = Peer("auth", settings.auth_address, tokens)
     user_peer = Peer("user", settings.user_address, tokens)
@@ -55,9 +68,9 @@ async def serve(settings: Settings) -> None:
         await trust.follow_rights(bus, trust.rights_of(user_peer)),
         db=sessions,
         resources=[DASHBOARD, FOLDER],
+        credentials={"share_link": links.check},
     )
 
-    boards = Boards(sessions, cache)
     pages = Pages(settings.derived_key("page tokens"))
     answers = Answers(analytics_peer)
     feeds = Feeds(boards.load, answers, settings.derived_key("watch cursors"))
@@ -80,6 +93,22 @@ async def serve(settings: Settings) -> None:
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
     widgets = WidgetServicer(sessions, boards, pages, analytics_peer)
+    passwords = Passwords(settings)
+    shares = ShareServicer(
+        db=sessions,
+        settings=settings,
+        boards=boards,
+        pages=pages,
+        answers=answers,
+        feeds=feeds,
+        links=links,
+        snapshots=Snapshots(sessions, cache),
+        passwords=passwords,
+        guesses=Counts(redis, "dashboard", password_delayed),
+        analytics=analytics_peer,
+        span=Span(settings.heartbeat_seconds, settings.watch_seconds),
+        draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
+    )
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -104,6 +133,7 @@ async def serve(settings: Settings) -> None:
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
+            lambda s: add_ShareServiceServicer_to_server(shares, s),
         ],
         access,
         ready=[postgres_ready, bus_ready],
@@ -112,6 +142,7 @@ async def serve(settings: Settings) -> None:
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
+            links.run(),
             Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(
                 bus,
@@ -127,6 +158,9 @@ async def serve(settings: Settings) -> None:
         )
     finally:
         await server.stop()
+        await links.close()
+        passwords.close()
+        await redis.aclose()
         for peer in (auth_peer, user_peer, analytics_peer):
             await peer.close()
         await engine.close()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from meshboard.analytics.v1 import query_pb2
-from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2
+from meshboard.dashboard.v1 import dashboard_pb2, folder_pb2, share_link_pb2
 
 from services.chassis.times import timestamp_of
-from services.dashboard_svc.models import Dashboard, Folder, Widget
+from services.dashboard_svc.models import Dashboard, Folder, ShareLink, Widget
 
 
 def dashboard_to_pb(row: Dashboard) -> dashboard_pb2.Dashboard:
@@ -51,3 +51,26 @@ def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
+
+
+def share_link_to_pb(row: ShareLink) -> share_link_pb2.ShareLink:
+    """A share link; nothing in it opens it."""
+    link = share_link_pb2.ShareLink.FromString(row.content)
+    link.MergeFrom(
+        share_link_pb2.ShareLink(
+            share_link_id=row.share_link_id,
+            dashboard_id=row.dashboard_id,
+            workspace_id=row.workspace_id,
+            title=row.title,
+            expire_time=timestamp_of(row.expire_time) if row.expire_time else None,
+            has_password=row.password_hash is not None,
+            paused=row.paused,
+            view_count=min(row.view_count, 2**31 - 1),
+            last_view_time=timestamp_of(row.last_view_time) if row.last_view_time else None,
+            creator_id=row.creator_id,
+            create_time=timestamp_of(row.create_time),
+            update_time=timestamp_of(row.update_time),
+            etag=str(row.version),
+        )
+    )
+    return link

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from services.chassis.settings import Settings as ChassisSettings
+from services.chassis.settings import PasswordSettings
 
 
-class Settings(ChassisSettings):
-    """The shared settings, and those of live dashboards. Times in seconds."""
+class Settings(PasswordSettings):
+    """The shared settings, and those of live and shared dashboards. Times in seconds."""
 
     # A live dashboard is a call under way for as long as someone looks at it.
     max_calls: int = 10_000
     heartbeat_seconds: float = 15.0
     # A stream ends after this long, so that streams spread over replicas again.
     watch_seconds: float = 3600.0
+    # How long whoever knew the password of a share link may go on without it.
+    share_ticket_seconds: float = 43_200.0

@@ -30,6 +30,10 @@ from meshboard.dashboard.v1.search_service_pb2_grpc import (
     SearchServiceStub,
     add_SearchServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.share_service_pb2_grpc import (
+    ShareServiceStub,
+    add_ShareServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.widget_service_pb2 import CreateWidgetRequest
 from meshboard.dashboard.v1.widget_service_pb2_grpc import (
     WidgetServiceStub,
@@ -39,6 +43,7 @@ from meshboard.user.v1.internal_grant_service_pb2_grpc import (
     InternalGrantServiceStub,
     add_InternalGrantServiceServicer_to_server,
 )
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, times
@@ -47,8 +52,10 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.grants import InternalGrantServicer
+from services.chassis.guesses import Counts
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.passwords import Passwords
 from services.chassis.rechecks import Span
 from services.chassis.rights import Rights
 from services.chassis.search import Engine
@@ -62,6 +69,9 @@ from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.share_links import ShareLinks, Tickets
+from services.dashboard_svc.shares import ShareServicer, password_delayed
+from services.dashboard_svc.snapshots import Snapshots
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
 from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving
@@ -85,6 +95,8 @@ class Mesh:
     widgets: Any
     internal_grants: Any
     searches: Any
+    shares: Any
+    links: ShareLinks
     another: Any = field(repr=False)
 
     async def dashboard(
@@ -179,6 +191,7 @@ async def mesh(
     engine_of_searches: dict[str, Any],
 ) -> AsyncIterator[Mesh]:
     analytics, users = StandInAnalytics(), StandInUsers()
+    all_links: list[ShareLinks] = []
     settings = make_settings(Settings, parts, keys, database_url, **engine_of_searches)
     db = chassis_db.connect(database_url, settings.postgres_pool_size)
     bus = await Bus.connect(parts.nats_url, "test")
@@ -211,7 +224,34 @@ async def mesh(
             widgets = WidgetServicer(db, boards, pages, peers[1])
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
-            access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
+            tickets = Tickets(
+                settings.derived_keys("share tickets"), settings.share_ticket_seconds, times.now
+            )
+            links = ShareLinks(db, boards, tickets, settings.public_url, times.now)
+            await links.listen(bus)
+            all_links.append(links)
+            redis, passwords = Redis.from_url(parts.redis_url), Passwords(settings)
+            shares = ShareServicer(
+                db=db,
+                settings=settings,
+                boards=boards,
+                pages=pages,
+                answers=answers,
+                feeds=feeds,
+                links=links,
+                snapshots=Snapshots(db, cache),
+                passwords=passwords,
+                guesses=Counts(redis, "dashboard", password_delayed),
+                analytics=peers[1],
+                span=span,
+                draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
+            )
+            access = identity.access(
+                "dashboard",
+                db=db,
+                resources=[DASHBOARD, FOLDER],
+                credentials={"share_link": links.check},
+            )
             searches = SearchServicer(db, search, peers[0], pages)
             registrations = [
                 lambda server: add_DashboardServiceServicer_to_server(dashboards, server),
@@ -219,10 +259,13 @@ async def mesh(
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
                 lambda server: add_SearchServiceServicer_to_server(searches, server),
+                lambda server: add_ShareServiceServicer_to_server(shares, server),
             ]
             async with serving(settings, registrations, access) as (channel, server):
                 servers.append(server)
                 yield channel, server, feeds
+            passwords.close()
+            await redis.aclose()
             for peer in peers:
                 await peer.close()
             await cache.close()
@@ -242,6 +285,8 @@ async def mesh(
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
                 searches=SearchServiceStub(channel),
+                shares=ShareServiceStub(channel),
+                links=all_links[0],
                 another=replica,
             )
     relay.cancel()

@@ -46,6 +46,24 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
     CHOICE_INVALID: _ErrorReason.ValueType  # 15
     """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
+    SHARE_LINK_NOT_FOUND: _ErrorReason.ValueType  # 60
+    """NOT_FOUND: the share link does not exist, has expired, is paused, or shows nothing."""
+    SHARE_PASSWORD_REQUIRED: _ErrorReason.ValueType  # 61
+    """UNAUTHENTICATED: the share link has a password. Call `UnlockSharedDashboard`, and send the ticket."""
+    SHARE_PASSWORD_WRONG: _ErrorReason.ValueType  # 62
+    """UNAUTHENTICATED: this is not the password of the share link."""
+    SHARE_PASSWORD_DELAYED: _ErrorReason.ValueType  # 63
+    """RESOURCE_EXHAUSTED: too many wrong passwords for the share link or from the address. Repeat after
+    `RetryInfo.retry_delay`.
+    """
+    ORIGIN_NOT_ALLOWED: _ErrorReason.ValueType  # 64
+    """PERMISSION_DENIED: the share link is not for pages of this origin."""
+    TOO_MANY_SHARE_LINKS: _ErrorReason.ValueType  # 65
+    """FAILED_PRECONDITION: a dashboard has at most 200 share links and snapshots."""
+    SNAPSHOT_TOO_LARGE: _ErrorReason.ValueType  # 66
+    """FAILED_PRECONDITION: what the dashboard shows is more than the 4 MiB that a snapshot keeps. Leave widgets out, or have
+    their queries answer fewer rows.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -74,4 +92,22 @@ TOO_MANY_FOLDERS: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION: a workspace has at most 5,000 folders."""
 CHOICE_INVALID: ErrorReason.ValueType  # 15
 """INVALID_ARGUMENT: a choice names no variable of the dashboard, or a value that cannot be chosen."""
+SHARE_LINK_NOT_FOUND: ErrorReason.ValueType  # 60
+"""NOT_FOUND: the share link does not exist, has expired, is paused, or shows nothing."""
+SHARE_PASSWORD_REQUIRED: ErrorReason.ValueType  # 61
+"""UNAUTHENTICATED: the share link has a password. Call `UnlockSharedDashboard`, and send the ticket."""
+SHARE_PASSWORD_WRONG: ErrorReason.ValueType  # 62
+"""UNAUTHENTICATED: this is not the password of the share link."""
+SHARE_PASSWORD_DELAYED: ErrorReason.ValueType  # 63
+"""RESOURCE_EXHAUSTED: too many wrong passwords for the share link or from the address. Repeat after
+`RetryInfo.retry_delay`.
+"""
+ORIGIN_NOT_ALLOWED: ErrorReason.ValueType  # 64
+"""PERMISSION_DENIED: the share link is not for pages of this origin."""
+TOO_MANY_SHARE_LINKS: ErrorReason.ValueType  # 65
+"""FAILED_PRECONDITION: a dashboard has at most 200 share links and snapshots."""
+SNAPSHOT_TOO_LARGE: ErrorReason.ValueType  # 66
+"""FAILED_PRECONDITION: what the dashboard shows is more than the 4 MiB that a snapshot keeps. Leave widgets out, or have
+their queries answer fewer rows.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

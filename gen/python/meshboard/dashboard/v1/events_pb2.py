@@ -24,44 +24,51 @@ _sym_db = _symbol_database.Default()
 
 from meshboard.dashboard.v1 import dashboard_pb2 as meshboard_dot_dashboard_dot_v1_dot_dashboard__pb2
 from meshboard.dashboard.v1 import folder_pb2 as meshboard_dot_dashboard_dot_v1_dot_folder__pb2
+from meshboard.dashboard.v1 import share_link_pb2 as meshboard_dot_dashboard_dot_v1_dot_share__link__pb2
 from meshboard.user.v1 import grant_pb2 as meshboard_dot_user_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantIdb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#meshboard/dashboard/v1/events.proto\x12\x16meshboard.dashboard.v1\x1a&meshboard/dashboard/v1/dashboard.proto\x1a#meshboard/dashboard/v1/folder.proto\x1a\'meshboard/dashboard/v1/share_link.proto\x1a\x1dmeshboard/user/v1/grant.proto\"S\n\x10\x44\x61shboardCreated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"S\n\x10\x44\x61shboardUpdated\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\"w\n\x0e\x44\x61shboardMoved\x12?\n\tdashboard\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12$\n\x0e\x66rom_folder_id\x18\x02 \x01(\tR\x0c\x66romFolderId\"X\n\x10\x44\x61shboardDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\"j\n\rWidgetCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"j\n\rWidgetUpdated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x36\n\x06widget\x18\x02 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.WidgetR\x06widget\"r\n\rWidgetDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x1b\n\twidget_id\x18\x03 \x01(\tR\x08widgetId\"\x8d\x01\n\x15\x44\x61shboardGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"x\n\x15\x44\x61shboardGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"G\n\rFolderCreated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"G\n\rFolderUpdated\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\"x\n\x0b\x46olderMoved\x12\x36\n\x06\x66older\x18\x01 \x01(\x0b\x32\x1e.meshboard.dashboard.v1.FolderR\x06\x66older\x12\x31\n\x15\x66rom_parent_folder_id\x18\x02 \x01(\tR\x12\x66romParentFolderId\"O\n\rFolderDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\"\x84\x01\n\x12\x46olderGrantCreated\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12.\n\x05grant\x18\x03 \x01(\x0b\x32\x18.meshboard.user.v1.GrantR\x05grant\"o\n\x12\x46olderGrantDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12\x1b\n\tfolder_id\x18\x02 \x01(\tR\x08\x66olderId\x12\x19\n\x08grant_id\x18\x03 \x01(\tR\x07grantId\"T\n\x10ShareLinkCreated\x12@\n\nshare_link\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.ShareLinkR\tshareLink\"l\n\x10ShareLinkUpdated\x12@\n\nshare_link\x18\x01 \x01(\x0b\x32!.meshboard.dashboard.v1.ShareLinkR\tshareLink\x12\x16\n\x06\x66ields\x18\x02 \x03(\tR\x06\x66ields\"|\n\x10ShareLinkDeleted\x12!\n\x0cworkspace_id\x18\x01 \x01(\tR\x0bworkspaceId\x12!\n\x0c\x64\x61shboard_id\x18\x02 \x01(\tR\x0b\x64\x61shboardId\x12\"\n\rshare_link_id\x18\x03 \x01(\tR\x0bshareLinkIdb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.dashboard.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DASHBOARDCREATED']._serialized_start=171
-  _globals['_DASHBOARDCREATED']._serialized_end=254
-  _globals['_DASHBOARDUPDATED']._serialized_start=256
-  _globals['_DASHBOARDUPDATED']._serialized_end=339
-  _globals['_DASHBOARDMOVED']._serialized_start=341
-  _globals['_DASHBOARDMOVED']._serialized_end=460
-  _globals['_DASHBOARDDELETED']._serialized_start=462
-  _globals['_DASHBOARDDELETED']._serialized_end=550
-  _globals['_WIDGETCREATED']._serialized_start=552
-  _globals['_WIDGETCREATED']._serialized_end=658
-  _globals['_WIDGETUPDATED']._serialized_start=660
-  _globals['_WIDGETUPDATED']._serialized_end=766
-  _globals['_WIDGETDELETED']._serialized_start=768
-  _globals['_WIDGETDELETED']._serialized_end=882
-  _globals['_DASHBOARDGRANTCREATED']._serialized_start=885
-  _globals['_DASHBOARDGRANTCREATED']._serialized_end=1026
-  _globals['_DASHBOARDGRANTDELETED']._serialized_start=1028
-  _globals['_DASHBOARDGRANTDELETED']._serialized_end=1148
-  _globals['_FOLDERCREATED']._serialized_start=1150
-  _globals['_FOLDERCREATED']._serialized_end=1221
-  _globals['_FOLDERUPDATED']._serialized_start=1223
-  _globals['_FOLDERUPDATED']._serialized_end=1294
-  _globals['_FOLDERMOVED']._serialized_start=1296
-  _globals['_FOLDERMOVED']._serialized_end=1416
-  _globals['_FOLDERDELETED']._serialized_start=1418
-  _globals['_FOLDERDELETED']._serialized_end=1497
-  _globals['_FOLDERGRANTCREATED']._serialized_start=1500
-  _globals['_FOLDERGRANTCREATED']._serialized_end=1632
-  _globals['_FOLDERGRANTDELETED']._serialized_start=1634
-  _globals['_FOLDERGRANTDELETED']._serialized_end=1745
+  _globals['_DASHBOARDCREATED']._serialized_start=212
+  _globals['_DASHBOARDCREATED']._serialized_end=295
+  _globals['_DASHBOARDUPDATED']._serialized_start=297
+  _globals['_DASHBOARDUPDATED']._serialized_end=380
+  _globals['_DASHBOARDMOVED']._serialized_start=382
+  _globals['_DASHBOARDMOVED']._serialized_end=501
+  _globals['_DASHBOARDDELETED']._serialized_start=503
+  _globals['_DASHBOARDDELETED']._serialized_end=591
+  _globals['_WIDGETCREATED']._serialized_start=593
+  _globals['_WIDGETCREATED']._serialized_end=699
+  _globals['_WIDGETUPDATED']._serialized_start=701
+  _globals['_WIDGETUPDATED']._serialized_end=807
+  _globals['_WIDGETDELETED']._serialized_start=809
+  _globals['_WIDGETDELETED']._serialized_end=923
+  _globals['_DASHBOARDGRANTCREATED']._serialized_start=926
+  _globals['_DASHBOARDGRANTCREATED']._serialized_end=1067
+  _globals['_DASHBOARDGRANTDELETED']._serialized_start=1069
+  _globals['_DASHBOARDGRANTDELETED']._serialized_end=1189
+  _globals['_FOLDERCREATED']._serialized_start=1191
+  _globals['_FOLDERCREATED']._serialized_end=1262
+  _globals['_FOLDERUPDATED']._serialized_start=1264
+  _globals['_FOLDERUPDATED']._serialized_end=1335
+  _globals['_FOLDERMOVED']._serialized_start=1337
+  _globals['_FOLDERMOVED']._serialized_end=1457
+  _globals['_FOLDERDELETED']._serialized_start=1459
+  _globals['_FOLDERDELETED']._serialized_end=1538
+  _globals['_FOLDERGRANTCREATED']._serialized_start=1541
+  _globals['_FOLDERGRANTCREATED']._serialized_end=1673
+  _globals['_FOLDERGRANTDELETED']._serialized_start=1675
+  _globals['_FOLDERGRANTDELETED']._serialized_end=1786
+  _globals['_SHARELINKCREATED']._serialized_start=1788
+  _globals['_SHARELINKCREATED']._serialized_end=1872
+  _globals['_SHARELINKUPDATED']._serialized_start=1874
+  _globals['_SHARELINKUPDATED']._serialized_end=1982
+  _globals['_SHARELINKDELETED']._serialized_start=1984
+  _globals['_SHARELINKDELETED']._serialized_end=2108
 # @@protoc_insertion_point(module_scope)
