@@ -29,6 +29,7 @@ from services.chassis.process import until_stopped
 from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server, main
+from services.dashboard_svc.annotations import Annotations
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
@@ -100,6 +101,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         boards=boards,
         pages=pages,
         answers=answers,
+        annotations=Annotations(sessions, answers),
         feeds=feeds,
         links=links,
         snapshots=Snapshots(sessions, cache),

@@ -38,21 +38,6 @@ def folder_to_pb(row: Folder) -> folder_pb2.Folder:
     )
 
 
-def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:
-    """A widget."""
-    return dashboard_pb2.Widget(
-        widget_id=row.widget_id,
-        dashboard_id=row.dashboard_id,
-        title=row.title,
-        kind=dashboard_pb2.Widget.Kind.ValueType(row.kind),
-        query=query_pb2.Query.FromString(row.query),
-        layout=dashboard_pb2.Layout(x=row.x, y=row.y, width=row.width, height=row.height),
-        create_time=timestamp_of(row.create_time),
-        update_time=timestamp_of(row.update_time),
-        etag=str(row.version),
-    )
-
-
 def share_link_to_pb(row: ShareLink) -> share_link_pb2.ShareLink:
     """A share link; nothing in it opens it."""
     link = share_link_pb2.ShareLink.FromString(row.content)
@@ -74,3 +59,18 @@ def share_link_to_pb(row: ShareLink) -> share_link_pb2.ShareLink:
         )
     )
     return link
+
+
+def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:
+    """A widget."""
+    return dashboard_pb2.Widget(
+        widget_id=row.widget_id,
+        dashboard_id=row.dashboard_id,
+        title=row.title,
+        kind=dashboard_pb2.Widget.Kind.ValueType(row.kind),
+        query=query_pb2.Query.FromString(row.query),
+        layout=dashboard_pb2.Layout(x=row.x, y=row.y, width=row.width, height=row.height),
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+    )

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1.query_pb2 import Filter, TimeRange
+from meshboard.dashboard.v1.annotation_pb2 import Annotation
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Variable, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
 from meshboard.dashboard.v1.share_link_pb2 import (
     LockedVariable,
+    SharedAnnotation,
     SharedDashboard,
     SharedVariable,
     SharedWidget,
@@ -92,6 +94,17 @@ def shared_data(data: WidgetData) -> WidgetData:
     if shown.HasField("error"):
         shown.error.CopyFrom(Status(code=shown.error.code, message="There is no data for this widget."))
     return shown
+
+
+def shared_annotation(annotation: Annotation) -> SharedAnnotation:
+    """An annotation, without who made it."""
+    return SharedAnnotation(
+        time=annotation.time,
+        end_time=annotation.end_time if annotation.HasField("end_time") else None,
+        text=annotation.text,
+        tags=annotation.tags,
+        title=annotation.title,
+    )
 
 
 def shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:

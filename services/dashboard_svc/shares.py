@@ -9,16 +9,19 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+import structlog
 from google.api.httpbody_pb2 import HttpBody
 from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
 from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceStub
 from meshboard.dashboard.v1 import share_service_pb2 as pb
-from meshboard.dashboard.v1.dashboard_pb2 import WidgetData
+from meshboard.dashboard.v1.annotation_service_pb2 import ListAnnotationsRequest
+from meshboard.dashboard.v1.dashboard_pb2 import Variable, WidgetData
 from meshboard.dashboard.v1.events_pb2 import ShareLinkCreated, ShareLinkDeleted, ShareLinkUpdated
 from meshboard.dashboard.v1.share_link_pb2 import LockedVariable, SnapshotContent
 from meshboard.dashboard.v1.share_link_pb2 import ShareLink as ShareLinkMessage
 from meshboard.dashboard.v1.share_service_pb2_grpc import ShareServiceServicer
+from meshboard.dashboard.v1.variable_service_pb2 import VariableValue
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -34,6 +37,7 @@ from services.chassis.rechecks import Span
 from services.chassis.texts import clean_name
 from services.chassis.times import time_of, timestamp_of
 from services.dashboard_svc import share_links, shared_page
+from services.dashboard_svc.annotations import Annotations
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import share_link_to_pb
@@ -46,14 +50,19 @@ from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.share_links import Link, ShareLinks
 from services.dashboard_svc.shared import (
     bound,
+    free_variables,
     frozen_dashboard,
     scope_of_link,
+    shared_annotation,
     shared_dashboard,
     shared_data,
     shared_news,
 )
 from services.dashboard_svc.snapshots import Frozen, Snapshots
 from services.dashboard_svc.streams import stream
+from services.dashboard_svc.variables import values_to_choose
+
+log = structlog.get_logger(__name__)
 
 Context = Any
 MUTABLE_OF_SNAPSHOT = ("title", "expire_time", "password", "paused", "allowed_origins")
@@ -70,6 +79,8 @@ _COLUMNS = {"title", "expire_time", "password", "paused"}
 MAX_LINKS = 200
 MAX_CONTENT_BYTES = 65_536
 MAX_SNAPSHOT_BYTES = 4 << 20
+# Those of the latest time.
+MAX_ANNOTATIONS = 1000
 _SOURCES_AT_ONCE = 100
 # Answers that are kept for links whose data need not be live.
 _AGED_KEPT = 256
@@ -86,6 +97,7 @@ class ShareServicer(ShareServiceServicer):
         boards: Boards,
         pages: Pages,
         answers: Answers,
+        annotations: Annotations,
         feeds: Feeds,
         links: ShareLinks,
         snapshots: Snapshots,
@@ -101,6 +113,7 @@ class ShareServicer(ShareServiceServicer):
         self.boards = boards
         self.pages = pages
         self.answers = answers
+        self.annotations = annotations
         self.feeds = feeds
         self.links = links
         self.snapshots = snapshots
@@ -344,6 +357,38 @@ class ShareServicer(ShareServiceServicer):
         ticket, expire_time = self.links.tickets.give(found)
         return pb.UnlockSharedDashboardResponse(ticket=ticket, expire_time=timestamp_of(expire_time))
 
+    async def ListSharedVariableValues(
+        self, request: pb.ListSharedVariableValuesRequest, context: Context
+    ) -> pb.ListSharedVariableValuesResponse:
+        """Asks by the dashboard's right, within what the link shows."""
+        found, scope = share_links.current(), _scope(request)
+        page = self.pages.open(request, found.link.share_link_id)
+        if request.name not in {variable.name for variable in free_variables(found.link, found.dashboard)}:
+            raise errors.invalid_argument("CHOICE_INVALID", "This cannot be chosen.", variable=request.name)
+        values = await self._values(found, request.name, scope, request.query)
+        shown, next_page_token = page.close(page.rest(list(enumerate(values)), _place), _place)
+        return pb.ListSharedVariableValuesResponse(
+            values=[Variable.Option(value=one.value, title=one.title) for _, one in shown],
+            next_page_token=next_page_token,
+        )
+
+    async def ListSharedAnnotations(
+        self, request: pb.ListSharedAnnotationsRequest, context: Context
+    ) -> pb.ListSharedAnnotationsResponse:
+        """Lists those made by hand and those of events, within what the link shows."""
+        found, scope = share_links.current(), _scope(request)
+        page = self.pages.open(request, found.link.share_link_id)
+        if not found.link.show_annotations:
+            return pb.ListSharedAnnotationsResponse()
+        if found.link.HasField("snapshot"):
+            kept = (await self.snapshots.content(found)).annotations
+            shown, next_page_token = page.close(page.rest(list(enumerate(kept)), _place), _place)
+            annotations = [annotation for _, annotation in shown]
+        else:
+            listed, next_page_token, _ = await self.annotations.page_of(found.dashboard, scope, page)
+            annotations = [shared_annotation(annotation) for annotation in listed]
+        return pb.ListSharedAnnotationsResponse(annotations=annotations, next_page_token=next_page_token)
+
     async def _check_binding(
         self,
         workspace_id: str,
@@ -448,6 +493,14 @@ class ShareServicer(ShareServiceServicer):
         data = await self.answers.data_of(workspace_id, resolve(widgets, found.dashboard, scope))
         return [shared_data(one) for one in data]
 
+    async def _values(self, found: Link, name: str, scope: Scope, query: str) -> Sequence[VariableValue]:
+        try:
+            return await values_to_choose(self.answers, found.dashboard, name, scope, query)
+        except errors.Error as error:
+            # Why the source does not answer is none of the viewers' business.
+            log.info("no_values_to_choose", error=error.reason)
+            return ()
+
     async def _aged_data(self, found: Link, scope: Scope) -> list[WidgetData]:
         """Answers that may be as old as the link says."""
         key = (found.link.share_link_id, found.link.etag, found.dashboard.etag, scope)
@@ -474,9 +527,14 @@ class ShareServicer(ShareServiceServicer):
             scope_of(dashboard.variables, (), _time_range(request)), request.locked_variables, request.filters
         )
         data = await self.answers.data_of(workspace_id, resolve(widgets, dashboard, scope))
-        return SnapshotContent(
+        content = SnapshotContent(
             dashboard=frozen_dashboard(link, dashboard, widgets), widgets=map(shared_data, data)
         )
+        if link.show_annotations:
+            page = self.pages.open(ListAnnotationsRequest(page_size=MAX_ANNOTATIONS), workspace_id)
+            listed, _, _ = await self.annotations.page_of(dashboard, scope, page)
+            content.annotations.extend(map(shared_annotation, listed))
+        return content
 
 
 def password_delayed(seconds: float) -> errors.Error:
@@ -487,14 +545,27 @@ def password_delayed(seconds: float) -> errors.Error:
 
 
 def _time_range(
-    request: pb.CreateSnapshotRequest | pb.GetSharedDashboardDataRequest | pb.WatchSharedDashboardRequest,
+    request: pb.CreateSnapshotRequest
+    | pb.GetSharedDashboardDataRequest
+    | pb.WatchSharedDashboardRequest
+    | pb.ListSharedVariableValuesRequest
+    | pb.ListSharedAnnotationsRequest,
 ) -> TimeRange | None:
     return request.time_range if request.HasField("time_range") else None
 
 
-def _scope(request: pb.GetSharedDashboardDataRequest | pb.WatchSharedDashboardRequest) -> Scope:
+def _scope(
+    request: pb.GetSharedDashboardDataRequest
+    | pb.WatchSharedDashboardRequest
+    | pb.ListSharedVariableValuesRequest
+    | pb.ListSharedAnnotationsRequest,
+) -> Scope:
     found = share_links.current()
     return scope_of_link(found.link, found.dashboard, request.choices, _time_range(request))
+
+
+def _place(placed: tuple[int, Any]) -> tuple[int]:
+    return (placed[0],)
 
 
 def _recheck(found: Link) -> Callable[[], Any]:

@@ -28,8 +28,8 @@ async def stream(
 ) -> AsyncIterator[WatchDashboardResponse]:
     """What a client is sent that has this data (None: nothing). Ends after a message with `end`.
 
-    Changes are `least_seconds` apart. `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when that
-    could not be told for a while.
+    Changes are `least_seconds` apart. `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when
+    that could not be told for a while.
     """
     check = Rechecks(recheck)
     start = time.monotonic()

@@ -487,6 +487,73 @@ async def test_a_stream_of_requests_passes_as_it_comes(gateway: Gateway) -> None
         assert await call.read() is grpc.aio.EOF
 
 
+@pytest.mark.parametrize("verb", ["", ":data", ":watch", ":unlock", "/annotations"])
+async def test_pages_of_any_origin_may_ask_by_a_share_link(gateway: Gateway, verb: str) -> None:
+    """Without cookies; which origins a link is for, the service knows."""
+    asked = {
+        "Origin": "https://intranet.example",
+        "Access-Control-Request-Method": "POST" if verb == ":unlock" else "GET",
+        "Access-Control-Request-Headers": "x-share-ticket",
+    }
+    reply = await gateway.call("OPTIONS", f"/v1/shared/mbs_x{verb}", headers=asked)
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://intranet.example")
+    assert "x-share-ticket" in reply.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in reply.headers
+    headers = {
+        "Origin": "https://intranet.example",
+        "X-Share-Ticket": "mbu_x",
+        "Cookie": "mb_session=nonsense",
+    }
+    body = {"json": {"password": "p"}} if verb == ":unlock" else {}
+    gateway.services.go_on.set()
+    reply = await gateway.call("POST" if body else "GET", f"/v1/shared/mbs_x{verb}", headers=headers, **body)
+    gateway.services.go_on.clear()
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://intranet.example")
+    assert gateway.last.request.token == "mbs_x"
+    assert gateway.last.metadata["x-share-ticket"] == "mbu_x"
+    assert gateway.last.metadata["origin"] == "https://intranet.example"
+    assert "authorization" not in gateway.last.metadata
+
+
+async def test_the_shared_page_has_the_headers_of_the_service(gateway: Gateway) -> None:
+    async def page(context: Context) -> dict[str, Any]:
+        await context.send_initial_metadata((("content-security-policy", "default-src 'none'"),))
+        return {"page": {"content_type": "text/html; charset=utf-8", "data": b"<p>hello"}}
+
+    gateway.services.answers["GetSharedPage"] = page
+    reply = await gateway.call("GET", "/shared/mbs_x")
+    assert (reply.status, reply.body) == (200, b"<p>hello")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.headers["content-security-policy"] == "default-src 'none'"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.headers["cache-control"] == "no-store"
+    assert gateway.last.request.token == "mbs_x"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/shared/../dashboards",
+        "/v1/shared/x/../../dashboards/y",
+        "/v1/shared/%2e%2e/dashboards",
+        "/v1/shared/x%2f..%2f..%2fdashboards",
+        "/v1/shared/x/grants",
+        "/v1/shared/x:delete",
+        "/v1/shared/x:data/../../../dashboards",
+        "/shared/../v1/dashboards",
+        "/shared/x/../../v1/dashboards",
+        "/v1/shared/",
+        "/shared/",
+    ],
+)
+async def test_no_path_leads_from_a_share_link_to_anything_else(gateway: Gateway, path: str) -> None:
+    before = len(gateway.services.arrivals)
+    reply = await gateway.call("GET", path)
+    assert reply.status in {400, 401, 404}
+    arrived = {arrival.path for arrival in gateway.services.arrivals[before:]}
+    assert not {one for one in arrived if not one.endswith("/GetJwks")}
+
+
 async def test_other_calls_are_for_pages_of_the_same_origin(gateway: Gateway) -> None:
     asked = {"Access-Control-Request-Method": "POST"}
     own = await gateway.call("OPTIONS", "/v1/dashboards", headers={**asked, "Origin": gateway.url})
@@ -559,13 +626,26 @@ async def test_the_access_log_tells_who_called_what_and_no_secrets(gateway: Gate
     await gateway.call("GET", "/v1/dashboards?pageToken=secret-token", headers=headers)
     await gateway.call("GET", "/v1/shared/secret-share:data?a=secret-query", headers=agent)
     await gateway.call("GET", "/v1/users/me", headers={**agent, "Cookie": "mb_session=secret-cookie"})
+    for path in (
+        "/v1/shared/mbs_secret-1/variables/v/values",
+        "/shared/mbs_secret-2?x=1",
+        "/shared/secret-3/",
+        "/V1/SHARED/mbs_secret-4:data",
+        "/nope/mbs_secret-5",
+        "/v1//shared///mbs_secret-6:watch",
+        "/v1/%73hared/mbs%5fsecret-7",
+        "/v1/shared%2fmbs_secret-8",
+        "/v1/dashboards/mbs_secret-9",
+        "/v1/shared/mbs_secret-10/../mbs_secret-11:data",
+    ):
+        await gateway.call("GET", path, headers={**agent, "User-Agent": "log-test-of-links"})
 
     def lines() -> dict[str, dict[str, Any]]:
         told = [json.loads(line) for line in gateway.log.read_text().splitlines() if line.startswith("{")]
         return {line["path"]: line for line in told if line["user_agent"] == "log-test"}
 
     async def written() -> bool:
-        return len(lines()) == 3
+        return len(lines()) == 3 and gateway.log.read_text().count("log-test-of-links") == 10
 
     await until(written)
     line = lines()["/v1/dashboards"]

@@ -61,6 +61,7 @@ from services.chassis.rights import Rights
 from services.chassis.search import Engine
 from services.chassis.search_engines import engine_of
 from services.chassis.server import Server
+from services.dashboard_svc.annotations import Annotations
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.dashboard_search import DashboardSearch
@@ -237,6 +238,7 @@ async def mesh(
                 boards=boards,
                 pages=pages,
                 answers=answers,
+                annotations=Annotations(db, answers),
                 feeds=feeds,
                 links=links,
                 snapshots=Snapshots(db, cache),

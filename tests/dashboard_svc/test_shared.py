@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.struct_pb2 import ListValue, Value
 from google.protobuf.timestamp_pb2 import Timestamp
-from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
-from meshboard.dashboard.v1 import dashboard_service_pb2
+from meshboard.analytics.v1.query_pb2 import Column, Filter, Query, Result, TimeRange
+from meshboard.dashboard.v1 import annotation_service_pb2, dashboard_service_pb2
 from meshboard.dashboard.v1 import share_service_pb2 as pb
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Variable
 from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
-from meshboard.dashboard.v1.share_link_pb2 import ShareLink
+from meshboard.dashboard.v1.share_link_pb2 import LockedVariable, SharedVariable, ShareLink
 from meshboard.dashboard.v1.share_service_pb2_grpc import ShareServiceStub
 
 from services.chassis import errors
@@ -29,7 +32,7 @@ SHOP = Filter(property="properties.shop", operator=Filter.EQUAL)
 SHOP.values.add(string_value="north")
 
 
-def calls(mesh: Mesh, token: str, **more: str) -> list[grpc.aio.UnaryUnaryCall]:
+def calls(mesh: Mesh, token: str, **more: Any) -> list[Any]:
     """One call of each method that a link opens, streams excepted."""
     return [
         mesh.shares.GetSharedDashboard(pb.GetSharedDashboardRequest(token=token, **more)),
@@ -37,7 +40,7 @@ def calls(mesh: Mesh, token: str, **more: str) -> list[grpc.aio.UnaryUnaryCall]:
     ]
 
 
-async def refusals(mesh: Mesh, token: str, **more: str) -> set[tuple[grpc.StatusCode, str]]:
+async def refusals(mesh: Mesh, token: str, **more: Any) -> set[tuple[grpc.StatusCode, str]]:
     """How all methods refuse the token."""
     found = {await refused(call) for call in calls(mesh, token, **more)}
     stream = mesh.shares.WatchSharedDashboard(pb.WatchSharedDashboardRequest(token=token, **more))
@@ -342,3 +345,154 @@ async def test_views_are_counted(mesh: Mesh) -> None:
     again = (await mesh.shares.GetShareLink(request, metadata=ann.metadata)).share_link
     assert again.view_count == 4
     assert again.last_view_time.ToNanoseconds() > found.last_view_time.ToNanoseconds()
+
+
+async def with_variables(mesh: Mesh, member: Member) -> tuple[Dashboard, str]:
+    """A dashboard of which a widget asks for a country and a shop, and its source."""
+    dashboard, source_id = await mesh.dashboard(member), new_id()
+    variables = [
+        Variable(
+            name="land",
+            title="Country",
+            list=Variable.OptionList(options=[Variable.Option(value=one) for one in ("de", "fr")]),
+        ),
+        Variable(
+            name="shop",
+            property_values=Variable.PropertyValues(source_id=source_id, property="properties.shop"),
+        ),
+    ]
+    wanted = Dashboard(dashboard_id=dashboard.dashboard_id, variables=variables)
+    await mesh.dashboards.UpdateDashboard(
+        dashboard_service_pb2.UpdateDashboardRequest(dashboard=wanted), metadata=member.metadata
+    )
+    query = Query(source_ids=[source_id])
+    for name, property_name in (("land", "country"), ("shop", "properties.shop")):
+        query.filters.add(property=property_name, operator=Filter.EQUAL).values.add(string_value=f"${name}")
+    await mesh.widget(member, dashboard, query)
+    mesh.analytics.asked.clear()
+    return dashboard, source_id
+
+
+def countries(mesh: Mesh) -> set[str]:
+    """Which countries were asked for; "" where all were."""
+    return {
+        next((f.values[0].string_value for f in asked.query.filters if f.property == "country"), "")
+        for asked in mesh.analytics.asked
+    }
+
+
+LOCKED = [LockedVariable(name="land", values=["de"])]
+
+
+async def test_a_locked_variable_is_out_of_reach(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, _ = await with_variables(mesh, ann)
+    _, open_token = await share(mesh, ann, dashboard)
+    _, token = await share(mesh, ann, dashboard, locked_variables=LOCKED)
+    shown = (await mesh.shares.GetSharedDashboard(pb.GetSharedDashboardRequest(token=token))).dashboard
+    assert [(one.name, one.kind) for one in shown.variables] == [("shop", SharedVariable.VALUES)]
+    assert "de" not in {value for one in shown.variables for value in one.defaults}
+    for choices in (
+        ["land=fr"],
+        ["land=de"],
+        ["land="],
+        ["land=fr", "land=de"],
+        ["shop=a", "land=fr"],
+        ["land"],
+    ):
+        assert await refused(data_of(mesh, token, choices=choices)) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "CHOICE_INVALID",
+        )
+        stream = mesh.shares.WatchSharedDashboard(
+            pb.WatchSharedDashboardRequest(token=token, choices=choices)
+        )
+        assert (await refused(stream.read()))[1] == "CHOICE_INVALID"
+    assert mesh.analytics.asked == []
+    # In a header, and by the cursor of who could choose.
+    await data_of(mesh, token, metadata=(("choices", "land=fr"), ("x-choices", "land=fr")))
+    async with watching(mesh, open_token, choices=["land=fr"]) as free:
+        pass
+    assert countries(mesh) == {"de", "fr"}
+    mesh.analytics.asked.clear()
+    async with watching(mesh, token, cursor=free.cursor):
+        pass
+    await data_of(mesh, token, choices=["shop=a"])
+    assert countries(mesh) == {"de"}
+
+
+async def test_a_lock_on_what_is_gone_shows_nothing(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, _ = await with_variables(mesh, ann)
+    _, token = await share(mesh, ann, dashboard, locked_variables=LOCKED)
+    _, open_token = await share(mesh, ann, dashboard)
+    async with watching(mesh, token) as watcher:
+        renamed = Variable(name="country", text=Variable.FreeText())
+        await mesh.dashboards.UpdateDashboard(
+            dashboard_service_pb2.UpdateDashboardRequest(
+                dashboard=Dashboard(dashboard_id=dashboard.dashboard_id, variables=[renamed])
+            ),
+            metadata=ann.metadata,
+        )
+        await watcher.ended(End.LINK_ENDED, within=4)
+    assert await refusals(mesh, token) == {(grpc.StatusCode.NOT_FOUND, NO_LINK)}
+    assert await data_of(mesh, open_token) == [-1]
+
+
+async def test_values_to_choose_are_within_the_filter(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, source_id = await with_variables(mesh, ann)
+    mesh.analytics.results[source_id] = Result(
+        columns=[
+            Column(name="properties.shop", type=Column.STRING),
+            Column(name="count", type=Column.NUMBER),
+        ],
+        rows=[
+            ListValue(values=[Value(string_value=shop), Value(number_value=count)])
+            for shop, count in (("north", 5), ("south", 9))
+        ],
+    )
+    _, token = await share(mesh, ann, dashboard, locked_variables=LOCKED, filters=[SHOP])
+
+    async def values(name: str, **more: Any) -> list[str]:
+        request = pb.ListSharedVariableValuesRequest(token=token, name=name, **more)
+        response = await mesh.shares.ListSharedVariableValues(request)
+        found = [one.value for one in response.values]
+        if response.next_page_token:
+            found += await values(name, **{**more, "page_token": response.next_page_token})
+        return found
+
+    assert await values("shop") == ["south", "north"]
+    assert await values("shop", page_size=1) == ["south", "north"]
+    assert all(SHOP in asked.query.filters for asked in mesh.analytics.asked)
+    for name in ("land", "never"):
+        assert (await refused(values(name)))[1] == "CHOICE_INVALID"
+    mesh.analytics.failures[source_id] = errors.not_found("SOURCE_NOT_FOUND", source_id, source_id=source_id)
+    assert await values("shop") == []
+
+
+async def test_annotations_show_where_the_link_says_so(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, _, _ = await counted(mesh, ann)
+    made = await mesh.annotations.CreateAnnotation(
+        annotation_service_pb2.CreateAnnotationRequest(
+            dashboard_id=dashboard.dashboard_id, text="Release 7", tags=["release"]
+        ),
+        metadata=ann.metadata,
+    )
+    link, token = await share(mesh, ann, dashboard)
+    request = pb.ListSharedAnnotationsRequest(token=token)
+    assert not (await mesh.shares.ListSharedAnnotations(request)).annotations
+    await change(mesh, ann, link, show_annotations=True)
+    shown = await mesh.shares.ListSharedAnnotations(request)
+    assert [(one.time, one.text, list(one.tags)) for one in shown.annotations] == [
+        (made.annotation.time, "Release 7", ["release"])
+    ]
+    kept = await mesh.shares.CreateSnapshot(
+        pb.CreateSnapshotRequest(dashboard_id=dashboard.dashboard_id, show_annotations=True),
+        metadata=ann.metadata,
+    )
+    frozen = await mesh.shares.ListSharedAnnotations(pb.ListSharedAnnotationsRequest(token=kept.token))
+    assert frozen == shown
+    for secret in (ann.user_id, dashboard.dashboard_id, made.annotation.annotation_id):
+        assert secret not in str(shown)

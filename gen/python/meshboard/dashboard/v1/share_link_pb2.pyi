@@ -408,8 +408,11 @@ class SharedAnnotation(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """What it says."""
+    title: _builtins.str
+    """Of one that comes from events: what these are."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When, or from when."""
@@ -429,10 +432,11 @@ class SharedAnnotation(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         text: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        title: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "tags", b"tags", "text", b"text", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "tags", b"tags", "text", b"text", "time", b"time", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

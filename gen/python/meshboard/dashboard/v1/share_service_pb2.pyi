@@ -767,6 +767,7 @@ class ListSharedVariableValuesRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TIME_RANGE_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """What stands in the URL of the link."""
     ticket: _builtins.str
@@ -785,6 +786,10 @@ class ListSharedVariableValuesRequest(_message.Message):
         times. Variables that are not named have their defaults. At most 200.
         """
 
+    @_builtins.property
+    def time_range(self) -> _query_pb2.TimeRange:
+        """The time to look at, where it can be chosen; absent: that of the dashboard's settings."""
+
     def __init__(
         self,
         *,
@@ -795,10 +800,11 @@ class ListSharedVariableValuesRequest(_message.Message):
         query: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        time_range: _query_pb2.TimeRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_range", b"time_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "query", b"query", "ticket", b"ticket", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "query", b"query", "ticket", b"ticket", "time_range", b"time_range", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -815,13 +821,13 @@ class ListSharedVariableValuesResponse(_message.Message):
     next_page_token: _builtins.str
     """Where the next page starts; empty on the last one."""
     @_builtins.property
-    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[_dashboard_pb2.Variable.Option]:
         """The values."""
 
     def __init__(
         self,
         *,
-        values: _abc.Iterable[_builtins.str] | None = ...,
+        values: _abc.Iterable[_dashboard_pb2.Variable.Option] | None = ...,
         next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -840,6 +846,7 @@ class ListSharedAnnotationsRequest(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     TIME_RANGE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
@@ -852,6 +859,12 @@ class ListSharedAnnotationsRequest(_message.Message):
     page_token: _builtins.str
     """Where the page starts: `next_page_token` of the last answer."""
     @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is chosen for variables, as `name=value`; a variable with several values is named several times. Variables that are
+        not named have their defaults. At most 200.
+        """
+
+    @_builtins.property
     def time_range(self) -> _query_pb2.TimeRange:
         """The time to look at, where it can be chosen; absent: that of the dashboard's settings."""
 
@@ -860,13 +873,14 @@ class ListSharedAnnotationsRequest(_message.Message):
         *,
         token: _builtins.str = ...,
         ticket: _builtins.str = ...,
+        choices: _abc.Iterable[_builtins.str] | None = ...,
         time_range: _query_pb2.TimeRange | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_range", b"time_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "ticket", b"ticket", "time_range", b"time_range", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "page_size", b"page_size", "page_token", b"page_token", "ticket", b"ticket", "time_range", b"time_range", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

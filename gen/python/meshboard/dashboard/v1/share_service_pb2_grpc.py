@@ -212,15 +212,16 @@ class ShareServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListSharedVariableValues(self, request, context):
-        """Lists what a variable of a shared dashboard can be, those of most events first. A snapshot has none. Fails with
-        INVALID_ARGUMENT, reason CHOICE_INVALID, when it cannot be chosen.
+        """Lists what a variable of a shared dashboard can be, those of most events first. Fails with INVALID_ARGUMENT, reason
+        CHOICE_INVALID, for one that cannot be chosen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSharedAnnotations(self, request, context):
-        """Lists the annotations of a shared dashboard, the oldest first; none where the link does not show them.
+        """Lists the annotations of a shared dashboard, the latest first; none where the link does not show them. Fails as
+        `GetSharedDashboardData` does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -71,11 +71,13 @@ class ShareServiceStub:
     several wrong ones from one address or for one link. A link without a password gives a ticket to everyone.
     """
     ListSharedVariableValues: _aio.UnaryUnaryMultiCallable[_share_service_pb2.ListSharedVariableValuesRequest, _share_service_pb2.ListSharedVariableValuesResponse]
-    """Lists what a variable of a shared dashboard can be, those of most events first. A snapshot has none. Fails with
-    INVALID_ARGUMENT, reason CHOICE_INVALID, when it cannot be chosen.
+    """Lists what a variable of a shared dashboard can be, those of most events first. Fails with INVALID_ARGUMENT, reason
+    CHOICE_INVALID, for one that cannot be chosen.
     """
     ListSharedAnnotations: _aio.UnaryUnaryMultiCallable[_share_service_pb2.ListSharedAnnotationsRequest, _share_service_pb2.ListSharedAnnotationsResponse]
-    """Lists the annotations of a shared dashboard, the oldest first; none where the link does not show them."""
+    """Lists the annotations of a shared dashboard, the latest first; none where the link does not show them. Fails as
+    `GetSharedDashboardData` does.
+    """
 
 class ShareServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shares dashboards by links, and shows them to whoever has one.
@@ -206,8 +208,8 @@ class ShareServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _share_service_pb2.ListSharedVariableValuesRequest,
         context: _aio.ServicerContext[_share_service_pb2.ListSharedVariableValuesRequest, _abc.Awaitable[_share_service_pb2.ListSharedVariableValuesResponse]],
     ) -> _abc.Awaitable[_share_service_pb2.ListSharedVariableValuesResponse]:
-        """Lists what a variable of a shared dashboard can be, those of most events first. A snapshot has none. Fails with
-        INVALID_ARGUMENT, reason CHOICE_INVALID, when it cannot be chosen.
+        """Lists what a variable of a shared dashboard can be, those of most events first. Fails with INVALID_ARGUMENT, reason
+        CHOICE_INVALID, for one that cannot be chosen.
         """
 
     @_abc_1.abstractmethod
@@ -216,6 +218,8 @@ class ShareServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _share_service_pb2.ListSharedAnnotationsRequest,
         context: _aio.ServicerContext[_share_service_pb2.ListSharedAnnotationsRequest, _abc.Awaitable[_share_service_pb2.ListSharedAnnotationsResponse]],
     ) -> _abc.Awaitable[_share_service_pb2.ListSharedAnnotationsResponse]:
-        """Lists the annotations of a shared dashboard, the oldest first; none where the link does not show them."""
+        """Lists the annotations of a shared dashboard, the latest first; none where the link does not show them. Fails as
+        `GetSharedDashboardData` does.
+        """
 
 def add_ShareServiceServicer_to_server(servicer: ShareServiceServicer, server: _aio.Server) -> None: ...
