@@ -42,6 +42,7 @@ from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.share_links import ShareLinks, Tickets
 from services.dashboard_svc.shares import ShareServicer, password_delayed
 from services.dashboard_svc.snapshots import Snapshots
+from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.widgets import WidgetServicer
 
 
@@ -107,7 +108,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         snapshots=Snapshots(sessions, cache),
         passwords=passwords,
         guesses=Counts(redis, "dashboard", password_delayed),
-        analytics=analytics_peer,
+        sources=Sources(analytics_peer),
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
     )

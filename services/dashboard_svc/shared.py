@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from google.rpc.status_pb2 import Status
@@ -29,6 +30,7 @@ _KINDS = {
     "property_values": SharedVariable.VALUES,
     "time_span": SharedVariable.TIME_SPAN,
 }
+_NEWS_KEPT = 64
 # What holders of a link are told of the end of their streams; anything else is the end of the link.
 _ENDS = {End.DRAINING, End.RENEW}
 
@@ -107,8 +109,25 @@ def shared_annotation(annotation: Annotation) -> SharedAnnotation:
     )
 
 
-def shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
-    """A message of a stream."""
+class SharedNews:
+    """Messages of streams as links show them, each made once for all who are sent it."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[int, tuple[WatchDashboardResponse, WatchSharedDashboardResponse]] = (
+            OrderedDict()
+        )
+
+    def of(self, news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
+        """The message, which is shared: not to be changed."""
+        made = self._made.get(id(news))
+        if made is None or made[0] is not news:
+            made = self._made[id(news)] = (news, _shared_news(news))
+            if len(self._made) > _NEWS_KEPT:
+                self._made.popitem(last=False)
+        return made[1]
+
+
+def _shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
     if news.HasField("end"):
         reason = news.end.reason if news.end.reason in _ENDS else End.LINK_ENDED
         return WatchSharedDashboardResponse(end=End(reason=reason))

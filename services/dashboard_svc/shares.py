@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
 import structlog
 from google.api.httpbody_pb2 import HttpBody
 from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
-from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
-from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceStub
 from meshboard.dashboard.v1 import share_service_pb2 as pb
 from meshboard.dashboard.v1.annotation_service_pb2 import ListAnnotationsRequest
-from meshboard.dashboard.v1.dashboard_pb2 import Variable, WidgetData
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, DashboardContent, Variable, WidgetData
 from meshboard.dashboard.v1.events_pb2 import ShareLinkCreated, ShareLinkDeleted, ShareLinkUpdated
 from meshboard.dashboard.v1.share_link_pb2 import LockedVariable, SnapshotContent
 from meshboard.dashboard.v1.share_link_pb2 import ShareLink as ShareLinkMessage
@@ -26,7 +24,6 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox, times
-from services.chassis.clients import Peer
 from services.chassis.db import new_id
 from services.chassis.guesses import Count, Counts
 from services.chassis.masks import changed_fields
@@ -42,13 +39,15 @@ from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.convert import share_link_to_pb
 from services.dashboard_svc.dashboards import CATCH_UP_SECONDS
+from services.dashboard_svc.definitions import sources_of
 from services.dashboard_svc.feeds import LEAST_SECONDS, Feeds
 from services.dashboard_svc.models import ShareLink, Snapshot
-from services.dashboard_svc.questions import resolve
+from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.share_links import Link, ShareLinks
 from services.dashboard_svc.shared import (
+    SharedNews,
     bound,
     free_variables,
     frozen_dashboard,
@@ -56,9 +55,9 @@ from services.dashboard_svc.shared import (
     shared_annotation,
     shared_dashboard,
     shared_data,
-    shared_news,
 )
 from services.dashboard_svc.snapshots import Frozen, Snapshots
+from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.streams import stream
 from services.dashboard_svc.variables import values_to_choose
 
@@ -81,7 +80,7 @@ MAX_CONTENT_BYTES = 65_536
 MAX_SNAPSHOT_BYTES = 4 << 20
 # Those of the latest time.
 MAX_ANNOTATIONS = 1000
-_SOURCES_AT_ONCE = 100
+_SOURCES_OF_A_QUERY = 100
 # Answers that are kept for links whose data need not be live.
 _AGED_KEPT = 256
 
@@ -103,7 +102,7 @@ class ShareServicer(ShareServiceServicer):
         snapshots: Snapshots,
         passwords: Passwords,
         guesses: Counts,
-        analytics: Peer,
+        sources: Sources,
         span: Span,
         draining: Callable[[], bool],
         now: Callable[[], datetime] = times.now,
@@ -113,16 +112,18 @@ class ShareServicer(ShareServiceServicer):
         self.boards = boards
         self.pages = pages
         self.answers = answers
+        self.tiles = Tiles()
         self.annotations = annotations
         self.feeds = feeds
         self.links = links
         self.snapshots = snapshots
         self.passwords = passwords
         self.guesses = guesses
-        self.queries = analytics.stub(QueryServiceStub)
+        self.sources = sources
         self.span = span
         self.draining = draining
         self.now = now
+        self._news = SharedNews()
         self._aged: OrderedDict[tuple[str, str, str, Scope], tuple[float, list[WidgetData]]] = OrderedDict()
 
     async def CreateShareLink(
@@ -326,21 +327,22 @@ class ShareServicer(ShareServiceServicer):
         found, scope = share_links.current(), _scope(request)
         self.links.viewed(found, 0)
         least_seconds = max(LEAST_SECONDS, found.link.refresh_seconds)
-        recheck, draining = _recheck(found), self.draining
+        draining = self.draining
         if found.link.HasField("snapshot"):
             frozen = Frozen(
                 await self.snapshots.content(found), found.link.dashboard_id, self.feeds.cursor_key
             )
             has = frozen.read_cursor(request.cursor) if request.cursor else None
-            async for news in stream(frozen, has, self.span, recheck, draining):
-                yield shared_news(news)
+            async for news in stream(frozen, has, self.span, _recheck(found), draining):
+                yield self._news.of(news)
             return
         with self.feeds.watch(found.link.workspace_id, found.link.dashboard_id, scope) as feed:
             has = feed.read_cursor(request.cursor) if request.cursor else None
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await feed.catch_up()
+            recheck = _recheck(found, lambda: feed.gone)
             async for news in stream(feed, has, self.span, recheck, draining, least_seconds=least_seconds):
-                yield shared_news(news)
+                yield self._news.of(news)
 
     async def UnlockSharedDashboard(
         self, request: pb.UnlockSharedDashboardRequest, context: Context
@@ -394,7 +396,7 @@ class ShareServicer(ShareServiceServicer):
         workspace_id: str,
         dashboard_id: str,
         locked_variables: Iterable[LockedVariable],
-        filters: Iterable[Filter],
+        filters: Sequence[Filter],
     ) -> None:
         """Fails for values that variables cannot have, and for filters that the caller may not ask the sources with."""
         dashboard = await self.boards.dashboard(workspace_id, dashboard_id)
@@ -404,18 +406,22 @@ class ShareServicer(ShareServiceServicer):
         scope_of(
             dashboard.variables, [f"{one.name}={value}" for one in locked_variables for value in one.values]
         )
-        widgets = await self.boards.widgets(workspace_id, dashboard_id)
-        source_ids = sorted(
-            {
-                source_id.lower()
-                for widget in widgets
-                for asked in (widget.query, widget.funnel, widget.retention)
-                for source_id in asked.source_ids
-            }
+        if filters:
+            await self._check_filters(dashboard, filters)
+
+    async def _check_filters(self, dashboard: Dashboard, filters: Iterable[Filter]) -> None:
+        """Fails as `ValidateQuery` does on the sources that the dashboard looks at, but for those that are gone."""
+        content = DashboardContent(
+            variables=dashboard.variables,
+            annotation_queries=dashboard.annotation_queries,
+            widgets=await self.boards.widgets(dashboard.workspace_id, dashboard.dashboard_id),
         )
-        for start in range(0, len(source_ids) if filters else 0, _SOURCES_AT_ONCE):
-            query = Query(source_ids=source_ids[start : start + _SOURCES_AT_ONCE], filters=filters)
-            await self.queries.ValidateQuery(ValidateQueryRequest(query=query))
+        _, gone = await self.sources.problems(dashboard.workspace_id, content)
+        source_ids = sorted(sources_of(content) - gone)
+        await self.sources.validate(
+            Query(source_ids=source_ids[start : start + _SOURCES_OF_A_QUERY], filters=filters)
+            for start in range(0, len(source_ids), _SOURCES_OF_A_QUERY)
+        )
 
     async def _new_row(
         self,
@@ -490,7 +496,7 @@ class ShareServicer(ShareServiceServicer):
     async def _data(self, found: Link, scope: Scope) -> list[WidgetData]:
         workspace_id, dashboard_id = found.link.workspace_id, found.link.dashboard_id
         widgets = await self.boards.widgets(workspace_id, dashboard_id)
-        data = await self.answers.data_of(workspace_id, resolve(widgets, found.dashboard, scope))
+        data = await self.answers.data_of(workspace_id, self.tiles.of(widgets, found.dashboard, scope))
         return [shared_data(one) for one in data]
 
     async def _values(self, found: Link, name: str, scope: Scope, query: str) -> Sequence[VariableValue]:
@@ -526,7 +532,7 @@ class ShareServicer(ShareServiceServicer):
         scope = bound(
             scope_of(dashboard.variables, (), _time_range(request)), request.locked_variables, request.filters
         )
-        data = await self.answers.data_of(workspace_id, resolve(widgets, dashboard, scope))
+        data = await self.answers.data_of(workspace_id, self.tiles.of(widgets, dashboard, scope))
         content = SnapshotContent(
             dashboard=frozen_dashboard(link, dashboard, widgets), widgets=map(shared_data, data)
         )
@@ -568,12 +574,14 @@ def _place(placed: tuple[int, Any]) -> tuple[int]:
     return (placed[0],)
 
 
-def _recheck(found: Link) -> Callable[[], Any]:
+def _recheck(
+    found: Link, is_gone: Callable[[], bool] = lambda: False
+) -> Callable[[], Coroutine[Any, Any, None]]:
     """Fails also when the link was changed: who watches by it must take it up as it is now."""
 
     async def recheck() -> None:
         await auth.recheck()
-        if share_links.current().link.etag != found.link.etag:
+        if is_gone() or share_links.current().link.etag != found.link.etag:
             raise share_links.absent()
 
     return recheck

@@ -42,7 +42,6 @@ class Frozen:
     """A state that never changes, for who watches it as they watch a `Feed`."""
 
     ready = True
-    gone = False
     doubts = 0
 
     def __init__(self, content: SnapshotContent, dashboard_id: str, cursor_key: bytes) -> None:

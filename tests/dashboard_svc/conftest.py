@@ -73,6 +73,7 @@ from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.share_links import ShareLinks, Tickets
 from services.dashboard_svc.shares import ShareServicer, password_delayed
 from services.dashboard_svc.snapshots import Snapshots
+from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
 from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving
@@ -244,7 +245,7 @@ async def mesh(
                 snapshots=Snapshots(db, cache),
                 passwords=passwords,
                 guesses=Counts(redis, "dashboard", password_delayed),
-                analytics=peers[1],
+                sources=Sources(peers[1]),
                 span=span,
                 draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
             )
