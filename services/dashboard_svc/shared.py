@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.rpc.status_pb2 import Status
 from meshboard.analytics.v1.query_pb2 import Filter, TimeRange
@@ -31,18 +32,21 @@ _KINDS = {
     "time_span": SharedVariable.TIME_SPAN,
 }
 _NEWS_KEPT = 64
+# A variable in a text; what `$$` stands for is none.
+_REFERENCE = re.compile(r"\$\$|\$\{([a-z][a-z0-9_]{0,31})\}")
 # What holders of a link are told of the end of their streams; anything else is the end of the link.
 _ENDS = {End.DRAINING, End.RENEW}
 
 
 def shared_dashboard(link: ShareLink, dashboard: Dashboard, widgets: Iterable[Widget]) -> SharedDashboard:
     """The dashboard as the link shows it."""
+    locked = {variable.name: ", ".join(variable.values) for variable in link.locked_variables}
     return SharedDashboard(
-        title=dashboard.title,
-        description=dashboard.description,
+        title=_filled(dashboard.title, locked),
+        description=_filled(dashboard.description, locked),
         variables=map(_shared_variable, free_variables(link, dashboard)),
         settings=dashboard.settings if dashboard.HasField("settings") else None,
-        widgets=map(_shared_widget, widgets),
+        widgets=[_shared_widget(widget, locked) for widget in widgets],
         allow_time_range=link.allow_time_range,
         show_annotations=link.show_annotations,
         refresh_seconds=link.refresh_seconds,
@@ -154,11 +158,20 @@ def _shared_variable(variable: Variable) -> SharedVariable:
     )
 
 
-def _shared_widget(widget: Widget) -> SharedWidget:
+def _filled(text: str, locked: Mapping[str, str]) -> str:
+    """The text with the values of locked variables in it, which viewers cannot fill in; the others stay for them to."""
+
+    def value(found: re.Match[str]) -> str:
+        return locked[found[1]].replace("$", "$$") if found[1] in locked else found[0]
+
+    return _REFERENCE.sub(value, text)
+
+
+def _shared_widget(widget: Widget, locked: Mapping[str, str]) -> SharedWidget:
     return SharedWidget(
         widget_id=widget.widget_id,
-        title=widget.title,
-        description=widget.description,
+        title=_filled(widget.title, locked),
+        description=_filled(widget.description, locked),
         kind=widget.kind,
         layout=widget.layout,
         html=widget.html,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -81,6 +82,8 @@ MAX_SNAPSHOT_BYTES = 4 << 20
 # Those of the latest time.
 MAX_ANNOTATIONS = 1000
 _SOURCES_OF_A_QUERY = 100
+# In how many ways a link is watched at once in one process.
+MAX_SCOPES = 100
 # Answers that are kept for links whose data need not be live.
 _AGED_KEPT = 256
 
@@ -124,6 +127,7 @@ class ShareServicer(ShareServiceServicer):
         self.draining = draining
         self.now = now
         self._news = SharedNews()
+        self._watched: dict[str, Counter[Scope]] = {}
         self._aged: OrderedDict[tuple[str, str, str, Scope], tuple[float, list[WidgetData]]] = OrderedDict()
 
     async def CreateShareLink(
@@ -336,7 +340,10 @@ class ShareServicer(ShareServiceServicer):
             async for news in stream(frozen, has, self.span, _recheck(found), draining):
                 yield self._news.of(news)
             return
-        with self.feeds.watch(found.link.workspace_id, found.link.dashboard_id, scope) as feed:
+        with (
+            self._room(found, scope),
+            self.feeds.watch(found.link.workspace_id, found.link.dashboard_id, scope) as feed,
+        ):
             has = feed.read_cursor(request.cursor) if request.cursor else None
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await feed.catch_up()
@@ -390,6 +397,24 @@ class ShareServicer(ShareServiceServicer):
             listed, next_page_token, _ = await self.annotations.page_of(found.dashboard, scope, page)
             annotations = [shared_annotation(annotation) for annotation in listed]
         return pb.ListSharedAnnotationsResponse(annotations=annotations, next_page_token=next_page_token)
+
+    @contextmanager
+    def _room(self, found: Link, scope: Scope) -> Iterator[None]:
+        """Bounds in how many ways a link is watched at once: each asks the sources for itself."""
+        scopes = self._watched.setdefault(found.link.share_link_id, Counter())
+        if scope not in scopes and len(scopes) >= MAX_SCOPES:
+            raise errors.resource_exhausted(
+                "SHARE_LINK_BUSY", "The link is watched with too many different choices.", retry_seconds=10
+            )
+        scopes[scope] += 1
+        try:
+            yield
+        finally:
+            scopes[scope] -= 1
+            if not scopes[scope]:
+                del scopes[scope]
+            if not scopes:
+                self._watched.pop(found.link.share_link_id, None)
 
     async def _check_binding(
         self,

@@ -21,11 +21,11 @@ from meshboard.dashboard.v1.share_service_pb2_grpc import ShareServiceStub
 
 from services.chassis import errors
 from services.chassis.origins import ADDRESS_HEADER
-from services.dashboard_svc import shared_page
+from services.dashboard_svc import shared_page, shares
 from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.dashboard_svc.links import NO_LINK, change, counted, data_of, delete, share, watching
-from tests.harness import ISSUER, Member, new_id, refused
+from tests.harness import ISSUER, Member, new_id, outcome, refused
 
 End = WatchDashboardResponse.End
 SHOP = Filter(property="properties.shop", operator=Filter.EQUAL)
@@ -361,7 +361,9 @@ async def with_variables(mesh: Mesh, member: Member) -> tuple[Dashboard, str]:
             property_values=Variable.PropertyValues(source_id=source_id, property="properties.shop"),
         ),
     ]
-    wanted = Dashboard(dashboard_id=dashboard.dashboard_id, variables=variables)
+    wanted = Dashboard(
+        dashboard_id=dashboard.dashboard_id, title="${land}, ${shop}: $${land} $$", variables=variables
+    )
     await mesh.dashboards.UpdateDashboard(
         dashboard_service_pb2.UpdateDashboardRequest(dashboard=wanted), metadata=member.metadata
     )
@@ -391,6 +393,7 @@ async def test_a_locked_variable_is_out_of_reach(mesh: Mesh) -> None:
     _, token = await share(mesh, ann, dashboard, locked_variables=LOCKED)
     shown = (await mesh.shares.GetSharedDashboard(pb.GetSharedDashboardRequest(token=token))).dashboard
     assert [(one.name, one.kind) for one in shown.variables] == [("shop", SharedVariable.VALUES)]
+    assert shown.title == "de, ${shop}: $${land} $$"
     assert "de" not in {value for one in shown.variables for value in one.defaults}
     for choices in (
         ["land=fr"],
@@ -496,3 +499,23 @@ async def test_annotations_show_where_the_link_says_so(mesh: Mesh) -> None:
     assert frozen == shown
     for secret in (ann.user_id, dashboard.dashboard_id, made.annotation.annotation_id):
         assert secret not in str(shown)
+
+
+async def test_a_link_is_watched_in_a_bounded_number_of_ways(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, _ = await with_variables(mesh, ann)
+    _, token = await share(mesh, ann, dashboard)
+    monkeypatch.setattr(shares, "MAX_SCOPES", 1)
+    other = pb.WatchSharedDashboardRequest(token=token, choices=["land=fr"])
+    async with watching(mesh, token, choices=["land=de"]), watching(mesh, token, choices=["land=de"]):
+        assert await refused(mesh.shares.WatchSharedDashboard(other).read()) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "SHARE_LINK_BUSY",
+        )
+
+    async def has_room() -> bool:
+        return (await outcome(mesh.shares.WatchSharedDashboard(other).read()))[1] == ""
+
+    await eventually(has_room)
