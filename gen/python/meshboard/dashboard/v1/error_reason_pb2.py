@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/dashboard/v1/error_reason.proto\x12\x16meshboard.dashboard.v1*\xe8\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x41SHBOARD_NOT_FOUND\x10\x01\x12\x14\n\x10WIDGET_NOT_FOUND\x10\x02\x12\x14\n\x10TOO_MANY_WIDGETS\x10\x07\x12\x12\n\x0e\x43URSOR_INVALID\x10\x08\x12\x16\n\x12WIDGET_QUERY_UNFIT\x10\t\x12\x14\n\x10\x46OLDER_NOT_FOUND\x10\n\x12\x13\n\x0f\x46OLDER_TOO_DEEP\x10\x0b\x12\x10\n\x0c\x46OLDER_CYCLE\x10\x0c\x12\x14\n\x10\x46OLDER_NOT_EMPTY\x10\r\x12\x14\n\x10TOO_MANY_FOLDERS\x10\x0e\x12\x12\n\x0e\x43HOICE_INVALID\x10\x0f\x12\x18\n\x14SHARE_LINK_NOT_FOUND\x10<\x12\x1b\n\x17SHARE_PASSWORD_REQUIRED\x10=\x12\x18\n\x14SHARE_PASSWORD_WRONG\x10>\x12\x1a\n\x16SHARE_PASSWORD_DELAYED\x10?\x12\x16\n\x12ORIGIN_NOT_ALLOWED\x10@\x12\x18\n\x14TOO_MANY_SHARE_LINKS\x10\x41\x12\x16\n\x12SNAPSHOT_TOO_LARGE\x10\x42\"\x04\x08\x03\x10\x03\"\x04\x08\x04\x10\x04\"\x04\x08\x05\x10\x05\"\x04\x08\x06\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/dashboard/v1/error_reason.proto\x12\x16meshboard.dashboard.v1*\xfd\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x41SHBOARD_NOT_FOUND\x10\x01\x12\x14\n\x10WIDGET_NOT_FOUND\x10\x02\x12\x14\n\x10TOO_MANY_WIDGETS\x10\x07\x12\x12\n\x0e\x43URSOR_INVALID\x10\x08\x12\x16\n\x12WIDGET_QUERY_UNFIT\x10\t\x12\x14\n\x10\x46OLDER_NOT_FOUND\x10\n\x12\x13\n\x0f\x46OLDER_TOO_DEEP\x10\x0b\x12\x10\n\x0c\x46OLDER_CYCLE\x10\x0c\x12\x14\n\x10\x46OLDER_NOT_EMPTY\x10\r\x12\x14\n\x10TOO_MANY_FOLDERS\x10\x0e\x12\x12\n\x0e\x43HOICE_INVALID\x10\x0f\x12\x18\n\x14SHARE_LINK_NOT_FOUND\x10<\x12\x1b\n\x17SHARE_PASSWORD_REQUIRED\x10=\x12\x18\n\x14SHARE_PASSWORD_WRONG\x10>\x12\x1a\n\x16SHARE_PASSWORD_DELAYED\x10?\x12\x16\n\x12ORIGIN_NOT_ALLOWED\x10@\x12\x18\n\x14TOO_MANY_SHARE_LINKS\x10\x41\x12\x16\n\x12SNAPSHOT_TOO_LARGE\x10\x42\x12\x13\n\x0fSHARE_LINK_BUSY\x10\x43\"\x04\x08\x03\x10\x03\"\x04\x08\x04\x10\x04\"\x04\x08\x05\x10\x05\"\x04\x08\x06\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.dashboard.v1.erro
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=70
-  _globals['_ERRORREASON']._serialized_end=558
+  _globals['_ERRORREASON']._serialized_end=579
 # @@protoc_insertion_point(module_scope)

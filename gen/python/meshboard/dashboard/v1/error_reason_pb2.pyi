@@ -64,6 +64,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: what the dashboard shows is more than the 4 MiB that a snapshot keeps. Leave widgets out, or have
     their queries answer fewer rows.
     """
+    SHARE_LINK_BUSY: _ErrorReason.ValueType  # 67
+    """RESOURCE_EXHAUSTED: viewers watch the share link with more than 100 different choices at once. Repeat after
+    `RetryInfo.retry_delay`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -109,5 +113,9 @@ TOO_MANY_SHARE_LINKS: ErrorReason.ValueType  # 65
 SNAPSHOT_TOO_LARGE: ErrorReason.ValueType  # 66
 """FAILED_PRECONDITION: what the dashboard shows is more than the 4 MiB that a snapshot keeps. Leave widgets out, or have
 their queries answer fewer rows.
+"""
+SHARE_LINK_BUSY: ErrorReason.ValueType  # 67
+"""RESOURCE_EXHAUSTED: viewers watch the share link with more than 100 different choices at once. Repeat after
+`RetryInfo.retry_delay`.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -112,8 +112,8 @@ class ShareLink(_message.Message):
 
     @_builtins.property
     def locked_variables(self) -> _containers.RepeatedCompositeFieldContainer[Global___LockedVariable]:
-        """Variables of the dashboard that its viewers can neither see nor choose, at most 20. While the dashboard lacks one of them,
-        as after it was renamed, the link shows nothing.
+        """Variables of the dashboard that its viewers cannot choose, and see only where a title or a description says `${name}`; at
+        most 20. While the dashboard lacks one of them, as after it was renamed, the link shows nothing.
         """
 
     @_builtins.property

@@ -195,7 +195,7 @@ class ShareServiceServicer:
     def WatchSharedDashboard(self, request, context):
         """Streams the data of all widgets of a shared dashboard, as `DashboardService.WatchDashboard` does. A link that ends, is
         paused, or gets another password ends its streams within two seconds, reason LINK_ENDED. Fails as
-        `GetSharedDashboardData` does.
+        `GetSharedDashboardData` does; with RESOURCE_EXHAUSTED, reason SHARE_LINK_BUSY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,7 @@ class ShareServiceStub:
     WatchSharedDashboard: _aio.UnaryStreamMultiCallable[_share_service_pb2.WatchSharedDashboardRequest, _share_service_pb2.WatchSharedDashboardResponse]
     """Streams the data of all widgets of a shared dashboard, as `DashboardService.WatchDashboard` does. A link that ends, is
     paused, or gets another password ends its streams within two seconds, reason LINK_ENDED. Fails as
-    `GetSharedDashboardData` does.
+    `GetSharedDashboardData` does; with RESOURCE_EXHAUSTED, reason SHARE_LINK_BUSY.
     """
     UnlockSharedDashboard: _aio.UnaryUnaryMultiCallable[_share_service_pb2.UnlockSharedDashboardRequest, _share_service_pb2.UnlockSharedDashboardResponse]
     """Gives whoever knows the password of a link a ticket for the other methods.
@@ -187,7 +187,7 @@ class ShareServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_share_service_pb2.WatchSharedDashboardResponse]:
         """Streams the data of all widgets of a shared dashboard, as `DashboardService.WatchDashboard` does. A link that ends, is
         paused, or gets another password ends its streams within two seconds, reason LINK_ENDED. Fails as
-        `GetSharedDashboardData` does.
+        `GetSharedDashboardData` does; with RESOURCE_EXHAUSTED, reason SHARE_LINK_BUSY.
         """
 
     @_abc_1.abstractmethod
