@@ -69,6 +69,15 @@ class Link:
         return self.link.workspace_id, self.link.dashboard_id, self.link.share_link_id
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A row, as far as calls need it."""
+
+    link: share_link_pb2.ShareLink
+    password_hash: str | None
+    expire_time: datetime | None
+
+
 _current: ContextVar[Link] = ContextVar("share_link")
 
 
@@ -143,7 +152,7 @@ class ShareLinks:
         self.now = now
         self._public_origin = public_origin
         self._loads = Together(self._load, seconds=5)
-        self._known: OrderedDict[bytes, tuple[float, asyncio.Task[ShareLink | None]]] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[float, asyncio.Task[_Found | None]]] = OrderedDict()
         self._views: Counter[tuple[str, str, str]] = Counter()
         self._seen: set[tuple[str, str, str]] = set()
 
@@ -167,20 +176,20 @@ class ShareLinks:
 
     async def find(self, token: str) -> Link:
         """The link of a token, while it shows something. Raises NOT_FOUND (SHARE_LINK_NOT_FOUND)."""
-        row = await self._row(hash_of(token))
-        if row is None or row.paused or (row.expire_time and row.expire_time <= self.now()):
+        found = await self._found(hash_of(token))
+        if found is None or found.link.paused or (found.expire_time and found.expire_time <= self.now()):
             raise absent()
+        link = found.link
         try:
-            dashboard = await self.boards.dashboard(row.workspace_id, row.dashboard_id)
+            dashboard = await self.boards.dashboard(link.workspace_id, link.dashboard_id)
         except errors.Error as error:
             raise (absent() if error.reason == "DASHBOARD_NOT_FOUND" else error) from error
-        link = share_link_to_pb(row)
         # What was locked must never be free because the dashboard calls it something else now.
-        names = {variable.name for variable in dashboard.variables}
-        is_live = not link.HasField("snapshot")
-        if is_live and not names.issuperset(variable.name for variable in link.locked_variables):
-            raise absent()
-        return Link(link, dashboard, row.password_hash)
+        if link.locked_variables and not link.HasField("snapshot"):
+            names = {variable.name for variable in dashboard.variables}
+            if not names.issuperset(variable.name for variable in link.locked_variables):
+                raise absent()
+        return Link(link, dashboard, found.password_hash)
 
     def viewed(self, link: Link, times: int = 1) -> None:
         """Notes that somebody has looked at what the link shows; 0 times: has begun to watch it."""
@@ -243,7 +252,7 @@ class ShareLinks:
                 "ORIGIN_NOT_ALLOWED", "The share link is not for pages of this origin.", origin=origin[:256]
             )
 
-    async def _row(self, token_hash: bytes) -> ShareLink | None:
+    async def _found(self, token_hash: bytes) -> _Found | None:
         until, reading = self._known.get(token_hash, (0.0, None))
         if reading is None or time.monotonic() >= until or (reading.done() and reading.exception()):
             # In an empty context: it reads for several calls.
@@ -254,10 +263,12 @@ class ShareLinks:
                 self._known.popitem(last=False)
         return await asyncio.shield(reading)
 
-    async def _load(self, token_hashes: Sequence[bytes]) -> list[ShareLink | None]:
+    async def _load(self, token_hashes: Sequence[bytes]) -> list[_Found | None]:
         async with self.db() as session:
             rows = await session.scalars(select(ShareLink).where(ShareLink.token_hash.in_(token_hashes)))
-        found = {row.token_hash: row for row in rows}
+        found = {
+            row.token_hash: _Found(share_link_to_pb(row), row.password_hash, row.expire_time) for row in rows
+        }
         return [found.get(token_hash) for token_hash in token_hashes]
 
     def _happened(self, _: Received) -> None:

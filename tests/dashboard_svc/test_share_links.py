@@ -60,9 +60,7 @@ async def test_shows_the_token_once_and_keeps_its_hash(mesh: Mesh) -> None:
     async with mesh.db() as session:
         row = (await session.scalars(select(Row).where(Row.share_link_id == link.share_link_id))).one()
         everything = str(await session.scalar(text("SELECT string_agg(t::text, '') FROM share_links t")))
-        told = str(
-            await session.scalar(text("SELECT string_agg(convert_from(payload, 'LATIN1'), '') FROM outbox"))
-        )
+        told = str(await session.scalar(text("SELECT string_agg(encode(payload, 'escape'), '') FROM outbox")))
     assert row.token_hash == hash_of(made.token)
     assert row.password_hash is not None
     assert row.password_hash.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
