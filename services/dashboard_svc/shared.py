@@ -38,9 +38,12 @@ _REFERENCE = re.compile(r"\$\$|\$\{([a-z][a-z0-9_]{0,31})\}")
 _ENDS = {End.DRAINING, End.RENEW}
 
 
-def shared_dashboard(link: ShareLink, dashboard: Dashboard, widgets: Iterable[Widget]) -> SharedDashboard:
-    """The dashboard as the link shows it."""
-    locked = {variable.name: ", ".join(variable.values) for variable in link.locked_variables}
+def shared_dashboard(
+    link: ShareLink, dashboard: Dashboard, widgets: Iterable[Widget], bound_too: Iterable[Variable] = ()
+) -> SharedDashboard:
+    """The dashboard as the link shows it. Variables that are `bound_too` are their defaults."""
+    locked = {variable.name: ", ".join(variable.defaults) for variable in bound_too}
+    locked |= {variable.name: ", ".join(variable.values) for variable in link.locked_variables}
     return SharedDashboard(
         title=_filled(dashboard.title, locked),
         description=_filled(dashboard.description, locked),
@@ -55,7 +58,7 @@ def shared_dashboard(link: ShareLink, dashboard: Dashboard, widgets: Iterable[Wi
 
 def frozen_dashboard(link: ShareLink, dashboard: Dashboard, widgets: Iterable[Widget]) -> SharedDashboard:
     """The dashboard as a snapshot shows it: there is nothing to choose."""
-    shared = shared_dashboard(link, dashboard, widgets)
+    shared = shared_dashboard(link, dashboard, widgets, dashboard.variables)
     shared.ClearField("variables")
     shared.data_time.CopyFrom(link.snapshot.data_time)
     return shared

@@ -424,6 +424,16 @@ async def test_a_locked_variable_is_out_of_reach(mesh: Mesh) -> None:
     assert countries(mesh) == {"de"}
 
 
+async def test_a_snapshot_is_of_the_values_that_it_was_made_with(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, _ = await with_variables(mesh, ann)
+    request = pb.CreateSnapshotRequest(dashboard_id=dashboard.dashboard_id, locked_variables=LOCKED)
+    made = await mesh.shares.CreateSnapshot(request, metadata=ann.metadata)
+    shown = await mesh.shares.GetSharedDashboard(pb.GetSharedDashboardRequest(token=made.token))
+    assert (shown.dashboard.title, list(shown.dashboard.variables)) == ("de, : $${land} $$", [])
+    assert countries(mesh) == {"de"}
+
+
 async def test_a_lock_on_what_is_gone_shows_nothing(mesh: Mesh) -> None:
     ann = mesh.identity.member("admin")
     dashboard, _ = await with_variables(mesh, ann)
