@@ -3,9 +3,8 @@
 import asyncio
 import base64
 import hashlib
-import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
@@ -38,6 +37,7 @@ from services.analytics_svc.models import Source, WriteKey
 from services.chassis import auth, errors, outbox
 from services.chassis.cache import Cache, CachedMessages
 from services.chassis.masks import changed_fields
+from services.chassis.origins import ADDRESS_HEADER, is_allowed
 from services.chassis.paging import Pages
 from services.chassis.times import time_of
 
@@ -51,11 +51,8 @@ MAX_KEYS = 50
 # How often it is written down which keys were used.
 NOTE_SECONDS = 15.0
 
-ADDRESS = "x-meshboard-address"
-
 _source: ContextVar[SourceMessage] = ContextVar("source")
 _address: ContextVar[str] = ContextVar("address")
-_HOST = re.compile(r"[a-z0-9._-]+")
 
 
 class NewKey(NamedTuple):
@@ -110,21 +107,6 @@ def address() -> str:
     return _address.get()
 
 
-def is_allowed(origin: str, allowed: Iterable[str]) -> bool:
-    """Whether an `Origin` header is one of these, or below one with `*.`."""
-    origin = origin.lower()
-    for one in allowed:
-        before, star, after = one.partition("*")
-        if origin == one or (
-            star
-            and origin.startswith(before)
-            and origin.endswith(after)
-            and _HOST.fullmatch(origin, len(before), len(origin) - len(after))
-        ):
-            return True
-    return False
-
-
 class WriteKeys:
     """Finds the source of a write key, through the cache. `run` must run beside the calls."""
 
@@ -140,7 +122,7 @@ class WriteKeys:
     async def check(self, request: Message, metadata: Mapping[str, str]) -> None:
         """The access stage for methods of the holder of a write key. Raises UNAUTHENTICATED or PERMISSION_DENIED."""
         _source.set(await self.admit(presented(request, metadata), metadata.get("origin", "")))
-        _address.set(metadata.get(ADDRESS, ""))
+        _address.set(metadata.get(ADDRESS_HEADER, ""))
 
     async def admit(self, secret: str, origin: str) -> SourceMessage:
         """The source of a key that may be used from an origin. Raises UNAUTHENTICATED or PERMISSION_DENIED."""

@@ -52,7 +52,6 @@ from services.auth_svc.mails import Mails
 from services.auth_svc.memberships import Memberships
 from services.auth_svc.own_sessions import SessionServicer
 from services.auth_svc.password_resets import PasswordResets
-from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.service_accounts import ServiceAccountServicer
 from services.auth_svc.sessions import exchange_newest, sessions_in_table
@@ -73,6 +72,7 @@ from services.chassis.erasures import erasing
 from services.chassis.inbox import consume
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.passwords import Passwords
 from services.chassis.process import until_stopped
 from services.chassis.sealing import Seals
 from services.chassis.server import Server, main

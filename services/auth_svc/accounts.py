@@ -38,11 +38,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, links, sessions
+from services.auth_svc.common_passwords import refuse_common
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.mails import Mails
 from services.auth_svc.models import NOBODY, Account, EmailChange, Session, Ticket
 from services.auth_svc.origins import Origin, origin_of
-from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.sessions import PASSWORD, Begun
 from services.auth_svc.settings import AuthSettings
@@ -52,6 +52,7 @@ from services.auth_svc.tokens import Tokens
 from services.chassis import auth, errors, outbox
 from services.chassis.cache import CachedMessages
 from services.chassis.emails import email_key
+from services.chassis.passwords import Passwords
 from services.chassis.times import timestamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -129,7 +130,7 @@ class AccountServicer(AccountServiceServicer):
         self, request: ChangePasswordRequest, context: Context
     ) -> ChangePasswordResponse:
         caller, origin = auth.caller(), origin_of(context)
-        self.passwords.refuse_common(request.new_password, "new_password")
+        refuse_common(request.new_password, "new_password")
         await self._check_password(request.current_password, origin, "password.changed")
         password_hash = await self.passwords.hash(request.new_password)
         now = self.now()
@@ -252,7 +253,7 @@ class AccountServicer(AccountServiceServicer):
 
     async def ResetPassword(self, request: ResetPasswordRequest, context: Context) -> ResetPasswordResponse:
         origin = origin_of(context)
-        self.passwords.refuse_common(request.new_password, "new_password")
+        refuse_common(request.new_password, "new_password")
         purpose, ticket = await self._look(
             request.token, origin, "password.reset", Purpose.RESET_PASSWORD, Purpose.FIRST_PASSWORD
         )

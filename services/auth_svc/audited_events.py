@@ -33,6 +33,9 @@ from meshboard.dashboard.v1.events_pb2 import (
     FolderGrantDeleted,
     FolderMoved,
     FolderUpdated,
+    ShareLinkCreated,
+    ShareLinkDeleted,
+    ShareLinkUpdated,
     VersionRestored,
 )
 from meshboard.user.v1.events_pb2 import (
@@ -83,6 +86,13 @@ _GRANT = {
     "effect": "grant.effect",
     "team_id": "grant.subject.team_id",
     "everyone": "grant.subject.workspace",
+}
+_SHARE_LINK = {
+    "dashboard_id": "share_link.dashboard_id",
+    "share_link_id": "share_link.share_link_id",
+    "title": "share_link.title",
+    "has_password": "share_link.has_password",
+    "paused": "share_link.paused",
 }
 _WRITE_KEY = {"source_id": "write_key.source_id", "write_key_id": "write_key.write_key_id"}
 
@@ -152,6 +162,11 @@ AUDITED: Mapping[type[Message], Rule] = {
     DashboardPublished: Rule("dashboard.published", "", {"dashboard_id": "dashboard.dashboard_id"}),
     VersionRestored: Rule(
         "dashboard.restored", "", {"dashboard_id": "dashboard_id", "version_id": "version_id"}
+    ),
+    ShareLinkCreated: Rule("share_link.created", "", _SHARE_LINK),
+    ShareLinkUpdated: Rule("share_link.updated", "", {**_SHARE_LINK, "fields": "fields"}),
+    ShareLinkDeleted: Rule(
+        "share_link.deleted", "", {"dashboard_id": "dashboard_id", "share_link_id": "share_link_id"}
     ),
     DashboardGrantCreated: Rule(
         "grant.created", "grant.subject.user_id", {"dashboard_id": "dashboard_id", **_GRANT}

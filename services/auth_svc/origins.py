@@ -3,14 +3,13 @@
 The gateway removes `x-meshboard-…` from what comes in and sets it anew, so that these headers can be believed.
 """
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import grpc.aio
 
-_ADDRESS_HEADER = "x-meshboard-address"
+from services.chassis.origins import address_of, headers_of
+
 _REFRESH_COOKIE_HEADER = "x-meshboard-refresh-cookie"
 _REFRESH_KEY_COOKIE_HEADER = "x-meshboard-refresh-key-cookie"
 _DEVICE_COOKIE_HEADER = "x-meshboard-device-cookie"
@@ -34,24 +33,12 @@ class Origin:
 
 def origin_of(context: grpc.aio.ServicerContext[Any, Any]) -> Origin:
     """Where the call comes from."""
-    headers = {key: str(value) for key, value in context.invocation_metadata() or ()}
-    # "ipv4:127.0.0.1:50051", "ipv6:%5B::1%5D:50051" or "unix:…"
-    peer = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
+    headers = headers_of(context)
     return Origin(
-        address=_network(headers.get(_ADDRESS_HEADER, peer)),
+        address=address_of(context, headers),
         user_agent=headers.get("user-agent", "")[:300],
         page=headers.get("origin", ""),
         refresh_cookie=headers.get(_REFRESH_COOKIE_HEADER, ""),
         refresh_key_cookie=headers.get(_REFRESH_KEY_COOKIE_HEADER, ""),
         device_cookie=headers.get(_DEVICE_COOKIE_HEADER, ""),
     )
-
-
-def _network(text: str) -> str:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return ""
-    if address.version == 4:
-        return str(address)
-    return str(ipaddress.ip_network((address, 64), strict=False))

@@ -1,14 +1,13 @@
 """What auth_svc needs to know."""
 
-import os
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr, field_validator
 
-from services.chassis.settings import Settings
+from services.chassis.settings import PasswordSettings
 
 
-class AuthSettings(Settings):
+class AuthSettings(PasswordSettings):
     """The settings of all services, and those of accounts, sessions and keys."""
 
     access_token_seconds: int = 600
@@ -22,23 +21,6 @@ class AuthSettings(Settings):
     # A sign-up that has not finished after this long is cleared away.
     pending_account_seconds: int = 3600
     signing_key_seconds: int = 90 * 86_400
-
-    # argon2id as the OWASP password storage cheat sheet has it: 19 MiB, two passes, one lane.
-    password_memory_kib: int = 19 * 1024
-    password_passes: int = 2
-    password_lanes: int = 1
-    password_threads: int = max(1, (os.cpu_count() or 1) // 2)
-    # Passwords that wait for a thread; more are refused at the door.
-    password_queue: int = 64
-
-    # Failures that are free: of an account from one address or known device, of an account, of an address. Each further
-    # one doubles a delay.
-    guess_free_failures: int = 5
-    guess_free_failures_of_account: int = 20
-    guess_free_failures_of_address: int = 50
-    guess_longest_delay_seconds: int = 900
-    # Of an account as a whole less: strangers cause it, and the owner on a new device has to wait for it.
-    guess_longest_delay_of_account_seconds: int = 60
 
     # Where mails go out, as smtp://user:password@host:port, or smtps:// for TLS from the first byte; and from whom.
     smtp_url: SecretStr = SecretStr("smtp://127.0.0.1:1025")

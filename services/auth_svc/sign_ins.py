@@ -32,11 +32,11 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.auth_svc import audit, sessions
+from services.auth_svc.common_passwords import refuse_common
 from services.auth_svc.guesses import Guesses
 from services.auth_svc.models import NOBODY, Account, Session
 from services.auth_svc.origins import Origin, origin_of
 from services.auth_svc.passkeys import WrongPasskey, user_id_of
-from services.auth_svc.passwords import Passwords
 from services.auth_svc.second_factors import SecondFactors
 from services.auth_svc.sessions import PASSWORD, Going, Shown, Verdict
 from services.auth_svc.settings import AuthSettings
@@ -48,6 +48,7 @@ from services.chassis import auth, errors
 from services.chassis.cache import CachedMessages
 from services.chassis.db import Rows, fetch_at_once
 from services.chassis.emails import email_key
+from services.chassis.passwords import Passwords
 from services.chassis.texts import clean_name
 from services.chassis.together import Together
 
@@ -100,7 +101,7 @@ class AuthServicer(AuthServiceServicer):
     async def SignUp(self, request: SignUpRequest, context: Context) -> SignUpResponse:
         origin = self._origin(request, context)
         request.display_name = clean_name(request.display_name, "display_name")
-        self.passwords.refuse_common(request.password, "password")
+        refuse_common(request.password, "password")
         if self.settings.require_verified_email and not request.invitation_token:
             await self.sign_ups.mail_link(request)
             return SignUpResponse()

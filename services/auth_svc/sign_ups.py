@@ -19,12 +19,12 @@ from services.auth_svc import audit, links, sessions
 from services.auth_svc.mails import Mails
 from services.auth_svc.models import Account
 from services.auth_svc.origins import Origin
-from services.auth_svc.passwords import Passwords
 from services.auth_svc.sessions import PASSWORD, Begun
 from services.auth_svc.settings import AuthSettings
 from services.auth_svc.tickets import Purpose, Tickets
 from services.chassis import errors, outbox
 from services.chassis.emails import email_key
+from services.chassis.passwords import Passwords
 from services.chassis.times import timestamp_of
 
 

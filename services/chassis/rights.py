@@ -70,6 +70,7 @@ _ADMIN = _EDITOR | {
     "sources.grant",
     "dashboards.delete",
     "dashboards.grant",
+    "dashboards.share",
     "folders.delete",
     "folders.grant",
     "service_accounts.view",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -70,6 +71,27 @@ class Settings(BaseSettings):
         if not keys or any(len(key) != 32 for key in keys):
             raise ValueError(f"{where} must hold 32 bytes as base64, a key a line")
         return keys
+
+
+class PasswordSettings(Settings):
+    """Of services that ask for passwords: how they are hashed, and how guesses are slowed down."""
+
+    # argon2id as the OWASP password storage cheat sheet has it: 19 MiB, two passes, one lane.
+    password_memory_kib: int = 19 * 1024
+    password_passes: int = 2
+    password_lanes: int = 1
+    password_threads: int = max(1, (os.cpu_count() or 1) // 2)
+    # Passwords that wait for a thread; more are refused at the door.
+    password_queue: int = 64
+
+    # Failures that are free: of an account from one address or known device, of an account, of an address. Each further
+    # one doubles a delay.
+    guess_free_failures: int = 5
+    guess_free_failures_of_account: int = 20
+    guess_free_failures_of_address: int = 50
+    guess_longest_delay_seconds: int = 900
+    # Of an account as a whole less: strangers cause it, and the owner on a new device has to wait for it.
+    guess_longest_delay_of_account_seconds: int = 60
 
 
 S = TypeVar("S", bound=Settings)

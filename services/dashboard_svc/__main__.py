@@ -10,11 +10,13 @@ from meshboard.dashboard.v1.draft_service_pb2_grpc import add_DraftServiceServic
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.library_service_pb2_grpc import add_LibraryWidgetServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from meshboard.dashboard.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
 from meshboard.dashboard.v1.variable_service_pb2_grpc import add_VariableServiceServicer_to_server
 from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis import auth, db, times, trust
@@ -24,10 +26,12 @@ from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.erasures import erase_grants, erasing
 from services.chassis.grants import InternalGrantServicer
+from services.chassis.guesses import Counts
 from services.chassis.inbox import consume
 from services.chassis.indexing import Indexer
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.passwords import Passwords
 from services.chassis.process import until_stopped
 from services.chassis.rechecks import Span
 from services.chassis.search_engines import engine_of
@@ -45,6 +49,9 @@ from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_fol
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.share_links import ShareLinks, Tickets
+from services.dashboard_svc.shares import ShareServicer, password_delayed
+from services.dashboard_svc.snapshots import Snapshots
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.variables import VariableServicer
@@ -52,13 +59,19 @@ from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition root
     """Runs the service until it is told to stop."""
     await db.migrate(settings.postgres_url, "services.dashboard_svc")
     sessions = db.connect(settings.postgres_url, settings.postgres_pool_size)
     bus = await Bus.connect(settings.nats_url, "dashboard")
     cache = await Cache.connect(settings.redis_url, bus, "dashboard")
 
+    redis = Redis.from_url(settings.redis_url, socket_timeout=1, socket_connect_timeout=1)
+
+    boards = Boards(sessions, cache)
+    tickets = Tickets(settings.derived_keys("share tickets"), settings.share_ticket_seconds, times.now)
+    links = ShareLinks(sessions, boards, tickets, settings.public_url, times.now)
+    await links.listen(bus)
     tokens = auth.ServiceTokens("dashboard", settings.keys_dir)
     auth_peer = Peer("auth", settings.auth_address, tokens)
     user_peer = Peer("user", settings.user_address, tokens)
@@ -70,9 +83,9 @@ async def serve(settings: Settings) -> None:
         await trust.follow_rights(bus, trust.rights_of(user_peer)),
         db=sessions,
         resources=[DASHBOARD, FOLDER],
+        credentials={"share_link": links.check},
     )
 
-    boards = Boards(sessions, cache)
     sources = Sources(analytics_peer)
     pages = Pages(settings.derived_key("page tokens"))
     answers = Answers(
@@ -110,6 +123,23 @@ async def serve(settings: Settings) -> None:
     )
     annotations = AnnotationServicer(sessions, boards, pages, Annotations(sessions, answers))
     variables = VariableServicer(boards, pages, answers)
+    passwords = Passwords(settings)
+    shares = ShareServicer(
+        db=sessions,
+        settings=settings,
+        boards=boards,
+        pages=pages,
+        answers=answers,
+        annotations=Annotations(sessions, answers),
+        feeds=feeds,
+        links=links,
+        snapshots=Snapshots(sessions, cache),
+        passwords=passwords,
+        guesses=Counts(redis, "dashboard", password_delayed),
+        sources=sources,
+        span=Span(settings.heartbeat_seconds, settings.watch_seconds),
+        draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
+    )
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -137,6 +167,7 @@ async def serve(settings: Settings) -> None:
             lambda s: add_VariableServiceServicer_to_server(variables, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
+            lambda s: add_ShareServiceServicer_to_server(shares, s),
         ],
         access,
         ready=[partial(db.ready, sessions), bus_ready],
@@ -146,6 +177,7 @@ async def serve(settings: Settings) -> None:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
             bin.run(sessions, times.now),
+            links.run(),
             Indexer(settings.postgres_url, sessions, engine, CORPUS).run(),
             consume(
                 bus,
@@ -161,6 +193,9 @@ async def serve(settings: Settings) -> None:
         )
     finally:
         await server.stop()
+        await links.close()
+        passwords.close()
+        await redis.aclose()
         for peer in (auth_peer, user_peer, analytics_peer):
             await peer.close()
         await engine.close()

@@ -6,11 +6,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf.message import Message
-from meshboard.dashboard.v1 import annotation_pb2, dashboard_pb2, folder_pb2, library_pb2, version_service_pb2
+from meshboard.dashboard.v1 import (
+    annotation_pb2,
+    dashboard_pb2,
+    folder_pb2,
+    library_pb2,
+    share_link_pb2,
+    version_service_pb2,
+)
 
 from services.chassis.times import timestamp_of
 from services.dashboard_svc import markdown
-from services.dashboard_svc.models import Annotation, Dashboard, Folder, LibraryWidget, Version, Widget
+from services.dashboard_svc.models import (
+    Annotation,
+    Dashboard,
+    Folder,
+    LibraryWidget,
+    ShareLink,
+    Version,
+    Widget,
+)
 
 # What a widget says of itself or a library widget of it, beside title and kind.
 CONTENT = ("description", "query", "funnel", "retention", "markdown", "custom", "display")
@@ -74,6 +89,29 @@ def folder_to_pb(row: Folder) -> folder_pb2.Folder:
         update_time=timestamp_of(row.update_time),
         etag=str(row.version),
     )
+
+
+def share_link_to_pb(row: ShareLink) -> share_link_pb2.ShareLink:
+    """A share link; nothing in it opens it."""
+    link = share_link_pb2.ShareLink.FromString(row.content)
+    link.MergeFrom(
+        share_link_pb2.ShareLink(
+            share_link_id=row.share_link_id,
+            dashboard_id=row.dashboard_id,
+            workspace_id=row.workspace_id,
+            title=row.title,
+            expire_time=timestamp_of(row.expire_time) if row.expire_time else None,
+            has_password=row.password_hash is not None,
+            paused=row.paused,
+            view_count=min(row.view_count, 2**31 - 1),
+            last_view_time=timestamp_of(row.last_view_time) if row.last_view_time else None,
+            creator_id=row.creator_id,
+            create_time=timestamp_of(row.create_time),
+            update_time=timestamp_of(row.update_time),
+            etag=str(row.version),
+        )
+    )
+    return link
 
 
 def widget_to_pb(row: Widget) -> dashboard_pb2.Widget:

@@ -45,6 +45,58 @@ class Folder(Base):
     update_time: Mapped[Time]
 
 
+class ShareLink(Base):
+    """A link to a dashboard. `content` is a serialized ShareLink with what SQL need not know."""
+
+    __tablename__ = "share_links"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id"],
+            ["dashboards.workspace_id", "dashboards.dashboard_id"],
+            ondelete="CASCADE",
+        ),
+        UniqueConstraint("token_hash", name="share_links_token_once"),
+        UniqueConstraint(
+            "workspace_id", "dashboard_id", "creator_id", "request_id", name="share_links_request_once"
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    share_link_id: Mapped[Id] = mapped_column(primary_key=True)
+    token_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    title: Mapped[str] = mapped_column(Text)
+    expire_time: Mapped[Time | None]
+    password_hash: Mapped[str | None] = mapped_column(Text)
+    paused: Mapped[bool]
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+    view_count: Mapped[int] = mapped_column(BigInteger)
+    last_view_time: Mapped[Time | None]
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
+class Snapshot(Base):
+    """What a link to data of one moment shows: `content` is a serialized SnapshotContent."""
+
+    __tablename__ = "snapshots"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id", "share_link_id"],
+            ["share_links.workspace_id", "share_links.dashboard_id", "share_links.share_link_id"],
+            ondelete="CASCADE",
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    share_link_id: Mapped[Id] = mapped_column(primary_key=True)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class Dashboard(Base):
     """A dashboard; `version` grows with each change of it or of one of its widgets.
 

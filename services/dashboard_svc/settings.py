@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from services.chassis.settings import Settings as ChassisSettings
+from services.chassis.settings import PasswordSettings
 
 
-class Settings(ChassisSettings):
-    """The shared settings, and those of live dashboards. Times in seconds."""
+class Settings(PasswordSettings):
+    """The shared settings, and those of live and shared dashboards. Times in seconds."""
 
     # A live dashboard is a call under way for as long as someone looks at it.
     max_calls: int = 10_000
@@ -21,3 +21,5 @@ class Settings(ChassisSettings):
     answer_cache_bytes: int = Field(64 << 20, ge=0)
     # How many calls for the data of one workspace's dashboards a process has under way.
     data_calls_per_workspace: int = Field(64, ge=1)
+    # How long whoever knew the password of a share link may go on without it.
+    share_ticket_seconds: float = 43_200.0

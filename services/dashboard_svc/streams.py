@@ -12,20 +12,24 @@ from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
 from services.chassis.rechecks import Rechecks, Span
 from services.dashboard_svc import cursors
 from services.dashboard_svc.feeds import LEAST_SECONDS, Feed
+from services.dashboard_svc.snapshots import Frozen
 
 End = WatchDashboardResponse.End
 
 
 async def stream(
-    feed: Feed,
+    feed: Feed | Frozen,
     has: cursors.Digests | None,
     span: Span,
     recheck: Callable[[], Awaitable[None]],
     draining: Callable[[], bool],
+    *,
+    least_seconds: float = LEAST_SECONDS,
 ) -> AsyncIterator[WatchDashboardResponse]:
     """What a client is sent that has this data (None: nothing). Ends after a message with `end`.
 
-    `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when for a while it could not be told.
+    Changes are `least_seconds` apart. `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when
+    that could not be told for a while.
     """
     check = Rechecks(recheck)
     start = time.monotonic()
@@ -50,7 +54,7 @@ async def stream(
             if news := feed.news(has):
                 response, has = news
                 yield response
-                next_news = time.monotonic() + LEAST_SECONDS
+                next_news = time.monotonic() + least_seconds
             elif first:
                 # Nothing differs from the client's cursor: it learns that it is up to date.
                 yield WatchDashboardResponse(cursor=feed.cursor(has or {}))

@@ -14,7 +14,8 @@ from mmdb_writer import MMDBWriter
 from services.analytics_svc import geo
 from services.analytics_svc.event_log import STREAM
 from services.analytics_svc.geo import GeoDatabase
-from services.analytics_svc.write_keys import ADDRESS, HEADER
+from services.analytics_svc.write_keys import HEADER
+from services.chassis.origins import ADDRESS_HEADER
 from tests.analytics_svc.conftest import Analytics
 
 BERLIN = {
@@ -102,7 +103,7 @@ async def test_events_have_a_place_and_no_address(
     request = IngestRequest()
     for number, address in enumerate(("", "2001:db8::77", "198.51.100.77", "unknown")):
         request.events.append(Event(event="view", distinct_id=str(number), ip=address))
-    await analytics.ingest.Ingest(request, metadata=((HEADER, key), (ADDRESS, "203.0.113.77")))
+    await analytics.ingest.Ingest(request, metadata=((HEADER, key), (ADDRESS_HEADER, "203.0.113.77")))
     logged = await analytics.bus.last(STREAM, f"events.{source.workspace_id}.{source.source_id}")
     assert logged is not None
     assert len(LoggedBatch.FromString(logged.payload).events) == 4
@@ -123,7 +124,7 @@ async def test_without_a_database_nothing_has_a_place(analytics: Analytics) -> N
     member = analytics.identity.member("editor")
     source, key = await analytics.source(member)
     request = IngestRequest(events=[Event(event="view", distinct_id="ada", ip="203.0.113.77")])
-    await analytics.ingest.Ingest(request, metadata=((HEADER, key), (ADDRESS, "203.0.113.77")))
+    await analytics.ingest.Ingest(request, metadata=((HEADER, key), (ADDRESS_HEADER, "203.0.113.77")))
     await analytics.until_count(member, source, 1)
     result = await analytics.ask(member, source, breakdowns=[{"property": "country"}, {"property": "city"}])
     assert result["rows"] == [["", "", 1.0]]

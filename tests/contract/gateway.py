@@ -231,9 +231,17 @@ class Gateway:
 
 @asynccontextmanager
 async def running(
-    folder: Path, identity: Identity, *, otlp: str = "", limits: bool = False
+    folder: Path,
+    identity: Identity,
+    *,
+    otlp: str = "",
+    limits: bool = False,
+    change: Callable[[str], str] = lambda text: text,
 ) -> AsyncIterator[Gateway]:
-    """Runs the gateway on free ports until it knows the keys, with its files in `folder`."""
+    """Runs the gateway on free ports until it knows the keys, with its files in `folder`.
+
+    `change` is applied to the text of its configuration.
+    """
     port = free_ports(7)
     config = folder / "envoy.yaml"
     envoy_config.write(
@@ -244,6 +252,7 @@ async def running(
         otlp=otlp,
         limits=limits,
     )
+    config.write_text(change(config.read_text()))
     listens = tuple(("127.0.0.1", port + distance) for distance in range(3))
     envoy = parts.envoy(config, listens, port + 1, after=())
     ports = {name: port + 3 + index for index, name in enumerate(("auth", "user", "dashboard", "analytics"))}

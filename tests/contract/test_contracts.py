@@ -79,6 +79,13 @@ OPEN_RPCS = {
     "meshboard.user.v1.InvitationService.PreviewInvitation": "public",
     "meshboard.user.v1.InvitationService.AcceptInvitation": "authenticated",
     "meshboard.user.v1.InvitationService.DeclineInvitation": "public",
+    "meshboard.dashboard.v1.ShareService.GetSharedPage": "public",
+    "meshboard.dashboard.v1.ShareService.GetSharedDashboard": "share_link",
+    "meshboard.dashboard.v1.ShareService.GetSharedDashboardData": "share_link",
+    "meshboard.dashboard.v1.ShareService.WatchSharedDashboard": "share_link",
+    "meshboard.dashboard.v1.ShareService.UnlockSharedDashboard": "share_link",
+    "meshboard.dashboard.v1.ShareService.ListSharedVariableValues": "share_link",
+    "meshboard.dashboard.v1.ShareService.ListSharedAnnotations": "share_link",
     "meshboard.analytics.v1.IngestService.Ingest": "write_key",
     "meshboard.analytics.v1.IngestService.IngestStream": "write_key",
     "meshboard.analytics.v1.CompatService.SendBatch": "write_key",
@@ -156,7 +163,7 @@ def test_routes_follow_the_pattern(method: MethodDescriptor):
     found = http(method)
     verb = str(found.WhichOneof("pattern"))
     path = getattr(found, verb)
-    assert re.fullmatch(r"/(v1|\.well-known)(/[\w.{}-]+)+(:[a-z][A-Za-z]+)?", path), path
+    assert re.fullmatch(r"/(v1|\.well-known|shared)(/[\w.{}-]+)+(:[a-z][A-Za-z]+)?", path), path
     expected = {
         "Get": "get",
         "List": "get",

@@ -27,6 +27,7 @@ COMMANDS = {"test"} | set(main.commands)
 FOR_UP = {"MESHBOARD_DATA", KEY_VARIABLE, *REPLACEABLE}
 SETTINGS = (
     "services.chassis.settings.Settings",
+    "services.chassis.settings.PasswordSettings",
     "services.auth_svc.settings.AuthSettings",
     "services.dashboard_svc.settings.Settings",
     "services.analytics_svc.settings.AnalyticsSettings",

@@ -144,6 +144,46 @@ def test_only_streams_live_without_a_deadline(rpc: Rpc) -> None:
         assert ("grpc-timeout" in added) == (not rpc.streams)
 
 
+@pytest.mark.parametrize("path", [path for rpc in OUTSIDE if "Shared" in rpc.name for path in paths_of(rpc)])
+def test_share_links_have_limits_of_their_own(path: str) -> None:
+    assert route_of(path)["metadata"]["filter_metadata"]["edge"]["limit"] == "shared"
+    limits = FILTERS["envoy.filters.http.local_ratelimit"]["descriptors"]
+    buckets = [
+        {entry["key"]: entry.get("value", "") for entry in limit["entries"]}
+        for limit in limits
+        if {"key": "limit", "value": "shared"} in limit["entries"]
+    ]
+    assert buckets == [
+        {"user": "none", "limit": "shared", "masked_remote_address": ""},
+        {"limit": "shared", "share_link": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "told", "token"),
+    [
+        ("/v1/shared/mbs_a-1:watch?cursor=c", "/v1/shared/:watch", "mbs_a-1"),
+        ("/v1/shared/mbs_a/variables/v/values?query=q", "/v1/shared//variables/v/values", "mbs_a"),
+        ("/shared/mbs_a", "/shared/", "mbs_a"),
+        ("/shared/other?x", "/shared/", "other"),
+        ("/V1/SHARED/mbs_a:data", "/V1/SHARED/:data", ""),
+        ("/nope/MBS%5Fa/x", "/nope//x", ""),
+        ("/v1/dashboards/x:data", "/v1/dashboards/x:data", ""),
+    ],
+)
+def test_the_log_and_the_limits_read_paths_apart(path: str, told: str, token: str) -> None:
+    """As Envoy's rules rewrite them, here by Python's regular expressions."""
+    rules = {
+        rule["on_header_present"]["key"]: rule["on_header_present"]["regex_value_rewrite"]
+        for rule in FILTERS["envoy.filters.http.header_to_metadata"]["request_rules"]
+        if rule.get("header") == ":path"
+    }
+    log, limit = rules["path"], rules["share_link"]
+    assert re.sub(log["pattern"]["regex"], lambda found: found[1] or "", path) == told
+    if token:
+        assert re.sub(limit["pattern"]["regex"], r"\1", path) == token
+
+
 def test_only_reads_are_tried_again() -> None:
     (header,) = HOST["retry_policy"]["retriable_request_headers"]
     assert header["name"] == ":path"

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import yaml
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from tests.contract.gateway import RPCS, Context, Gateway, Reply, running, until
@@ -335,6 +336,35 @@ async def test_each_user_has_a_limit_of_their_own(limited: Gateway) -> None:
     assert int(calm_reply.headers["x-ratelimit-remaining"]) > 90
 
 
+async def test_each_share_link_has_a_limit_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, identity: Identity
+) -> None:
+    """Over all its methods, and beside the one of the address; here of 5 calls in 10 minutes."""
+
+    def few(text: str) -> str:
+        config = yaml.safe_load(text)
+        for limit in find_limits(config):
+            if "share_link" in {entry["key"] for entry in limit["entries"]}:
+                limit["token_bucket"] = {"max_tokens": 5, "tokens_per_fill": 5, "fill_interval": "600s"}
+        return yaml.safe_dump(config)
+
+    async with running(tmp_path_factory.mktemp("links"), identity, limits=True, change=few) as gateway:
+        paths = ["/v1/shared/mbs_busy", "/v1/shared/mbs_busy:data?choices=a=b", "/shared/mbs_busy"] * 2
+        replies = [await gateway.call("GET", path) for path in paths]
+        assert [reply.status for reply in replies] == [200] * 5 + [429]
+        assert_refused(replies[-1], 429, grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
+        assert (await gateway.call("GET", "/v1/shared/mbs_calm")).status == 200
+
+
+def find_limits(config: Any) -> list[Any]:
+    """The limits in a configuration of the gateway."""
+    listeners = {listener["name"]: listener for listener in config["static_resources"]["listeners"]}
+    manager = listeners["gateway"]["filter_chains"][0]["filters"][0]["typed_config"]
+    filters = {each["name"]: each["typed_config"] for each in manager["http_filters"]}
+    limits: list[Any] = filters["envoy.filters.http.local_ratelimit"]["descriptors"]
+    return limits
+
+
 async def test_sign_in_and_sign_up_share_a_limit_per_address(limited: Gateway) -> None:
     paths = ["/v1/auth:signIn", "/v1/auth:signUp"] * 80
     replies = await asyncio.gather(*(limited.call("POST", path, json={}) for path in paths))
@@ -487,6 +517,71 @@ async def test_a_stream_of_requests_passes_as_it_comes(gateway: Gateway) -> None
         assert await call.read() is grpc.aio.EOF
 
 
+@pytest.mark.parametrize("verb", ["", ":data", ":watch", ":unlock", "/annotations"])
+async def test_pages_of_any_origin_may_ask_by_a_share_link(gateway: Gateway, verb: str) -> None:
+    """Without cookies; which origins a link is for, the service knows."""
+    asked = {
+        "Origin": "https://intranet.example",
+        "Access-Control-Request-Method": "POST" if verb == ":unlock" else "GET",
+        "Access-Control-Request-Headers": "x-share-ticket",
+    }
+    reply = await gateway.call("OPTIONS", f"/v1/shared/mbs_x{verb}", headers=asked)
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://intranet.example")
+    assert "x-share-ticket" in reply.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in reply.headers
+    headers = {
+        "Origin": "https://intranet.example",
+        "X-Share-Ticket": "mbu_x",
+        "Cookie": "mb_session=nonsense",
+    }
+    body = {"json": {"password": "p"}} if verb == ":unlock" else {}
+    gateway.services.go_on.set()
+    reply = await gateway.call("POST" if body else "GET", f"/v1/shared/mbs_x{verb}", headers=headers, **body)
+    gateway.services.go_on.clear()
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://intranet.example")
+    assert gateway.last.request.token == "mbs_x"
+    assert gateway.last.metadata["x-share-ticket"] == "mbu_x"
+    assert gateway.last.metadata["origin"] == "https://intranet.example"
+
+
+async def test_the_shared_page_has_the_headers_of_the_service(gateway: Gateway) -> None:
+    async def page(context: Context) -> dict[str, Any]:
+        await context.send_initial_metadata((("content-security-policy", "default-src 'none'"),))
+        return {"page": {"content_type": "text/html; charset=utf-8", "data": b"<p>hello"}}
+
+    gateway.services.answers["GetSharedPage"] = page
+    reply = await gateway.call("GET", "/shared/mbs_x")
+    assert (reply.status, reply.body) == (200, b"<p>hello")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.headers["content-security-policy"] == "default-src 'none'"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.headers["cache-control"] == "no-store"
+    assert gateway.last.request.token == "mbs_x"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/shared/../dashboards",
+        "/v1/shared/x/../../dashboards/y",
+        "/v1/shared/%2e%2e/dashboards",
+        "/v1/shared/x%2f..%2f..%2fdashboards",
+        "/v1/shared/x/grants",
+        "/v1/shared/x:data/../../../dashboards",
+        "/shared/../v1/dashboards",
+        "/shared/x/../../v1/dashboards",
+        "/v1/shared/",
+        "/shared/",
+    ],
+)
+async def test_no_path_leads_from_a_share_link_to_anything_else(gateway: Gateway, path: str) -> None:
+    before = len(gateway.services.arrivals)
+    reply = await gateway.call("GET", path)
+    assert reply.status in {400, 401, 404}
+    arrived = {arrival.path for arrival in gateway.services.arrivals[before:]}
+    assert not {one for one in arrived if not one.endswith("/GetJwks")}
+
+
 async def test_other_calls_are_for_pages_of_the_same_origin(gateway: Gateway) -> None:
     asked = {"Access-Control-Request-Method": "POST"}
     own = await gateway.call("OPTIONS", "/v1/dashboards", headers={**asked, "Origin": gateway.url})
@@ -559,20 +654,33 @@ async def test_the_access_log_tells_who_called_what_and_no_secrets(gateway: Gate
     await gateway.call("GET", "/v1/dashboards?pageToken=secret-token", headers=headers)
     await gateway.call("GET", "/v1/shared/secret-share:data?a=secret-query", headers=agent)
     await gateway.call("GET", "/v1/users/me", headers={**agent, "Cookie": "mb_session=secret-cookie"})
+    for path in (
+        "/v1/shared/mbs_secret-1/variables/v/values",
+        "/shared/mbs_secret-2?x=1",
+        "/shared/secret-3/",
+        "/V1/SHARED/mbs_secret-4:data",
+        "/nope/mbs_secret-5",
+        "/v1//shared///mbs_secret-6:watch",
+        "/v1/%73hared/mbs%5fsecret-7",
+        "/v1/shared%2fmbs_secret-8",
+        "/v1/dashboards/mbs_secret-9",
+        "/v1/shared/mbs_secret-10/../mbs_secret-11:data",
+    ):
+        await gateway.call("GET", path, headers={**agent, "User-Agent": "log-test-of-links"})
 
     def lines() -> dict[str, dict[str, Any]]:
         told = [json.loads(line) for line in gateway.log.read_text().splitlines() if line.startswith("{")]
         return {line["path"]: line for line in told if line["user_agent"] == "log-test"}
 
     async def written() -> bool:
-        return len(lines()) == 3
+        return len(lines()) == 3 and gateway.log.read_text().count("log-test-of-links") == 10
 
     await until(written)
     line = lines()["/v1/dashboards"]
     assert (line["method"], line["status"], line["grpc_status"]) == ("GET", 200, 0)
     assert (line["address"], line["route"], line["traceparent"]) == ("127.0.0.1", "dashboard", trace)
     assert line["user_id"] == "logged"
-    assert lines()["/v1/shared/:data"]["status"] == 404
+    assert lines()["/v1/shared/:data"]["status"] == 400
     assert lines()["/v1/users/me"]["reason"].startswith("jwt_authn_access_denied")
     text = gateway.log.read_text()
     assert "secret-" not in text

@@ -42,6 +42,10 @@ from meshboard.dashboard.v1.search_service_pb2_grpc import (
     SearchServiceStub,
     add_SearchServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.share_service_pb2_grpc import (
+    ShareServiceStub,
+    add_ShareServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.variable_service_pb2_grpc import (
     VariableServiceStub,
     add_VariableServiceServicer_to_server,
@@ -59,6 +63,7 @@ from meshboard.user.v1.internal_grant_service_pb2_grpc import (
     InternalGrantServiceStub,
     add_InternalGrantServiceServicer_to_server,
 )
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, times
@@ -67,8 +72,10 @@ from services.chassis.bus import Bus
 from services.chassis.cache import Cache
 from services.chassis.clients import Peer
 from services.chassis.grants import InternalGrantServicer
+from services.chassis.guesses import Counts
 from services.chassis.outbox import Relay
 from services.chassis.paging import Pages
+from services.chassis.passwords import Passwords
 from services.chassis.rechecks import Span
 from services.chassis.rights import Rights
 from services.chassis.search import Engine
@@ -85,6 +92,9 @@ from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_fol
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
+from services.dashboard_svc.share_links import ShareLinks, Tickets
+from services.dashboard_svc.shares import ShareServicer, password_delayed
+from services.dashboard_svc.snapshots import Snapshots
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.variables import VariableServicer
@@ -119,6 +129,8 @@ class Mesh:
     searches: Any
     annotations: Any
     variables: Any
+    shares: Any
+    links: ShareLinks
     another: Any = field(repr=False)
 
     async def dashboard(
@@ -213,6 +225,7 @@ async def mesh(
     engine_of_searches: dict[str, Any],
 ) -> AsyncIterator[Mesh]:
     analytics, users = StandInAnalytics(), StandInUsers()
+    all_links: list[ShareLinks] = []
     settings = make_settings(Settings, parts, keys, database_url, **engine_of_searches)
     db = chassis_db.connect(database_url, settings.postgres_pool_size)
     bus = await Bus.connect(parts.nats_url, "test")
@@ -253,7 +266,35 @@ async def mesh(
             )
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
-            access = identity.access("dashboard", db=db, resources=[DASHBOARD, FOLDER])
+            tickets = Tickets(
+                settings.derived_keys("share tickets"), settings.share_ticket_seconds, times.now
+            )
+            links = ShareLinks(db, boards, tickets, settings.public_url, times.now)
+            await links.listen(bus)
+            all_links.append(links)
+            redis, passwords = Redis.from_url(parts.redis_url), Passwords(settings)
+            shares = ShareServicer(
+                db=db,
+                settings=settings,
+                boards=boards,
+                pages=pages,
+                answers=answers,
+                annotations=Annotations(db, answers),
+                feeds=feeds,
+                links=links,
+                snapshots=Snapshots(db, cache),
+                passwords=passwords,
+                guesses=Counts(redis, "dashboard", password_delayed),
+                sources=Sources(peers[1]),
+                span=span,
+                draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
+            )
+            access = identity.access(
+                "dashboard",
+                db=db,
+                resources=[DASHBOARD, FOLDER],
+                credentials={"share_link": links.check},
+            )
             searches = SearchServicer(db, search, peers[0], pages)
             annotations = AnnotationServicer(db, boards, pages, Annotations(db, answers))
             variables = VariableServicer(boards, pages, answers)
@@ -268,10 +309,13 @@ async def mesh(
                 lambda server: add_AnnotationServiceServicer_to_server(annotations, server),
                 lambda server: add_VariableServiceServicer_to_server(variables, server),
                 lambda server: add_SearchServiceServicer_to_server(searches, server),
+                lambda server: add_ShareServiceServicer_to_server(shares, server),
             ]
             async with serving(settings, registrations, access) as (channel, server):
                 servers.append(server)
                 yield channel, server, feeds
+            passwords.close()
+            await redis.aclose()
             for peer in peers:
                 await peer.close()
             await cache.close()
@@ -298,6 +342,8 @@ async def mesh(
                 searches=SearchServiceStub(channel),
                 annotations=AnnotationServiceStub(channel),
                 variables=VariableServiceStub(channel),
+                shares=ShareServiceStub(channel),
+                links=all_links[0],
                 another=replica,
             )
     relay.cancel()

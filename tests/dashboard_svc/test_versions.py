@@ -172,7 +172,7 @@ async def test_says_what_differs(mesh: Mesh) -> None:
         metadata=ann.metadata,
     )
     await delete_widget(mesh, ann, goes)
-    comes = await mesh.widget(ann, dashboard, title="C", layout=Layout(x=0, y=0, width=4, height=4))
+    comes = await mesh.widget(ann, dashboard, title="C", layout=Layout(x=12, y=0, width=4, height=4))
     second = await update(mesh, ann, dashboard_id, title="Shop 2", tags=["x", "y"], reason="second")
     expected = [
         ("title", "Shop", "Shop 2"),

@@ -590,6 +590,36 @@ MATRIX: Mapping[str, Row] = {
     "dashboard.v1.VariableService.ListVariableValues": On(
         {**_BOARD, "name": "never"}, "0++++", "DASHBOARD_NOT_FOUND", ("VARIABLE_NOT_FOUND",)
     ),
+    "dashboard.v1.ShareService.CreateShareLink": On(
+        {**_BOARD, "request_id": "once"}, "0--++", "DASHBOARD_NOT_FOUND"
+    ),
+    "dashboard.v1.ShareService.CreateSnapshot": On(
+        {**_BOARD, "request_id": "once"}, "0--++", "DASHBOARD_NOT_FOUND"
+    ),
+    "dashboard.v1.ShareService.GetShareLink": On(
+        {**_BOARD, "share_link_id": "{absent}"}, "0--++", "DASHBOARD_NOT_FOUND", ("SHARE_LINK_NOT_FOUND",)
+    ),
+    "dashboard.v1.ShareService.ListShareLinks": On(_BOARD, "0--++", "DASHBOARD_NOT_FOUND"),
+    "dashboard.v1.ShareService.UpdateShareLink": On(
+        {"share_link": {**_BOARD, "share_link_id": "{absent}", "title": "t"}, "update_mask": "title"},
+        "0--++",
+        "DASHBOARD_NOT_FOUND",
+        ("SHARE_LINK_NOT_FOUND",),
+    ),
+    "dashboard.v1.ShareService.DeleteShareLink": On(
+        {**_BOARD, "share_link_id": "{absent}"}, "0--++", "DASHBOARD_NOT_FOUND", ("SHARE_LINK_NOT_FOUND",)
+    ),
+    "dashboard.v1.ShareService.GetSharedPage": Anyone({"token": "none"}),
+    "dashboard.v1.ShareService.GetSharedDashboard": Anyone({"token": "none"}, ("SHARE_LINK_NOT_FOUND",)),
+    "dashboard.v1.ShareService.GetSharedDashboardData": Anyone({"token": "none"}, ("SHARE_LINK_NOT_FOUND",)),
+    "dashboard.v1.ShareService.WatchSharedDashboard": Anyone({"token": "none"}, ("SHARE_LINK_NOT_FOUND",)),
+    "dashboard.v1.ShareService.UnlockSharedDashboard": Anyone(
+        {"token": "none", "password": "none"}, ("SHARE_LINK_NOT_FOUND",)
+    ),
+    "dashboard.v1.ShareService.ListSharedVariableValues": Anyone(
+        {"token": "none", "name": "v"}, ("SHARE_LINK_NOT_FOUND",)
+    ),
+    "dashboard.v1.ShareService.ListSharedAnnotations": Anyone({"token": "none"}, ("SHARE_LINK_NOT_FOUND",)),
     # analytics_svc
     "analytics.v1.IngestService.Ingest": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),
     "analytics.v1.IngestService.IngestStream": Anyone({"write_key": "none", **EVENT}, ("WRITE_KEY_INVALID",)),

@@ -105,6 +105,19 @@ async def live(mesh: Mesh, person: Person) -> list[str]:
     invited = {"email": guest.email, "password": guest.password, "displayName": "Guest"}
     await guest.post("/v1/auth:signUp", {**invited, "invitationToken": token})
 
+    dashboard_id = await person.new_dashboard()
+    of_link = f"canary-{secrets.token_hex(12)}"
+    link = await person.post(f"/v1/dashboards/{dashboard_id}/shareLinks", {"password": of_link})
+    shared = f"/v1/shared/{link['token']}"
+    opened = await guest.post(f"{shared}:unlock", {"password": of_link})
+    hidden += [link["token"], of_link, opened["ticket"]]
+    await guest.get(f"{shared}:data", **{"x-share-ticket": opened["ticket"]})
+    await guest.get(f"{shared}?ticket={opened['ticket']}")
+    assert (await guest.call("GET", f"{shared}/nope")).status == 404
+    assert (await guest.call("POST", f"{shared}:unlock", {"password": new_password})).status == 401
+    async with person.http.get(link["url"]) as page:
+        assert page.status == 200
+
     new_email = f"{secrets.token_hex(8)}@example.org"
     await person.post("/v1/auth/account:changeEmail", {"newEmail": new_email})
     hidden.append(await until_mailed(mesh, new_email, 1))

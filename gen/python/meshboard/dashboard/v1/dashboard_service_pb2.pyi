@@ -849,6 +849,8 @@ class WatchDashboardResponse(_message.Message):
             """The service is going down: take the stream up again elsewhere."""
             RENEW: WatchDashboardResponse.End._Reason.ValueType  # 5
             """The stream has lived for its longest time: take it up again."""
+            LINK_ENDED: WatchDashboardResponse.End._Reason.ValueType  # 6
+            """The share link has ended, is paused or was changed, or the ticket has expired: ask for the dashboard again."""
 
         class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
             """Why a stream ends."""
@@ -865,6 +867,8 @@ class WatchDashboardResponse(_message.Message):
         """The service is going down: take the stream up again elsewhere."""
         RENEW: WatchDashboardResponse.End.Reason.ValueType  # 5
         """The stream has lived for its longest time: take it up again."""
+        LINK_ENDED: WatchDashboardResponse.End.Reason.ValueType  # 6
+        """The share link has ended, is paused or was changed, or the ticket has expired: ask for the dashboard again."""
 
         REASON_FIELD_NUMBER: _builtins.int
         reason: Global___WatchDashboardResponse.End.Reason.ValueType

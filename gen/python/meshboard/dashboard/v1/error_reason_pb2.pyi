@@ -88,6 +88,28 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the dashboard has no such annotation, made by hand."""
     TOO_MANY_ANNOTATIONS: _ErrorReason.ValueType  # 54
     """FAILED_PRECONDITION: a dashboard has at most 10,000 annotations. Delete some."""
+    SHARE_LINK_NOT_FOUND: _ErrorReason.ValueType  # 60
+    """NOT_FOUND: the share link does not exist, has expired, is paused, or shows nothing."""
+    SHARE_PASSWORD_REQUIRED: _ErrorReason.ValueType  # 61
+    """UNAUTHENTICATED: the share link has a password. Call `UnlockSharedDashboard`, and send the ticket."""
+    SHARE_PASSWORD_WRONG: _ErrorReason.ValueType  # 62
+    """UNAUTHENTICATED: this is not the password of the share link."""
+    SHARE_PASSWORD_DELAYED: _ErrorReason.ValueType  # 63
+    """RESOURCE_EXHAUSTED: too many wrong passwords for the share link or from the address. Repeat after
+    `RetryInfo.retry_delay`.
+    """
+    ORIGIN_NOT_ALLOWED: _ErrorReason.ValueType  # 64
+    """PERMISSION_DENIED: the share link is not for pages of this origin."""
+    TOO_MANY_SHARE_LINKS: _ErrorReason.ValueType  # 65
+    """FAILED_PRECONDITION: a dashboard has at most 200 share links and snapshots."""
+    SNAPSHOT_TOO_LARGE: _ErrorReason.ValueType  # 66
+    """FAILED_PRECONDITION: what the dashboard shows is more than the 4 MiB that a snapshot keeps. Leave widgets out, or have
+    their queries answer fewer rows.
+    """
+    SHARE_LINK_BUSY: _ErrorReason.ValueType  # 67
+    """RESOURCE_EXHAUSTED: viewers watch the share link with more than 100 different choices at once. Repeat after
+    `RetryInfo.retry_delay`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -158,4 +180,26 @@ ANNOTATION_NOT_FOUND: ErrorReason.ValueType  # 53
 """NOT_FOUND: the dashboard has no such annotation, made by hand."""
 TOO_MANY_ANNOTATIONS: ErrorReason.ValueType  # 54
 """FAILED_PRECONDITION: a dashboard has at most 10,000 annotations. Delete some."""
+SHARE_LINK_NOT_FOUND: ErrorReason.ValueType  # 60
+"""NOT_FOUND: the share link does not exist, has expired, is paused, or shows nothing."""
+SHARE_PASSWORD_REQUIRED: ErrorReason.ValueType  # 61
+"""UNAUTHENTICATED: the share link has a password. Call `UnlockSharedDashboard`, and send the ticket."""
+SHARE_PASSWORD_WRONG: ErrorReason.ValueType  # 62
+"""UNAUTHENTICATED: this is not the password of the share link."""
+SHARE_PASSWORD_DELAYED: ErrorReason.ValueType  # 63
+"""RESOURCE_EXHAUSTED: too many wrong passwords for the share link or from the address. Repeat after
+`RetryInfo.retry_delay`.
+"""
+ORIGIN_NOT_ALLOWED: ErrorReason.ValueType  # 64
+"""PERMISSION_DENIED: the share link is not for pages of this origin."""
+TOO_MANY_SHARE_LINKS: ErrorReason.ValueType  # 65
+"""FAILED_PRECONDITION: a dashboard has at most 200 share links and snapshots."""
+SNAPSHOT_TOO_LARGE: ErrorReason.ValueType  # 66
+"""FAILED_PRECONDITION: what the dashboard shows is more than the 4 MiB that a snapshot keeps. Leave widgets out, or have
+their queries answer fewer rows.
+"""
+SHARE_LINK_BUSY: ErrorReason.ValueType  # 67
+"""RESOURCE_EXHAUSTED: viewers watch the share link with more than 100 different choices at once. Repeat after
+`RetryInfo.retry_delay`.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

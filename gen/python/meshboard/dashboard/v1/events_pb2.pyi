@@ -11,6 +11,7 @@ from meshboard.dashboard.v1 import annotation_pb2 as _annotation_pb2
 from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
 from meshboard.dashboard.v1 import folder_pb2 as _folder_pb2
 from meshboard.dashboard.v1 import library_pb2 as _library_pb2
+from meshboard.dashboard.v1 import share_link_pb2 as _share_link_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
 import sys
@@ -820,3 +821,87 @@ class FolderGrantDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FolderGrantDeleted: _TypeAlias = FolderGrantDeleted  # noqa: Y015
+
+@_typing.final
+class ShareLinkCreated(_message.Message):
+    """A dashboard was shared by a link or a snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_LINK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def share_link(self) -> _share_link_pb2.ShareLink:
+        """The link."""
+
+    def __init__(
+        self,
+        *,
+        share_link: _share_link_pb2.ShareLink | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["share_link", b"share_link"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["share_link", b"share_link"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareLinkCreated: _TypeAlias = ShareLinkCreated  # noqa: Y015
+
+@_typing.final
+class ShareLinkUpdated(_message.Message):
+    """A share link was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_LINK_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def share_link(self) -> _share_link_pb2.ShareLink:
+        """The link after the change."""
+
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The fields that were changed: `password` and the like."""
+
+    def __init__(
+        self,
+        *,
+        share_link: _share_link_pb2.ShareLink | None = ...,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["share_link", b"share_link"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "share_link", b"share_link"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareLinkUpdated: _TypeAlias = ShareLinkUpdated  # noqa: Y015
+
+@_typing.final
+class ShareLinkDeleted(_message.Message):
+    """A share link was ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DASHBOARD_ID_FIELD_NUMBER: _builtins.int
+    SHARE_LINK_ID_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    dashboard_id: _builtins.str
+    """The dashboard."""
+    share_link_id: _builtins.str
+    """The link."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        dashboard_id: _builtins.str = ...,
+        share_link_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_id", b"dashboard_id", "share_link_id", b"share_link_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareLinkDeleted: _TypeAlias = ShareLinkDeleted  # noqa: Y015

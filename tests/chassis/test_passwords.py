@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from services.auth_svc.passwords import Passwords
-from services.auth_svc.settings import AuthSettings
 from services.chassis import errors
+from services.chassis.passwords import Passwords
+from services.chassis.settings import PasswordSettings
 from tests.harness import make_keys
 
 
@@ -20,7 +20,7 @@ def make_passwords(tmp_path: Path, **changes: int) -> Passwords:
         "keys_dir": keys,
         "master_key_file": keys / "master.key",
     }
-    return Passwords(AuthSettings.model_validate({**needed, **changes}))
+    return Passwords(PasswordSettings.model_validate({**needed, **changes}))
 
 
 @pytest.fixture

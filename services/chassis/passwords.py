@@ -1,4 +1,4 @@
-"""Passwords: hashing them off the event loop, and refusing those that everyone tries first."""
+"""Passwords, hashed off the event loop."""
 
 import asyncio
 import os
@@ -7,24 +7,21 @@ import threading
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from services.auth_svc.settings import AuthSettings
 from services.chassis import errors
+from services.chassis.settings import PasswordSettings
 
 T = TypeVar("T")
-
-_COMMON_FILE = Path(__file__).with_name("common_passwords.txt")
 
 
 class Passwords:
     """Hashes with argon2id in a few threads; a hash takes tens of milliseconds of a core and 19 MiB."""
 
-    def __init__(self, settings: AuthSettings) -> None:
+    def __init__(self, settings: PasswordSettings) -> None:
         self._hasher = PasswordHasher(
             settings.password_passes, settings.password_memory_kib, settings.password_lanes
         )
@@ -33,23 +30,10 @@ class Passwords:
         sys.setswitchinterval(0.0005)
         self._room = settings.password_threads + settings.password_queue
         self._dummy = self._hasher.hash("nobody's password")
-        lines = _COMMON_FILE.read_text(encoding="utf-8").splitlines()
-        self._common = frozenset(line for line in lines if not line.startswith("#"))
-
-    def is_common(self, password: str) -> bool:
-        """Whether the password is among the most used ones, whatever its case."""
-        return _normalized(password).casefold() in self._common
-
-    def refuse_common(self, password: str, field: str) -> None:
-        """Raises INVALID_ARGUMENT (PASSWORD_COMMON), naming the field, for one of the most used passwords."""
-        if self.is_common(password):
-            raise errors.invalid_argument(
-                "PASSWORD_COMMON", "The password is among the most used ones: choose another.", field=field
-            )
 
     async def hash(self, password: str) -> str:
         """The hash to store, with its parameters. Raises RESOURCE_EXHAUSTED (OVERLOADED)."""
-        return await self._run(lambda: self._hasher.hash(_normalized(password)))
+        return await self._run(lambda: self._hasher.hash(normalized(password)))
 
     async def verify(self, password_hash: str | None, password: str) -> bool:
         """Whether the password is the hashed one; without a hash no, after the same work.
@@ -70,13 +54,15 @@ class Passwords:
 
     def _matches(self, password_hash: str, password: str) -> bool:
         try:
-            return self._hasher.verify(password_hash, _normalized(password))
+            return self._hasher.verify(password_hash, normalized(password))
         except (VerificationError, InvalidHashError):
             return False
 
     async def _run(self, work: Callable[[], T]) -> T:
         if self._room <= 0:
-            raise errors.resource_exhausted("OVERLOADED", "Too many people are signing in.", retry_seconds=1)
+            raise errors.resource_exhausted(
+                "OVERLOADED", "Too many passwords wait to be checked.", retry_seconds=1
+            )
         self._room -= 1
         loop = asyncio.get_running_loop()
 
@@ -98,6 +84,6 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _normalized(password: str) -> str:
+def normalized(password: str) -> str:
     """One spelling for each password (RFC 8265, section 4.2: NFC)."""
     return unicodedata.normalize("NFC", password)
