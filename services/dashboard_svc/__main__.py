@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.draft_service_pb2_grpc import add_DraftServiceServicer_to_server
+from meshboard.dashboard.v1.file_service_pb2_grpc import add_FileServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.library_service_pb2_grpc import add_LibraryWidgetServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
+from meshboard.dashboard.v1.template_service_pb2_grpc import add_TemplateServiceServicer_to_server
 from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
@@ -33,15 +35,18 @@ from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.checks import Checks
 from services.dashboard_svc.consumers import on_workspace_deleted
+from services.dashboard_svc.content_checks import ContentChecks
 from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.files import FileServicer
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
 from services.dashboard_svc.settings import Settings
 from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.templates import TemplateServicer
 from services.dashboard_svc.versions import VersionServicer
 from services.dashboard_svc.widgets import WidgetServicer
 
@@ -102,6 +107,8 @@ async def serve(settings: Settings) -> None:
     library = LibraryWidgetServicer(
         db=sessions, boards=boards, pages=pages, checks=checks, dashboards=DASHBOARD
     )
+    files = FileServicer(sessions, boards, grants, ContentChecks(checks, sources))
+    templates = TemplateServicer(sessions, pages, grants, sources)
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -128,6 +135,8 @@ async def serve(settings: Settings) -> None:
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
             lambda s: add_LibraryWidgetServiceServicer_to_server(library, s),
+            lambda s: add_FileServiceServicer_to_server(files, s),
+            lambda s: add_TemplateServiceServicer_to_server(templates, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
         ],
