@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
 import pytest
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import ParseDict
 from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent
-from meshboard.dashboard.v1.dashboard_service_pb2 import UpdateDashboardRequest
 from meshboard.dashboard.v1.file_service_pb2 import (
     ApplyDashboardRequest,
     ApplyDashboardResponse,
@@ -16,11 +14,9 @@ from meshboard.dashboard.v1.file_service_pb2 import (
     ExportDashboardRequest,
 )
 from meshboard.dashboard.v1.version_service_pb2 import ListVersionsRequest
-from meshboard.dashboard.v1.widget_service_pb2 import ListWidgetsRequest, UpdateWidgetRequest
 
-from services.chassis import errors
 from tests.dashboard_svc.conftest import Mesh
-from tests.harness import Member, new_id, outcome, refused
+from tests.harness import Member, new_id
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
