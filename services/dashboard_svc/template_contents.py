@@ -221,7 +221,7 @@ def _product(source_id: str) -> Json:
                 description="Choose its steps above; a step for which none is chosen is any event.",
                 funnel={
                     "sourceIds": [source_id],
-                    "actor": "PERSON",
+                    "actor": "PERSON_ID",
                     "filters": filters,
                     "windowSeconds": 14 * _DAY,
                     "steps": [
@@ -238,7 +238,7 @@ def _product(source_id: str) -> Json:
                 ownTimeRange=True,
                 retention={
                     "sourceIds": [source_id],
-                    "actor": "PERSON",
+                    "actor": "PERSON_ID",
                     "filters": filters,
                     "period": "WEEK",
                     "periodCount": 8,

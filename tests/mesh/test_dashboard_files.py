@@ -99,7 +99,7 @@ async def test_every_widget_of_a_template_answers(owner: tuple[Person, str], tem
             if not choices and names[each["widgetId"]] not in EMPTY:
                 shown = each.get("result") or each.get("funnel")
                 assert shown, names[each["widgetId"]]
-                assert shown.get("rows") or shown.get("groups"), names[each["widgetId"]]
+                assert shown.get("rows") or shown.get("total"), names[each["widgetId"]]
 
 
 async def test_a_file_moves_to_another_workspace(
