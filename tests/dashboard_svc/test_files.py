@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
-from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, DashboardContent, Widget
 from meshboard.dashboard.v1.dashboard_service_pb2 import CreateDashboardGrantRequest, UpdateDashboardRequest
 from meshboard.dashboard.v1.draft_service_pb2 import StartDraftRequest
 from meshboard.dashboard.v1.file_service_pb2 import (
@@ -20,7 +21,7 @@ from meshboard.dashboard.v1.file_service_pb2 import (
 )
 from meshboard.dashboard.v1.version_service_pb2 import ListVersionsRequest
 from meshboard.dashboard.v1.widget_service_pb2 import ListWidgetsRequest, UpdateWidgetRequest
-from meshboard.user.v1.grant_pb2 import Grant
+from meshboard.user.v1.grant_pb2 import Grant, Subject
 from sqlalchemy import text
 
 from services.chassis import errors
@@ -421,26 +422,26 @@ async def widget_ids(mesh: Mesh, member: Member, dashboard_id: str) -> list[str]
 
 async def rename(mesh: Mesh, member: Member, dashboard_id: str, **fields: Any) -> None:
     request = UpdateDashboardRequest(
-        dashboard={"dashboard_id": dashboard_id, **fields}, update_mask={"paths": list(fields)}
+        dashboard=Dashboard(dashboard_id=dashboard_id, **fields), update_mask=FieldMask(paths=list(fields))
     )
     await mesh.dashboards.UpdateDashboard(request, metadata=member.metadata)
 
 
 async def rename_widget(mesh: Mesh, member: Member, dashboard_id: str, widget_id: str, title: str) -> None:
-    widget = {"dashboard_id": dashboard_id, "widget_id": widget_id, "title": title}
-    request = UpdateWidgetRequest(widget=widget, update_mask={"paths": ["title"]})
+    widget = Widget(dashboard_id=dashboard_id, widget_id=widget_id, title=title)
+    request = UpdateWidgetRequest(widget=widget, update_mask=FieldMask(paths=["title"]))
     await mesh.widgets.UpdateWidget(request, metadata=member.metadata)
 
 
 async def grant(mesh: Mesh, member: Member, dashboard_id: str, to: Member, role: str) -> None:
     request = CreateDashboardGrantRequest(
-        dashboard_id=dashboard_id, subject={"user_id": to.user_id}, role=role
+        dashboard_id=dashboard_id, subject=Subject(user_id=to.user_id), role=role
     )
     await mesh.dashboards.CreateDashboardGrant(request, metadata=member.metadata)
 
 
 async def deny_all(mesh: Mesh, member: Member, dashboard_id: str) -> None:
     request = CreateDashboardGrantRequest(
-        dashboard_id=dashboard_id, subject={"workspace": True}, role="viewer", effect=Grant.DENY
+        dashboard_id=dashboard_id, subject=Subject(workspace=True), role="viewer", effect=Grant.DENY
     )
     await mesh.dashboards.CreateDashboardGrant(request, metadata=member.metadata)
