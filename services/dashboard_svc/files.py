@@ -147,33 +147,43 @@ class FileServicer(FileServiceServicer):
         here: DashboardContent,
         base: DashboardContent,
     ) -> pb.ApplyDashboardResponse:
-        caller, now = auth.caller(), self.now()
         merged = _merged(base, here, theirs)
-        answer = pb.ApplyDashboardResponse(conflicts=_conflicts(merged, here, theirs))
-        if merged.conflicts and not request.force:
-            if not request.dry_run:
-                raise _conflict(merged.conflicts)
-            answer.outcome = pb.ApplyDashboardResponse.REFUSED
-        await self.checks.check(caller.workspace_id, merged.content, here)
-        answer.changes.extend(_told(here, merged.content))
-        if not answer.outcome:
-            changed = bool(answer.changes)
-            answer.outcome = (
-                pb.ApplyDashboardResponse.CHANGED if changed else pb.ApplyDashboardResponse.UNCHANGED
-            )
+        refused = bool(merged.conflicts) and not request.force
+        if refused and not request.dry_run:
+            raise _conflict(merged.conflicts)
+        await self.checks.check(auth.caller().workspace_id, merged.content, here)
+        told = _told(here, merged.content)
+        if not request.dry_run and (told or theirs != base):
+            dashboard = await self._write(request, dashboard, merged.content, here, theirs)
+        async with self.db() as session:
+            answer = await for_caller(session, dashboard_to_pb(dashboard))
+        return pb.ApplyDashboardResponse(
+            outcome=_outcome(refused=refused, changed=bool(told)),
+            dashboard=answer,
+            changes=told,
+            conflicts=_conflicts(merged, here, theirs),
+        )
+
+    async def _write(
+        self,
+        request: pb.ApplyDashboardRequest,
+        judged: Dashboard,
+        content: DashboardContent,
+        here: DashboardContent,
+        theirs: DashboardContent,
+    ) -> Dashboard:
+        """The dashboard with the content, and with the file kept."""
+        caller = auth.caller()
         async with self.db.begin() as session:
-            if not request.dry_run and (answer.changes or theirs != base):
-                # What was judged is what is there, or nothing is done.
-                etag = str(dashboard.version)
-                dashboard = await locked(session, caller.workspace_id, dashboard.dashboard_id, etag)
-                await hold_library(session, caller.workspace_id, merged.content, here)
-                if await write_content(session, dashboard, merged.content, author_id=caller.user_id, now=now):
-                    await record(session, dashboard, caller.user_id, request.reason)
-                await _keep(session, dashboard, theirs)
-            answer.dashboard.CopyFrom(await for_caller(session, dashboard_to_pb(dashboard)))
-        if not request.dry_run:
-            await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
-        return answer
+            # What was judged is what is there, or nothing is done.
+            etag = str(judged.version)
+            dashboard = await locked(session, caller.workspace_id, judged.dashboard_id, etag)
+            await hold_library(session, caller.workspace_id, content, here)
+            if await write_content(session, dashboard, content, author_id=caller.user_id, now=self.now()):
+                await record(session, dashboard, caller.user_id, request.reason)
+            await _keep(session, dashboard, theirs)
+        await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
+        return dashboard
 
     async def _find(self, session: AsyncSession, name: str) -> Dashboard | None:
         """The dashboard that has the name, when the caller may see it."""
@@ -286,6 +296,12 @@ def _merged(base: DashboardContent, here: DashboardContent, theirs: DashboardCon
             widget.layout.CopyFrom(layouts.below(places))
             places.append(widget.layout)
     return merged
+
+
+def _outcome(*, refused: bool, changed: bool) -> pb.ApplyDashboardResponse.Outcome.ValueType:
+    if refused:
+        return pb.ApplyDashboardResponse.REFUSED
+    return pb.ApplyDashboardResponse.CHANGED if changed else pb.ApplyDashboardResponse.UNCHANGED
 
 
 def _told(before: DashboardContent, after: DashboardContent) -> list[Change]:

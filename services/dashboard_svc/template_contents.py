@@ -59,6 +59,7 @@ def _values_of(source_id: str, name: str, title: str, of: str, *filters: Json) -
 
 
 def _web_analytics(source_id: str) -> Json:
+    usual = {"lastSeconds": 30 * _DAY}
     # A page that was seen: robots see none.
     seen = [_where("path", "EXISTS"), _where("is_robot", "EQUAL", "false")]
     filters = [
@@ -71,8 +72,8 @@ def _web_analytics(source_id: str) -> Json:
     per_visit = {"formula": "views / visits", "alias": "views_per_visit"}
 
     def query(*measures: Json, **more: Any) -> Json:
-        asked = {"sourceIds": [source_id], "measures": list(measures), "filters": filters, **more}
-        return {"query": asked}
+        asked = {"sourceIds": [source_id], "measures": list(measures), "filters": filters, "timeRange": usual}
+        return {"query": {**asked, **more}}
 
     def number(*measures: Json) -> Json:
         compared = query(*measures, comparison={"period": "PREVIOUS"})
@@ -88,7 +89,7 @@ def _web_analytics(source_id: str) -> Json:
 
     return {
         "tags": ["web"],
-        "settings": {"timeRange": {"lastSeconds": 30 * _DAY}},
+        "settings": {"timeRange": usual},
         "variables": [
             _values_of(source_id, "host", "Host", "host", *seen),
             _values_of(source_id, "path", "Page", "path", *seen, _chosen("host", "host")),
@@ -152,13 +153,14 @@ def _web_analytics(source_id: str) -> Json:
 
 
 def _product(source_id: str) -> Json:
+    usual = {"lastSeconds": 30 * _DAY}
     filters = [_chosen("country", "country"), _chosen("device", "device")]
     users, events = _unique("users", "person_id"), _count("events")
     steps = ("first_step", "second_step", "third_step")
 
     def query(*measures: Json, **more: Any) -> Json:
-        asked = {"sourceIds": [source_id], "measures": list(measures), "filters": filters, **more}
-        return {"query": asked}
+        asked = {"sourceIds": [source_id], "measures": list(measures), "filters": filters, "timeRange": usual}
+        return {"query": {**asked, **more}}
 
     def active(days: int) -> Json:
         compared = query(users, timeRange={"lastSeconds": days * _DAY}, comparison={"period": "PREVIOUS"})
@@ -170,7 +172,7 @@ def _product(source_id: str) -> Json:
 
     return {
         "tags": ["product"],
-        "settings": {"timeRange": {"lastSeconds": 30 * _DAY}},
+        "settings": {"timeRange": usual},
         "variables": [
             _values_of(source_id, "country", "Country", "country"),
             _values_of(source_id, "device", "Device", "device"),
@@ -223,6 +225,7 @@ def _product(source_id: str) -> Json:
                     "sourceIds": [source_id],
                     "actor": "PERSON_ID",
                     "filters": filters,
+                    "timeRange": usual,
                     "windowSeconds": 14 * _DAY,
                     "steps": [
                         {"title": f"Step {number}", "filters": [_chosen(name, "event")]}
@@ -250,6 +253,7 @@ def _product(source_id: str) -> Json:
 
 
 def _api_traffic(source_id: str) -> Json:
+    usual = {"lastSeconds": _DAY}
     filters = [_chosen("host", "host"), _chosen("method", "properties.method"), _chosen("path", "path")]
     requests = _count("requests")
     errors = _count("errors", _where("properties.status", "GREATER_OR_EQUAL", 500), hidden=True)
@@ -263,8 +267,8 @@ def _api_traffic(source_id: str) -> Json:
         ]
 
     def query(*measures: Json, **more: Any) -> Json:
-        asked = {"sourceIds": [source_id], "measures": list(measures), "filters": filters, **more}
-        return {"query": asked}
+        asked = {"sourceIds": [source_id], "measures": list(measures), "filters": filters, "timeRange": usual}
+        return {"query": {**asked, **more}}
 
     hourly = {"granularity": "HOUR", "fillGaps": True}
     by_path: Json = {"breakdowns": [{"property": "path"}], "limit": 20}
@@ -272,7 +276,7 @@ def _api_traffic(source_id: str) -> Json:
     percent = {"unit": "PERCENT", "decimals": 2}
     return {
         "tags": ["api"],
-        "settings": {"timeRange": {"lastSeconds": _DAY}},
+        "settings": {"timeRange": usual},
         "variables": [
             _values_of(source_id, "host", "Host", "host"),
             _values_of(source_id, "method", "Method", "properties.method"),

@@ -86,6 +86,10 @@ async def test_every_widget_of_a_template_answers(owner: tuple[Person, str], tem
     (told,) = [each for each in listed if each["template"] == template]
     widgets = (await ann.get(f"/v1/dashboards/{dashboard_id}/widgets"))["widgets"]
     assert len(widgets) == told["widgetCount"] > 8
+    # Each is what a person could write: all that writers are asked about is asked about it.
+    file = (await ann.get(f"/v1/dashboards/{dashboard_id}:export"))["file"]
+    planned = await ann.post("/v1/dashboards:apply", {"file": {**file, "name": "again"}, "dryRun": True})
+    assert planned["outcome"] == "CREATED"
     names = {widget["widgetId"]: widget["name"] for widget in widgets}
     for choices in ("", "&choices=country=", "&choices=path=/blog/tags/puppet"):
         if "path" in choices and template == "product":
