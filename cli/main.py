@@ -19,8 +19,8 @@ from typing import Any
 
 import click
 
+from cli import dashboards, operate, parts
 from cli import mails as landed
-from cli import operate, parts
 from cli import send as sending
 from cli.envoy_config import DEFAULT_PORT, REPOSITORY
 from cli.operate import data_option
@@ -221,6 +221,8 @@ main.add_command(operate.events)
 main.add_command(operate.keys)
 main.add_command(operate.reindex)
 main.add_command(sending.send)
+main.add_command(dashboards.export)
+main.add_command(dashboards.apply)
 
 
 # --- looking at it ----------------------------------------------------------------------------------------

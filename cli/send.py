@@ -14,13 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
-from cli.envoy_config import DEFAULT_PORT
+from cli.gateway import checked_url, gateway_url, secret_from
 from cli.operate import data_option, output_option
-from cli.stack import read_state
 
 KEY_VARIABLE = "MESHBOARD_WRITE_KEY"
 FORMATS = ("ndjson", "csv", "parquet", "combined", "json-log")
@@ -90,8 +88,8 @@ def send(
     Exit code 0: all is sent. 1: it stopped, run it again. 3: all is sent, but some records were refused.
     """
     records = importlib.import_module("cli.records")
-    write_key = _write_key(key_file)
-    url = _checked(url or _gateway_url(data))
+    write_key = secret_from(key_file, KEY_VARIABLE, "write key", "--key-file")
+    url = checked_url(url or gateway_url(data), "write key")
     columns = records.Columns(
         _pairs(named, "--map", records.FIELD_NAMES),
         _pairs(fixed, "--set", records.FIELD_NAMES),
@@ -215,38 +213,6 @@ def _tell(path: Path, outcome: Any, stopped: str, seconds: float) -> None:
         _say(f"Stopped: {stopped.rstrip('.')}.")
         if outcome.accepted or outcome.earlier:
             _say("What is sent is remembered: the same command goes on there.")
-
-
-def _write_key(file: Path | None) -> str:
-    try:
-        key = file.read_text().strip() if file else os.environ.get(KEY_VARIABLE, "").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{file} cannot be read: {error}") from None
-    if not key:
-        raise click.ClickException(
-            f"No write key. Put it into a file and name that with --key-file, or into {KEY_VARIABLE}."
-        )
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise click.ClickException(
-            "What stands for the write key is none: it has characters that no key has."
-        )
-    return key
-
-
-def _gateway_url(data: Path) -> str:
-    state = read_state(data)
-    return str(state["gateway_url"]) if state else f"http://127.0.0.1:{DEFAULT_PORT}"
-
-
-def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise click.BadParameter(
-            f"{url!r} is no address such as https://meshboard.example.", param_hint="--url"
-        )
-    if parts.scheme == "http" and parts.hostname not in {"localhost", "127.0.0.1", "::1"}:
-        _say(f"Warning: the write key travels to {parts.hostname} unencrypted. Better use https.")
-    return url
 
 
 def _state_folder(url: str, write_key: str) -> Path:

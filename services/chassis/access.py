@@ -197,15 +197,22 @@ class Access:
                 "SECOND_FACTOR_REQUIRED", "The workspace requires a sign-in with a second factor."
             )
         for need in rule.needs:
-            if auth.FULL_SCOPE not in claims.scopes and need.permission not in claims.scopes:
-                raise errors.permission_denied(
-                    "SCOPE_MISSING",
-                    f"The token's scope lacks the permission {need.permission}.",
-                    permission=need.permission,
-                )
+            _check_scope(need, claims)
         for need in rule.needs:
-            await self._check_need(need, request, rights)
+            await self._check_need(need, [] if need.on_workspace else _values(request, need.path), rights)
         return caller.in_workspace(rights)
+
+    async def require(self, caller: auth.Caller, permission: str, field: str, resource_id: str) -> None:
+        """Decides about a resource that the request does not name by its id, once it has been found.
+
+        `field` is what a request would name it by, such as `dashboard_id`; without a `resource_id` the workspace is
+        meant. Raises NOT_FOUND or PERMISSION_DENIED, as the `access` option does.
+        """
+        assert caller.claims is not None
+        assert caller.rights is not None, "the access stage settles the rights"
+        need = Need(permission, (field,), or_workspace=True)
+        _check_scope(need, caller.claims)
+        await self._check_need(need, [resource_id], caller.rights)
 
     def _check_person(self, rule: Rule, claims: auth.Claims) -> None:
         if not claims.is_person:
@@ -215,8 +222,7 @@ class Access:
                 "REAUTHENTICATION_REQUIRED", "Prove once more who you are, then repeat the call."
             )
 
-    async def _check_need(self, need: Need, request: message.Message, rights: Rights) -> None:
-        named = [] if need.on_workspace else _values(request, need.path)
+    async def _check_need(self, need: Need, named: list[str], rights: Rights) -> None:
         if need.on_workspace or (need.or_workspace and named == [""]):
             if need.permission not in rights.permissions:
                 raise _missing(need)
@@ -281,6 +287,15 @@ class _Batch:
     resource_ids: set[str] = field(default_factory=set)
     subject_ids: set[str] = field(default_factory=set)
     found: asyncio.Task[resources.Found] | None = None
+
+
+def _check_scope(need: Need, claims: auth.Claims) -> None:
+    if auth.FULL_SCOPE not in claims.scopes and need.permission not in claims.scopes:
+        raise errors.permission_denied(
+            "SCOPE_MISSING",
+            f"The token's scope lacks the permission {need.permission}.",
+            permission=need.permission,
+        )
 
 
 def _missing(need: Need) -> errors.Error:

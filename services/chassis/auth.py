@@ -156,6 +156,23 @@ async def recheck() -> None:
     await _recheck.get()()
 
 
+_require: ContextVar[Callable[[str, str, str], Awaitable[None]]] = ContextVar("require")
+
+
+def set_require(require: Callable[[str, str, str], Awaitable[None]]) -> None:
+    """Sets how it is decided whether this call's caller has a permission on one more resource."""
+    _require.set(require)
+
+
+async def require(permission: str, field: str, resource_id: str) -> None:
+    """Checks that the caller has a permission on a resource that the request names otherwise than by its id.
+
+    `field` is what its id is called in requests, such as `dashboard_id`; with an empty `resource_id` the workspace is
+    meant. Raises NOT_FOUND or PERMISSION_DENIED, exactly as the `access` option would.
+    """
+    await _require.get()(permission, field, resource_id)
+
+
 # Compact JWS
 
 

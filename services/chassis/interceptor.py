@@ -200,6 +200,7 @@ class _Stages:
         auth.set_caller(await access.authorize(self._rule, request, metadata, caller))
         outbox.actor.set(_actor(auth.caller()))
         auth.set_recheck(lambda: self._recheck(request, metadata))
+        auth.set_require(lambda *what: access.require(auth.caller(), *what))
 
     async def _recheck(self, request: message.Message, metadata: Metadata) -> None:
         access = self._interceptor.access

@@ -7,10 +7,12 @@ from functools import partial
 from meshboard.dashboard.v1.annotation_service_pb2_grpc import add_AnnotationServiceServicer_to_server
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import add_DashboardServiceServicer_to_server
 from meshboard.dashboard.v1.draft_service_pb2_grpc import add_DraftServiceServicer_to_server
+from meshboard.dashboard.v1.file_service_pb2_grpc import add_FileServiceServicer_to_server
 from meshboard.dashboard.v1.folder_service_pb2_grpc import add_FolderServiceServicer_to_server
 from meshboard.dashboard.v1.library_service_pb2_grpc import add_LibraryWidgetServiceServicer_to_server
 from meshboard.dashboard.v1.search_service_pb2_grpc import add_SearchServiceServicer_to_server
 from meshboard.dashboard.v1.share_service_pb2_grpc import add_ShareServiceServicer_to_server
+from meshboard.dashboard.v1.template_service_pb2_grpc import add_TemplateServiceServicer_to_server
 from meshboard.dashboard.v1.variable_service_pb2_grpc import add_VariableServiceServicer_to_server
 from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
@@ -41,10 +43,12 @@ from services.dashboard_svc.annotations import Annotations, AnnotationServicer
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
+from services.dashboard_svc.content_checks import ContentChecks
 from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.files import FileServicer
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
@@ -53,6 +57,7 @@ from services.dashboard_svc.share_links import ShareLinks, Tickets
 from services.dashboard_svc.shares import ShareServicer, password_delayed
 from services.dashboard_svc.snapshots import Snapshots
 from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.templates import TemplateServicer
 from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.versions import VersionServicer
@@ -140,6 +145,8 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
     )
+    files = FileServicer(sessions, boards, grants, ContentChecks(validation, sources))
+    templates = TemplateServicer(sessions, pages, grants, sources)
     searches = SearchServicer(sessions, search, user_peer, pages)
 
     async def on_team_deleted(session: AsyncSession, event: TeamDeleted) -> None:
@@ -165,6 +172,8 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
             lambda s: add_LibraryWidgetServiceServicer_to_server(library, s),
             lambda s: add_AnnotationServiceServicer_to_server(annotations, s),
             lambda s: add_VariableServiceServicer_to_server(variables, s),
+            lambda s: add_FileServiceServicer_to_server(files, s),
+            lambda s: add_TemplateServiceServicer_to_server(templates, s),
             lambda s: add_InternalGrantServiceServicer_to_server(internal_grants, s),
             lambda s: add_SearchServiceServicer_to_server(searches, s),
             lambda s: add_ShareServiceServicer_to_server(shares, s),

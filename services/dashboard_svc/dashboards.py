@@ -24,7 +24,7 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardUpdated,
 )
 from sqlalchemy import ColumnElement, Text, and_, func, select
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -42,7 +42,6 @@ from services.dashboard_svc.bin import purge, take_out
 from services.dashboard_svc.boards import Boards, absent, locked, shown
 from services.dashboard_svc.contents import (
     FIELDS,
-    kept_of,
     only,
     record,
     shown_content,
@@ -58,6 +57,7 @@ from services.dashboard_svc.feeds import Feeds
 from services.dashboard_svc.folders import FOLDER, held_folder
 from services.dashboard_svc.library import resolved
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.new_dashboards import insert_dashboard, made_before, name_taken
 from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.sources import Sources
@@ -205,7 +205,7 @@ class DashboardServicer(DashboardServiceServicer):
                 outbox.add(session, DashboardUpdated(dashboard=updated), workspace_id=caller.workspace_id)
                 answer = await for_caller(session, updated)
         except IntegrityError:  # the constraint on names
-            raise _name_taken(wanted.name) from None
+            raise name_taken(wanted.name) from None
         await self.boards.changed(updated.workspace_id, updated.dashboard_id)
         return pb.UpdateDashboardResponse(dashboard=answer)
 
@@ -399,44 +399,22 @@ class DashboardServicer(DashboardServiceServicer):
         request_id: str,
         name: str = "",
     ) -> Dashboard | None:
-        """The new dashboard, without widgets, and the caller's grant on it; None: something like it is there."""
-        caller, now = auth.caller(), self.now()
-        dashboard = await session.scalar(
-            insert(Dashboard)
-            .values(
-                workspace_id=caller.workspace_id,
-                dashboard_id=new_id(),
-                folder_id=await held_folder(session, caller.workspace_id, folder_id),
-                title=content.title,
-                description=content.description,
-                tags=list(content.tags),
-                content=kept_of(content),
-                name=name or None,
-                version=1,
-                creator_id=caller.user_id,
-                request_id=request_id or None,
-                create_time=now,
-                update_time=now,
-            )
-            .on_conflict_do_nothing()
-            .returning(Dashboard)
+        """The new dashboard, without widgets; None: something like it is there."""
+        return await insert_dashboard(
+            session,
+            self.grants,
+            content,
+            folder_id=folder_id,
+            now=self.now(),
+            request_id=request_id,
+            name=name,
         )
-        if dashboard is not None:
-            self.grants.own(session, dashboard.dashboard_id)
-        return dashboard
 
     async def _first(self, session: AsyncSession, request_id: str, name: str = "") -> dashboard_pb2.Dashboard:
         """The dashboard that an earlier call made; without one, ALREADY_EXISTS is raised: it is the name, then."""
-        caller = auth.caller()
-        first = await session.scalar(
-            select(Dashboard).where(
-                Dashboard.workspace_id == caller.workspace_id,
-                Dashboard.creator_id == caller.user_id,
-                Dashboard.request_id == request_id,
-            )
-        )
+        first = await made_before(session, request_id)
         if first is None:
-            raise _name_taken(name)
+            raise name_taken(name)
         (dashboard,) = await shown(session, [first])
         return await for_caller(session, dashboard)
 
@@ -485,12 +463,6 @@ def _filters(request: pb.ListDashboardsRequest, favourite: ColumnElement[bool]) 
     if request.name:
         filters.append(Dashboard.name == request.name)
     return filters
-
-
-def _name_taken(name: str) -> errors.Error:
-    return errors.already_exists(
-        "DASHBOARD_NAME_TAKEN", "Another dashboard of the workspace has this name.", name=name
-    )
 
 
 def _scope(

@@ -186,6 +186,23 @@ class Favourite(Base):
     create_time: Mapped[Time]
 
 
+class AppliedFile(Base):
+    """What the file of a dashboard said when it was applied last: `content`, a serialized DashboardContent."""
+
+    __tablename__ = "applied_files"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "dashboard_id"],
+            ["dashboards.workspace_id", "dashboards.dashboard_id"],
+            ondelete="CASCADE",
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class LibraryWidget(Base):
     """A widget of the library; `content` as in `Widget`."""
 

@@ -28,6 +28,10 @@ from meshboard.dashboard.v1.draft_service_pb2_grpc import (
     DraftServiceStub,
     add_DraftServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.file_service_pb2_grpc import (
+    FileServiceStub,
+    add_FileServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.folder_pb2 import Folder as FolderMessage
 from meshboard.dashboard.v1.folder_service_pb2 import CreateFolderRequest
 from meshboard.dashboard.v1.folder_service_pb2_grpc import (
@@ -45,6 +49,10 @@ from meshboard.dashboard.v1.search_service_pb2_grpc import (
 from meshboard.dashboard.v1.share_service_pb2_grpc import (
     ShareServiceStub,
     add_ShareServiceServicer_to_server,
+)
+from meshboard.dashboard.v1.template_service_pb2_grpc import (
+    TemplateServiceStub,
+    add_TemplateServiceServicer_to_server,
 )
 from meshboard.dashboard.v1.variable_service_pb2_grpc import (
     VariableServiceStub,
@@ -84,10 +92,12 @@ from services.chassis.server import Server
 from services.dashboard_svc.annotations import Annotations, AnnotationServicer
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
+from services.dashboard_svc.content_checks import ContentChecks
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.drafts import DraftServicer
 from services.dashboard_svc.feeds import Feeds
+from services.dashboard_svc.files import FileServicer
 from services.dashboard_svc.folders import FOLDER, FolderServicer, grants_on_folders
 from services.dashboard_svc.library_widgets import LibraryWidgetServicer
 from services.dashboard_svc.searches import SearchServicer
@@ -96,6 +106,7 @@ from services.dashboard_svc.share_links import ShareLinks, Tickets
 from services.dashboard_svc.shares import ShareServicer, password_delayed
 from services.dashboard_svc.snapshots import Snapshots
 from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.templates import TemplateServicer
 from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.versions import VersionServicer
@@ -125,6 +136,8 @@ class Mesh:
     folders: Any
     widgets: Any
     library: Any
+    files: Any
+    templates: Any
     internal_grants: Any
     searches: Any
     annotations: Any
@@ -257,6 +270,10 @@ async def mesh(
                 draining=lambda: servers[0].draining.is_set(),  # noqa: PLW0108 - made below
                 bin_days=settings.bin_days,
             )
+            files = FileServicer(
+                db, boards, dashboards.grants, ContentChecks(Validation(db, peers[1]), sources)
+            )
+            templates = TemplateServicer(db, pages, dashboards.grants, sources)
             drafts = DraftServicer(db, boards, answers)
             versions = VersionServicer(db, boards, sources, pages)
             validation = Validation(db, peers[1])
@@ -305,6 +322,8 @@ async def mesh(
                 lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
                 lambda server: add_LibraryWidgetServiceServicer_to_server(library, server),
+                lambda server: add_FileServiceServicer_to_server(files, server),
+                lambda server: add_TemplateServiceServicer_to_server(templates, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
                 lambda server: add_AnnotationServiceServicer_to_server(annotations, server),
                 lambda server: add_VariableServiceServicer_to_server(variables, server),
@@ -339,6 +358,8 @@ async def mesh(
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
                 library=LibraryWidgetServiceStub(channel),
+                files=FileServiceStub(channel),
+                templates=TemplateServiceStub(channel),
                 searches=SearchServiceStub(channel),
                 annotations=AnnotationServiceStub(channel),
                 variables=VariableServiceStub(channel),

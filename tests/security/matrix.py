@@ -506,6 +506,24 @@ MATRIX: Mapping[str, Row] = {
     "dashboard.v1.VersionService.RestoreVersion": On(
         {**_BOARD, "version_id": "99999"}, "0-+++", "DASHBOARD_NOT_FOUND", ("VERSION_NOT_FOUND",)
     ),
+    "dashboard.v1.FileService.ExportDashboard": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
+    # Behind the access rules the content is looked at, and this one has no title.
+    "dashboard.v1.FileService.ApplyDashboard": In(
+        {"file": {"name": "none"}}, "-++++", ("VALIDATION_FAILED",)
+    ),
+    "dashboard.v1.FileService.ApplyDashboard#a new one": In(
+        {"file": {"name": "traffic", "content": {"title": "t"}}, "dry_run": True}, "--+++"
+    ),
+    "dashboard.v1.TemplateService.ListDashboardTemplates": In({}, "-++++"),
+    "dashboard.v1.TemplateService.CreateDashboardFromTemplate": In(
+        {"template": "none", "source_id": "{source}"}, "--+++", ("TEMPLATE_NOT_FOUND",)
+    ),
+    "dashboard.v1.TemplateService.CreateDashboardFromTemplate#in a folder": On(
+        {"template": "none", "source_id": "{source}", "folder_id": "{folder}"},
+        "0-+++",
+        "FOLDER_NOT_FOUND",
+        ("TEMPLATE_NOT_FOUND",),
+    ),
     "dashboard.v1.DashboardService.GetDashboardData": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
     "dashboard.v1.DashboardService.WatchDashboard": On(_BOARD, "0++++", "DASHBOARD_NOT_FOUND"),
     "dashboard.v1.DashboardService.CreateDashboardGrant": On(

@@ -110,6 +110,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: viewers watch the share link with more than 100 different choices at once. Repeat after
     `RetryInfo.retry_delay`.
     """
+    FILE_CONFLICT: _ErrorReason.ValueType  # 76
+    """ABORTED: the file and what was changed here since it was applied last say different things; `paths` names up to 20. Take
+    the changes into the file, or apply it with `force`.
+    """
+    FOLDER_AMBIGUOUS: _ErrorReason.ValueType  # 77
+    """FAILED_PRECONDITION: several folders are called what the file says. Rename one."""
+    TEMPLATE_NOT_FOUND: _ErrorReason.ValueType  # 78
+    """NOT_FOUND: there is no such template. `ListDashboardTemplates` tells which there are."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -202,4 +210,12 @@ SHARE_LINK_BUSY: ErrorReason.ValueType  # 67
 """RESOURCE_EXHAUSTED: viewers watch the share link with more than 100 different choices at once. Repeat after
 `RetryInfo.retry_delay`.
 """
+FILE_CONFLICT: ErrorReason.ValueType  # 76
+"""ABORTED: the file and what was changed here since it was applied last say different things; `paths` names up to 20. Take
+the changes into the file, or apply it with `force`.
+"""
+FOLDER_AMBIGUOUS: ErrorReason.ValueType  # 77
+"""FAILED_PRECONDITION: several folders are called what the file says. Rename one."""
+TEMPLATE_NOT_FOUND: ErrorReason.ValueType  # 78
+"""NOT_FOUND: there is no such template. `ListDashboardTemplates` tells which there are."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,65 @@
+"""What files call dashboards and widgets."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent, Widget
+
+from services.chassis.db import new_id
+
+_LONGEST = 100
+
+
+def name_from(title: str, other: str) -> str:
+    """A name made of a title: `Top pages (7 d)` is `top-pages-7-d`; `other` when nothing of it is left."""
+    plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_LONGEST].strip("-") or other
+
+
+def name_widgets(content: DashboardContent) -> None:
+    """Gives each widget that lacks a name one that is made of its title, and that no other widget has."""
+    taken = {widget.name for widget in content.widgets}
+    for widget in content.widgets:
+        if not widget.name:
+            widget.name = _free(name_from(widget.title, _kind(widget)), taken)
+            taken.add(widget.name)
+
+
+def identify_widgets(theirs: DashboardContent, base: DashboardContent, here: DashboardContent) -> None:
+    """Gives the widgets of a file the ids of those that they are.
+
+    A widget is the one that has its name here, else the one that had it in the file before; else the one with its id;
+    else the one that has no name, but would be called so. All others are new.
+    """
+    unnamed = DashboardContent()
+    unnamed.CopyFrom(here)
+    name_widgets(unnamed)
+    known = {widget.widget_id for content in (here, base) for widget in content.widgets}
+    said = [widget.widget_id.lower() for widget in theirs.widgets]
+    found = [""] * len(said)
+    for ids in (_ids(here), _ids(base), None, _ids(unnamed)):
+        for index, widget in enumerate(theirs.widgets):
+            candidate = said[index] if ids is None else ids.get(widget.name, "")
+            if not found[index] and candidate in known and candidate not in found:
+                found[index] = candidate
+    for widget, widget_id in zip(theirs.widgets, found, strict=True):
+        widget.widget_id = widget_id or new_id()
+
+
+def _ids(content: DashboardContent) -> dict[str, str]:
+    return {widget.name: widget.widget_id for widget in content.widgets if widget.name}
+
+
+def _kind(widget: Widget) -> str:
+    return Widget.Kind.Name(widget.kind).lower().replace("_", "-") if widget.kind else "widget"
+
+
+def _free(name: str, taken: set[str]) -> str:
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        end = f"-{number}"
+        free = name[: _LONGEST - len(end)] + end
+    return free
