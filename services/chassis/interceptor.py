@@ -55,7 +55,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, path: str, rule: Rule, handler: Any) -> Any:
         stages = _Stages(path, rule, self)
-        serializers = (_lenient(handler.request_deserializer), handler.response_serializer)
+        serializers = (_lenient(handler.request_deserializer), _unless_done(handler.response_serializer))
         if handler.unary_unary and rule.has_body:
             # gRPC itself would leave a call without any message unanswered until its deadline. So a request comes from
             # the gateway whose JSON, after unpacking, ends too early.
@@ -274,6 +274,11 @@ def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Unreadable(str(error))
 
     return parse_or_tell
+
+
+def _unless_done(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """A method may give its response as the bytes that it has kept of it: they go out as they are."""
+    return lambda response: response if isinstance(response, bytes) else serialize(response)
 
 
 def _require_readable(request: Any) -> None:

@@ -349,7 +349,8 @@ class DashboardServicer(DashboardServiceServicer):
 
             if feed.gone:
                 raise absent()
-            async for response in stream(feed, has, self.span, recheck, self.draining):
+            form = pb.WatchDashboardResponse.SerializeToString  # once for all who are sent the same
+            async for response in stream(feed, has, self.span, recheck, self.draining, form=form):
                 yield response
 
     async def CreateDashboardGrant(

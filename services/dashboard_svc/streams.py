@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
 
@@ -15,6 +16,13 @@ from services.dashboard_svc.feeds import LEAST_SECONDS, Feed
 
 End = WatchDashboardResponse.End
 
+# What a message is sent as: what the servicer gives to gRPC.
+Form = Callable[[WatchDashboardResponse], Any]
+
+
+def _as_it_is(response: WatchDashboardResponse) -> WatchDashboardResponse:
+    return response
+
 
 async def stream(
     feed: Feed,
@@ -22,10 +30,14 @@ async def stream(
     span: Span,
     recheck: Callable[[], Awaitable[None]],
     draining: Callable[[], bool],
-) -> AsyncIterator[WatchDashboardResponse]:
-    """What a client is sent that has this data (None: nothing). Ends after a message with `end`.
+    *,
+    least_seconds: float = LEAST_SECONDS,
+    form: Form = _as_it_is,
+) -> AsyncIterator[Any]:
+    """What a client is sent that has this data (None: nothing), in a form. Ends after a message with `end`.
 
-    `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when for a while it could not be told.
+    Changes are `least_seconds` apart. `recheck` raises when the client may no longer watch. Raises UNAVAILABLE when
+    that could not be told for a while.
     """
     check = Rechecks(recheck)
     start = time.monotonic()
@@ -35,27 +47,27 @@ async def stream(
     while True:
         changed = feed.changed
         if draining():
-            yield _end(End.DRAINING)
+            yield form(_end(End.DRAINING))
             return
         if time.monotonic() >= end_time:
-            yield _end(End.RENEW)
+            yield form(_end(End.RENEW))
             return
         if reason := await check.reason_to_end(feed.doubts):
-            yield _end(End.Reason.Value(reason))
+            yield form(_end(End.Reason.Value(reason)))
             return
         # Until the first message the feed may still be on its way to what this client may expect.
         pending = changed is not seen and (seen is not None or feed.ready)
         if pending and time.monotonic() >= next_news:
             first, seen, pending = seen is None, changed, False
             if news := feed.news(has):
-                response, has = news
-                yield response
-                next_news = time.monotonic() + LEAST_SECONDS
+                has = news.has
+                yield news.formed(form)
+                next_news = time.monotonic() + max(least_seconds, feed.least_seconds)
             elif first:
                 # Nothing differs from the client's cursor: it learns that it is up to date.
-                yield WatchDashboardResponse(cursor=feed.cursor(has or {}))
+                yield form(WatchDashboardResponse(cursor=feed.cursor(has or {})))
         if time.monotonic() >= next_beat:
-            yield WatchDashboardResponse(heartbeat=WatchDashboardResponse.Heartbeat())
+            yield form(WatchDashboardResponse(heartbeat=WatchDashboardResponse.Heartbeat()))
             next_beat += span.heartbeat_seconds
         wake = min(next_beat, end_time, check.next, next_news if pending else end_time)
         with suppress(TimeoutError):
