@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 
-from bench import access, ingest, load, mesh, queries, reads, sign_ins, startup, visible
+from bench import access, ingest, live, load, mesh, queries, reads, sign_ins, startup, visible
 from bench.figures import Figure, document
 from cli.envoy_config import REPOSITORY
 from cli.main import free_port
 
-NAMES = ("reads", "auth", "access", "ingest", "visible", "queries", "startup")
+NAMES = ("reads", "auth", "access", "ingest", "visible", "queries", "live", "startup")
 BUSY = 0.25  # load of other work, for each core, from which on rates mean little
 RESULTS = REPOSITORY / "bench" / "results"
 _PACKAGES = (
@@ -116,6 +116,17 @@ def _under_load(own: mesh.Mesh, names: Sequence[str], *, quick: bool, say: Say) 
             rounds=3 if quick else 15,
             cached=50 if quick else 1_000,
             say=_tagged(say, "queries"),
+        )
+    if "live" in names:
+        figures += live.measure(
+            own,
+            account,
+            streams=50 if quick else 2_000,
+            seconds=3 if quick else 20,
+            revoked=20 if quick else 200,
+            idle=50 if quick else 1_000,
+            many=0 if quick else 10_000,
+            say=_tagged(say, "live"),
         )
     return figures
 

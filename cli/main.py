@@ -411,7 +411,7 @@ def doctor(port: int, data: Path) -> None:
 @click.argument(
     "names",
     nargs=-1,
-    type=click.Choice(["reads", "auth", "access", "ingest", "visible", "queries", "startup"]),
+    type=click.Choice(["reads", "auth", "access", "ingest", "visible", "queries", "live", "startup"]),
 )
 @click.option(
     "--quick", is_flag=True, help="One short round of each: to see that it works, not how fast it is."

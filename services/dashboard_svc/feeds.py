@@ -34,6 +34,8 @@ log = structlog.get_logger(__name__)
 LEAST_SECONDS = 0.1
 _SECONDS_A_WATCHER = 25e-6
 MOST_SECONDS = 0.25
+# What answers that come right after one another wait for each other: a tick changes several widgets.
+GATHER_SECONDS = 0.02
 _NEWS_KEPT = 64
 
 _watchers = Gauge("meshboard_watchers", "Open streams of live dashboards.", multiprocess_mode="livesum")
@@ -138,6 +140,8 @@ class Feed:
         self._tiles: dict[str, _Shown] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
+        self._complete = False  # whether there has been data for all widgets
+        self._gathering: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
         # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
         self._task = asyncio.create_task(self._follow(), context=Context())
@@ -228,6 +232,8 @@ class Feed:
         """Stops asking."""
         for line in self._lines.values():
             self._feeds.lines.leave(line, self._told)
+        if self._gathering is not None:
+            self._gathering.cancel()
         self._feeds.let_end(self._task)
 
     # The work
@@ -265,12 +271,18 @@ class Feed:
             self._announce()
 
     def _told(self, failure: BaseException | None) -> None:
-        if failure is None:
-            self._announce()
-        else:
+        if failure is not None:
             self._fail(failure)
+        elif not self._complete and self.ready:
+            self._complete = True
+            self._announce()
+        elif self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._announce)
 
     def _announce(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
         self._news.clear()
         self.changed = _replace(self.changed)
 

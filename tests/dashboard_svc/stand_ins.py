@@ -50,7 +50,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
 
     `failures` are raised for a source, `delays` are seconds before an answer, `refused` is what ValidateQuery raises,
     for a query of one of the sources in `hidden`, or, without any there, for all. `absent` sources are not there.
-    `problem` is what CheckWidgetQueries says of each question.
+    `problem` is what CheckWidgetQueries says of each question. `padding` makes answers long.
     """
 
     def __init__(self) -> None:
@@ -63,6 +63,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.asked: list[Asked] = []
         self.calls = 0
         self.remembers = True
+        self.padding = ""
         self.validated: list[tuple[Query, dict[str, str]]] = []
         self.checked: list[WidgetQuestion] = []
         self.problem: errors.Error | None = None
@@ -105,7 +106,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
             case "retention":
                 answer.retention.rows.add(size=count)
             case _:
-                answer.result.columns.add(name="count", type=Column.NUMBER)
+                answer.result.columns.add(name=f"count{self.padding}", type=Column.NUMBER)
                 answer.result.rows.append(ListValue(values=[Value(number_value=count)]))
                 answer.result.watermark = str(len(self.asked))
         return answer

@@ -10,11 +10,13 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from meshboard.analytics.v1.query_pb2 import Query, TimeRange
+from google.protobuf.struct_pb2 import Value
+from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
+from meshboard.dashboard.v1 import draft_service_pb2 as draft_pb
 from meshboard.dashboard.v1 import folder_service_pb2 as folder_pb
 from meshboard.dashboard.v1 import widget_service_pb2
-from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget, WidgetData
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Variable, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 
@@ -328,6 +330,96 @@ async def test_refuses_foreign_cursors(mesh: Mesh) -> None:
             await anext(aiter(call))
         assert reason_of(failure.value) == "CURSOR_INVALID"
     await eventually(lambda: len(mesh.feeds) == 0)
+
+
+async def test_a_cursor_is_good_in_its_scope_alone(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    created = await mesh.dashboards.CreateDashboard(
+        pb.CreateDashboardRequest(
+            title="Chosen", variables=[Variable(name="page", text=Variable.FreeText(), defaults=["/"])]
+        ),
+        metadata=ann.metadata,
+    )
+    dashboard_id, source = created.dashboard.dashboard_id, new_id()
+    where = Filter(property="page", operator=Filter.EQUAL, values=[Value(string_value="$page")])
+    await mesh.widget(ann, created.dashboard, Query(source_ids=[source], filters=[where]))
+    scopes: list[dict[str, Any]] = [
+        {},
+        {"choices": ["page=/a"]},
+        {"choices": ["page=/b"]},
+        {"choices": ["page=/a"], "time_range": TimeRange(last_seconds=3600)},
+    ]
+
+    async def first(cursor: str, scope: dict[str, Any]) -> Response:
+        call = mesh.dashboards.WatchDashboard(
+            pb.WatchDashboardRequest(dashboard_id=dashboard_id, cursor=cursor, **scope), metadata=ann.metadata
+        )
+        try:
+            response: Response = await anext(aiter(call))
+        finally:
+            call.cancel()
+        return response
+
+    cursors = [(await first("", scope)).cursor for scope in scopes]
+    assert len(mesh.analytics.asked) == len(scopes)
+    assert len(set(cursors)) == len(scopes)
+    for made, cursor in zip(scopes, cursors, strict=True):
+        for scope in scopes:
+            if scope is made:
+                assert not (await first(cursor, scope)).HasField("snapshot")
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await first(cursor, scope)
+            assert reason_of(failure.value) == "CURSOR_INVALID"
+
+
+async def test_drafts_reach_watchers_when_they_are_published(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, (widget,) = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        await mesh.drafts.StartDraft(
+            draft_pb.StartDraftRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
+        )
+        hidden = await mesh.widget(ann, dashboard)
+        async with watching(mesh, ann, dashboard) as later:
+            assert later.state.keys() == {widget.widget_id}
+        assert watcher.state.keys() == {widget.widget_id}
+        await mesh.drafts.PublishDashboard(
+            draft_pb.PublishDashboardRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
+        )
+        await eventually(lambda: watcher.state.keys() == {widget.widget_id, hidden.widget_id})
+
+
+async def test_a_reader_that_does_not_read_is_kept_no_states(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, widgets = await counted(mesh, ann, 6)
+    mesh.analytics.padding = "x" * 50_000
+    target = f"127.0.0.1:{mesh.server.port}"
+    async with (
+        watching(mesh, ann, dashboard) as reads,
+        grpc.aio.insecure_channel(target, [("grpc.http2.bdp_probe", 0)]) as channel,
+    ):
+        call = DashboardServiceStub(channel).WatchDashboard(
+            pb.WatchDashboardRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
+        )
+        await call.read()
+        states = 0
+        while len(reads.changes) < 30:
+            states += 1
+            for source in sources:
+                mesh.analytics.count[source] += 1
+                await mesh.tick(source)
+            await asyncio.sleep(0.05)
+        last = float(states)
+        await eventually(lambda: set(reads.state.values()) == {last})
+        state: dict[str, float] = {}
+        kept = 0
+        while len(state) < len(widgets) or set(state.values()) != {last}:
+            response = await call.read()
+            kept += bool(response.changes)
+            state |= {data.widget_id: number(data) for data in response.changes}
+        assert kept <= 8, f"{kept} messages lay in wait, of {len(reads.changes)}"
+        call.cancel()
 
 
 async def test_failures_are_the_widgets_own(mesh: Mesh) -> None:
