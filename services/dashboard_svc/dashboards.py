@@ -349,8 +349,9 @@ class DashboardServicer(DashboardServiceServicer):
 
             if feed.gone:
                 raise absent()
-            form = pb.WatchDashboardResponse.SerializeToString  # once for all who are sent the same
-            async for response in stream(feed, has, self.span, recheck, self.draining, form=form):
+            caller, form = auth.caller(), pb.WatchDashboardResponse.SerializeToString
+            key = (caller.token, caller.service, workspace_id)
+            async for response in stream(feed, has, self.span, recheck, self.draining, form=form, key=key):
                 yield response
 
     async def CreateDashboardGrant(

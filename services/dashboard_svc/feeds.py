@@ -30,10 +30,8 @@ from services.dashboard_svc.scopes import Scope
 
 log = structlog.get_logger(__name__)
 
-# Between two changes that a watcher is sent. Sending costs a process time for each watcher: with more it is more.
+# Between two changes that a watcher is sent.
 LEAST_SECONDS = 0.1
-_SECONDS_A_WATCHER = 25e-6
-MOST_SECONDS = 0.25
 # What answers that come right after one another wait for each other: a tick changes several widgets.
 GATHER_SECONDS = 0.02
 _NEWS_KEPT = 64
@@ -154,11 +152,6 @@ class Feed:
         while self._loaded < load:
             self._check()
             await self._caught_up.wait()
-
-    @property
-    def least_seconds(self) -> float:
-        """How long a watcher waits after a change before it is sent the next."""
-        return self._feeds.least_seconds
 
     @property
     def ready(self) -> bool:
@@ -305,7 +298,6 @@ class Feeds:
         self.load = load
         self.lines = Lines(answers)
         self.cursor_key = cursor_key
-        self.watchers = 0
         self._feeds: dict[tuple[str, str, Scope], Feed] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -324,13 +316,11 @@ class Feeds:
             feed = self._feeds[key] = Feed(*key, self)
             _feeds.inc()
         feed.watchers += 1
-        self.watchers += 1
         _watchers.inc()
         try:
             yield feed
         finally:
             _watchers.dec()
-            self.watchers -= 1
             feed.watchers -= 1
             if not feed.watchers:
                 self.forget(feed)
@@ -338,11 +328,6 @@ class Feeds:
 
     def __len__(self) -> int:
         return len(self._feeds)
-
-    @property
-    def least_seconds(self) -> float:
-        """How long a watcher waits after a change before it is sent the next."""
-        return min(MOST_SECONDS, LEAST_SECONDS + self.watchers * _SECONDS_A_WATCHER)
 
     # Called by feeds
 

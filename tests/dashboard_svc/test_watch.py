@@ -415,7 +415,7 @@ async def test_a_reader_that_does_not_read_is_kept_no_states(mesh: Mesh) -> None
         state: dict[str, float] = {}
         kept = 0
         while len(state) < len(widgets) or set(state.values()) != {last}:
-            response = await call.read()
+            response: Any = await call.read()
             kept += bool(response.changes)
             state |= {data.widget_id: number(data) for data in response.changes}
         assert kept <= 8, f"{kept} messages lay in wait, of {len(reads.changes)}"
