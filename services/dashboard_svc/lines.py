@@ -187,7 +187,7 @@ class Lines:
             for _, future in batch.values():
                 if not future.done():
                     future.set_exception(failure)
-            raise
+            return
         for key, answer in answers.items():
             arrived(key, answer)
 

@@ -15,9 +15,11 @@ from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1 import draft_service_pb2 as draft_pb
 from meshboard.dashboard.v1 import folder_service_pb2 as folder_pb
+from meshboard.dashboard.v1 import library_service_pb2 as library_pb
 from meshboard.dashboard.v1 import widget_service_pb2
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Variable, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
+from meshboard.dashboard.v1.library_pb2 import LibraryWidget
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 
 from services.chassis import errors, rechecks
@@ -388,6 +390,46 @@ async def test_drafts_reach_watchers_when_they_are_published(mesh: Mesh) -> None
             draft_pb.PublishDashboardRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
         )
         await eventually(lambda: watcher.state.keys() == {widget.widget_id, hidden.widget_id})
+
+
+async def test_follows_the_settings_of_the_dashboard(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, (source,), (widget,) = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        mesh.analytics.count[source] = 2  # no tick: only another question finds it
+        changed = Dashboard(dashboard_id=dashboard.dashboard_id)
+        changed.settings.time_range.last_seconds = 86_400
+        await mesh.dashboards.UpdateDashboard(
+            pb.UpdateDashboardRequest(dashboard=changed), metadata=ann.metadata
+        )
+        await eventually(lambda: watcher.state[widget.widget_id] == 2)
+        assert mesh.analytics.asked[-1].query.time_range.last_seconds == 86_400
+
+
+async def test_follows_the_widgets_of_the_library(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, shown, other = await mesh.dashboard(ann), new_id(), new_id()
+    mesh.analytics.count.update({shown: 1, other: 2})
+    created = await mesh.library.CreateLibraryWidget(
+        library_pb.CreateLibraryWidgetRequest(
+            title="Shared", kind=Widget.TABLE, query=Query(source_ids=[shown])
+        ),
+        metadata=ann.metadata,
+    )
+    library_widget_id = created.library_widget.library_widget_id
+    response = await mesh.widgets.CreateWidget(
+        widget_service_pb2.CreateWidgetRequest(
+            dashboard_id=dashboard.dashboard_id, library_widget_id=library_widget_id
+        ),
+        metadata=ann.metadata,
+    )
+    async with watching(mesh, ann, dashboard) as watcher:
+        assert watcher.state == {response.widget.widget_id: 1}
+        changed = LibraryWidget(library_widget_id=library_widget_id, query=Query(source_ids=[other]))
+        await mesh.library.UpdateLibraryWidget(
+            library_pb.UpdateLibraryWidgetRequest(library_widget=changed), metadata=ann.metadata
+        )
+        await eventually(lambda: watcher.state == {response.widget.widget_id: 2})
 
 
 async def test_a_reader_that_does_not_read_is_kept_no_states(mesh: Mesh) -> None:
