@@ -17,7 +17,20 @@ from typing import Any
 
 import psutil
 
-from bench import access, dashboards, ingest, load, mesh, queries, reads, sign_ins, soak, startup, visible
+from bench import (
+    access,
+    dashboards,
+    ingest,
+    live,
+    load,
+    mesh,
+    queries,
+    reads,
+    sign_ins,
+    soak,
+    startup,
+    visible,
+)
 from bench.figures import Figure, document
 from cli.envoy_config import REPOSITORY
 from cli.main import free_port
@@ -30,6 +43,7 @@ NAMES = (
     "visible",
     "queries",
     "dashboards",
+    "live",
     "startup",
 )  # soak when it is named
 BUSY = 0.25  # load of other work, for each core, from which on rates mean little
@@ -143,6 +157,17 @@ def _under_load(own: mesh.Mesh, names: Sequence[str], *, quick: bool, say: Say) 
             minute_seconds=5 if quick else 60,
             events=20_000 if quick else 200_000,
             say=_tagged(say, "soak"),
+        )
+    if "live" in names:
+        figures += live.measure(
+            own,
+            account,
+            streams=50 if quick else 2_000,
+            seconds=3 if quick else 20,
+            revoked=20 if quick else 200,
+            idle=50 if quick else 1_000,
+            many=0 if quick else 10_000,
+            say=_tagged(say, "live"),
         )
     return figures
 

@@ -415,7 +415,7 @@ def doctor(port: int, data: Path) -> None:
     "names",
     nargs=-1,
     type=click.Choice(
-        ["reads", "auth", "access", "ingest", "visible", "queries", "dashboards", "startup", "soak"]
+        ["reads", "auth", "access", "ingest", "visible", "queries", "dashboards", "live", "startup", "soak"]
     ),
 )
 @click.option(

@@ -1,8 +1,10 @@
 """Whether the client of a stream may still have it."""
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +13,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.chassis import errors
+from services.chassis.deadline import set_deadline
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +76,101 @@ class Rechecks:
             raise errors.unavailable("It cannot be told whether you may still watch.") from error
         log.info("recheck_failed", error=repr(error))
         self.next = time.monotonic() + CHECK_SECONDS / 4
+
+
+class Guard:
+    """The checks of all streams that have the same right: one for all, and no stream wakes for it.
+
+    `ended` is called when they must end.
+    """
+
+    def __init__(self, recheck: Callable[[], Awaitable[None]], ended: Callable[[], None]) -> None:
+        self.streams = 0
+        self._ended = ended
+        self._checks = Rechecks(recheck)
+        self._settled = 0  # doubts that have been cleared up
+        self._doubts = 0
+        self._doubted = asyncio.Event()
+        self._checked = asyncio.Event()  # set, and replaced, after each check
+        self._reason: Reason = ""
+        self._failure: errors.Error | None = None
+        self._task = asyncio.create_task(self._run())
+
+    async def reason_to_end(self, doubts: int = 0) -> Reason:
+        """Why the streams must end, as far as is known; what has given `doubts` is checked first.
+
+        Raises UNAVAILABLE when for BLIND_SECONDS it could not be told.
+        """
+        while self._settled < doubts and not self.over:
+            self._doubts = max(self._doubts, doubts)
+            self._doubted.set()
+            await self._checked.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._reason
+
+    @property
+    def over(self) -> bool:
+        """Whether its streams must end."""
+        return bool(self._reason or self._failure)
+
+    def close(self) -> None:
+        """Checks no more."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        set_deadline(math.inf)  # it runs for several calls, and has none's
+        try:
+            while not self._reason:
+                doubts = self._doubts
+                self._doubted.clear()
+                self._reason = await self._checks.reason_to_end(doubts)
+                self._settled = doubts
+                self._note()
+                if not self._reason:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(max(0.0, self._checks.next - time.monotonic())):
+                            await self._doubted.wait()
+        except Exception as failure:
+            if isinstance(failure, errors.Error):
+                self._failure = failure
+            else:
+                log.error("guard_failed", exc_info=failure)
+                self._failure = errors.internal()
+            self._note()
+        self._ended()
+
+    def _note(self) -> None:
+        self._checked.set()
+        self._checked = asyncio.Event()
+
+
+class Guards:
+    """The guards of this process, and how many streams they have."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self._guards: dict[Hashable, Guard] = {}
+
+    @contextmanager
+    def guard(
+        self, key: Hashable, recheck: Callable[[], Awaitable[None]], ended: Callable[[], None]
+    ) -> Iterator[Guard]:
+        """The guard of a stream. Streams with equal keys have the same right, and share `recheck` and `ended`."""
+        guard = self._guards.get(key)
+        if guard is None or guard.over:  # the right may have come back
+            guard = self._guards[key] = Guard(recheck, ended)
+        guard.streams += 1
+        self.streams += 1
+        try:
+            yield guard
+        finally:
+            guard.streams -= 1
+            self.streams -= 1
+            if not guard.streams:
+                guard.close()
+                if self._guards.get(key) is guard:
+                    del self._guards[key]
 
 
 def _next_check(now: float) -> float:

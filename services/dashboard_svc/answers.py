@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -28,6 +28,8 @@ from services.chassis.deadline import seconds_left
 from services.dashboard_svc.questions import Question, Tile
 
 QUERY_SECONDS = 10.0
+# Told of an answer, by its question's key.
+Arrived = Callable[[bytes, "Answer"], None]
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.DEADLINE_EXCEEDED.value[0]}
 # The key of GetDashboardDataResponse.widgets: its number, and that a length follows.
 _WIDGETS = bytes([GetDashboardDataResponse.WIDGETS_FIELD_NUMBER << 3 | 2])
@@ -73,11 +75,16 @@ class Answers:
         return [data_of_tile(tile, answers) for tile in tiles]
 
     async def ask(
-        self, workspace_id: str, questions: Iterable[Question], seconds: float = QUERY_SECONDS
+        self,
+        workspace_id: str,
+        questions: Iterable[Question],
+        seconds: float = QUERY_SECONDS,
+        arrived: Arrived | None = None,
     ) -> dict[bytes, Answer]:
         """The answers by the keys of the questions, in one call.
 
         Returns after `seconds`, or shortly before the call's deadline, with errors in place of what is not there yet.
+        `arrived` is told of each that analytics_svc gives, as soon as it is there.
         """
         seconds = min(seconds, 0.9 * seconds_left())
         keys = list(dict.fromkeys(question.key for question in questions))
@@ -86,7 +93,7 @@ class Answers:
         try:
             if keys:
                 async with asyncio.timeout(seconds), self._room(workspace_id):
-                    await self._run(workspace_id, keys, seconds, answers)
+                    await self._run(workspace_id, keys, seconds, answers, arrived)
         except TimeoutError:
             failure = errors.deadline_exceeded("The query did not finish in time.")
         except errors.Error as error:
@@ -97,7 +104,12 @@ class Answers:
         return answers
 
     async def _run(
-        self, workspace_id: str, keys: Sequence[bytes], seconds: float, answers: dict[bytes, Answer]
+        self,
+        workspace_id: str,
+        keys: Sequence[bytes],
+        seconds: float,
+        answers: dict[bytes, Answer],
+        arrived: Arrived | None,
     ) -> None:
         known = [self._cached.get((workspace_id, key)) for key in keys]
         questions = [WidgetQuestion.FromString(key) for key in keys]
@@ -112,13 +124,15 @@ class Answers:
                 if answer.unchanged and before is not None:
                     answers[key] = before
                     self._keep((workspace_id, key), before)
-                    continue
-                data = _read(answer)
-                answers[key] = Answer(data.SerializeToString(), answer.version)
-                if answer.version:
-                    # As whoever asks next is given it.
-                    getattr(data, str(data.WhichOneof("outcome"))).cached = True
-                    self._keep((workspace_id, key), Answer(data.SerializeToString(), answer.version))
+                else:
+                    data = _read(answer)
+                    answers[key] = Answer(data.SerializeToString(), answer.version)
+                    if answer.version:
+                        # As whoever asks next is given it.
+                        getattr(data, str(data.WhichOneof("outcome"))).cached = True
+                        self._keep((workspace_id, key), Answer(data.SerializeToString(), answer.version))
+                if arrived is not None:
+                    arrived(key, answers[key])
 
     def _room(self, workspace_id: str) -> asyncio.Semaphore:
         room = self._rooms.get(workspace_id)

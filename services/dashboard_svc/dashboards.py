@@ -354,7 +354,9 @@ class DashboardServicer(DashboardServiceServicer):
 
             if feed.gone:
                 raise absent()
-            async for response in stream(feed, has, self.span, recheck, self.draining):
+            caller, form = auth.caller(), pb.WatchDashboardResponse.SerializeToString
+            key = (caller.token, caller.service, workspace_id)
+            async for response in stream(feed, has, self.span, recheck, self.draining, form=form, key=key):
                 yield response
 
     async def CreateDashboardGrant(

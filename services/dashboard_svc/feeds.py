@@ -1,17 +1,17 @@
 """The data of dashboards that someone watches: kept current once, however many watch.
 
-A `Feed` is a dashboard's present state. It asks a query again when one of its sources ticks, when its sliding range has
-moved, or when it failed. Watchers are not sent to: each compares what its client has with the present state whenever
-that has changed, so a slow one skips states instead of queueing them.
+A `Feed` is the present state of a dashboard in one scope, put together of the answers that its lines keep. Watchers are
+not sent to: each compares what its client has with the present state whenever that has changed, so a slow one skips
+states instead of queueing them. What those in the same state are sent is made once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import Context
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -23,28 +23,23 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.chassis.bus import Bus, Received
 from services.dashboard_svc import cursors
-from services.dashboard_svc.answers import Answer, Answers, data_of_tile, is_transient
-from services.dashboard_svc.questions import Question, Tile, resolve
+from services.dashboard_svc.answers import Answers, data_of_tile
+from services.dashboard_svc.lines import Line, Lines
+from services.dashboard_svc.questions import Tile, resolve
 from services.dashboard_svc.scopes import Scope
 
 log = structlog.get_logger(__name__)
 
-# Queries of one feed that run at once.
-QUERIES_AT_ONCE = 8
-# Between two starts of a query, and between two changes that a watcher is sent.
-LEAST_SECONDS = 0.25
-# A passing failure is shown in place of data when it has come this often in a row.
-PATIENCE = 3
-LONGEST_RETRY_SECONDS = 30.0
-# A sliding range is drawn with about this many points: it moves when it has moved by one.
-POINTS = 300
+# Between two changes that a watcher is sent.
+LEAST_SECONDS = 0.1
+# What answers that come right after one another wait for each other: a tick changes several widgets.
+GATHER_SECONDS = 0.02
 _NEWS_KEPT = 64
 
 _watchers = Gauge("meshboard_watchers", "Open streams of live dashboards.", multiprocess_mode="livesum")
 _feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_mode="livesum")
 
 Load = Callable[[str, str], Awaitable[tuple[Dashboard, list[Widget]] | None]]
-News = tuple[WatchDashboardResponse, cursors.Digests]
 
 # What changes what viewers see of a dashboard, or, with a draft, may.
 _CHANGES = {
@@ -77,55 +72,28 @@ _PLACED = {
 }
 
 
-def slide_seconds(question: Question) -> float | None:
-    """How often the answer changes because time goes by; None when it does not."""
-    return max(1.0, question.last_seconds / POINTS) if question.last_seconds else None
+@dataclass(frozen=True, eq=False)
+class News:
+    """What leads a client to the present state, and what data it has then.
 
+    The message is shared by all watchers in the same state: not to be changed.
+    """
 
-class _Line:
-    """The answer to one question, asked again when it is stale."""
+    message: WatchDashboardResponse
+    has: cursors.Digests
+    _formed: dict[Any, Any] = field(default_factory=dict)
 
-    def __init__(self, question: Question) -> None:
-        self.question = question
-        self.stale = asyncio.Event()
-        self.answer: Answer | None = None
-        self.digest = b""
-
-    async def follow(self, ask: Callable[[Question], Awaitable[Answer]], changed: Callable[[], None]) -> None:
-        """Keeps the answer current until cancelled: at once, but LEAST_SECONDS after the last time."""
-        failures = 0
-        while True:
-            self.stale.clear()
-            start = time.monotonic()
-            answer = await ask(self.question)
-            data = WidgetData.FromString(answer.data)
-            failures = failures + 1 if is_transient(data) else 0
-            if self._take(answer, data, failures):
-                changed()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._pause(failures)):
-                    await self.stale.wait()
-            await asyncio.sleep(max(0.0, start + LEAST_SECONDS - time.monotonic()))
-
-    def _take(self, answer: Answer, data: WidgetData, failures: int) -> bool:
-        """Says whether watchers see a difference."""
-        if self.answer is not None and 0 < failures < PATIENCE:
-            return False
-        digest = cursors.digest(data)
-        different = digest != self.digest
-        self.answer, self.digest = answer, digest
-        return different
-
-    def _pause(self, failures: int) -> float | None:
-        if failures:
-            return min(2.0 ** (failures - 1), LONGEST_RETRY_SECONDS)
-        return slide_seconds(self.question)
+    def formed(self, form: Callable[[WatchDashboardResponse], Any]) -> Any:
+        """The message in the form in which it is sent, made once for all who are sent it."""
+        if form not in self._formed:
+            self._formed[form] = form(self.message)
+        return self._formed[form]
 
 
 class _Shown:
     """What a widget shows: the answers of its lines, together."""
 
-    def __init__(self, tile: Tile, lines: dict[bytes, _Line]) -> None:
+    def __init__(self, tile: Tile, lines: dict[bytes, Line]) -> None:
         self.tile = tile
         self.lines = [lines[question.key] for question in tile.questions]
         self._fixed = b"" if self.lines else cursors.digest(self.data)
@@ -162,17 +130,20 @@ class Feed:
         self.gone = False
         self.watchers = 0
         self._feeds = feeds
-        self._room = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._outdated = asyncio.Event()
         self._begun = 0  # loads of the widgets, by number
         self._loaded = 0
         self._caught_up = asyncio.Event()  # set, and replaced, after each load
-        self._lines: dict[bytes, _Line] = {}
+        self._lines: dict[bytes, Line] = {}
         self._tiles: dict[str, _Shown] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
+        self._complete = False  # whether there has been data for all widgets
+        self._gathering: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
-        self._start(b"", self._follow())
+        # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
+        self._task = asyncio.create_task(self._follow(), context=Context())
+        self._task.add_done_callback(self._done)
 
     async def catch_up(self) -> None:
         """Returns when the feed has the widgets that were committed before the call; many callers share one load."""
@@ -193,10 +164,7 @@ class Feed:
             raise RuntimeError("the feed has failed") from self._failure
 
     def news(self, has: cursors.Digests | None) -> News | None:
-        """What leads a client that has this data (None: nothing) to the present state, and what it has then.
-
-        None when nothing is new. The message is shared by all watchers in the same state: not to be changed.
-        """
+        """What leads a client that has this data (None: nothing) to the present state; None when nothing is new."""
         self._check()
         key = None if has is None else tuple(has.items())
         if key not in self._news:
@@ -221,18 +189,19 @@ class Feed:
         cursor = self.cursor(now_has)
         if has is None:
             snapshot = WatchDashboardResponse.Snapshot(widgets=different)
-            return WatchDashboardResponse(cursor=cursor, snapshot=snapshot), now_has
+            return News(WatchDashboardResponse(cursor=cursor, snapshot=snapshot), now_has)
         if not different and not removed:
             return None
-        return WatchDashboardResponse(cursor=cursor, changes=different, removed_widget_ids=removed), now_has
+        message = WatchDashboardResponse(cursor=cursor, changes=different, removed_widget_ids=removed)
+        return News(message, now_has)
 
     def cursor(self, has: cursors.Digests) -> str:
         """What a client that has this data takes the stream up with, here or at another replica."""
-        return cursors.encode(self._feeds.cursor_key, self.dashboard_id, has)
+        return cursors.encode(self._feeds.cursor_key, self.dashboard_id, has, self.scope)
 
     def read_cursor(self, cursor: str) -> cursors.Digests:
         """The opposite. Raises INVALID_ARGUMENT (CURSOR_INVALID)."""
-        return cursors.decode(self._feeds.cursor_key, self.dashboard_id, cursor)
+        return cursors.decode(self._feeds.cursor_key, self.dashboard_id, cursor, self.scope)
 
     # Called by Feeds
 
@@ -255,9 +224,10 @@ class Feed:
     def close(self) -> None:
         """Stops asking."""
         for line in self._lines.values():
-            self._feeds.unfollow_sources(line)
-        for key in list(self._tasks):
-            self._stop(key)
+            self._feeds.lines.leave(line, self._told)
+        if self._gathering is not None:
+            self._gathering.cancel()
+        self._feeds.let_end(self._task)
 
     # The work
 
@@ -283,44 +253,42 @@ class Feed:
     def _adopt(self, dashboard: Dashboard, widgets: list[Widget]) -> None:
         tiles = resolve(widgets, dashboard, self.scope)
         questions = {question.key: question for tile in tiles for question in tile.questions}
-        for key in self._lines.keys() - questions.keys():
-            self._feeds.unfollow_sources(self._lines.pop(key))
-            self._stop(key)
         for key, question in questions.items():
             if key not in self._lines:
-                line = self._lines[key] = _Line(question)
-                self._feeds.follow_sources(line)
-                self._start(key, line.follow(self._ask, self._announce))
+                self._lines[key] = self._feeds.lines.join(self.workspace_id, question, self._told)
+        for key in self._lines.keys() - questions.keys():
+            self._feeds.lines.leave(self._lines.pop(key), self._told)
         before = [shown.tile for shown in self._tiles.values()]
         self._tiles = {tile.widget_id: _Shown(tile, self._lines) for tile in tiles}
         if before != tiles:
             self._announce()
 
-    async def _ask(self, question: Question) -> Answer:
-        async with self._room:
-            answers = await self._feeds.answers.ask(self.workspace_id, [question])
-            return answers[question.key]
+    def _told(self, failure: BaseException | None) -> None:
+        if failure is not None:
+            self._fail(failure)
+        elif not self._complete and self.ready:
+            self._complete = True
+            self._announce()
+        elif self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._announce)
 
     def _announce(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
         self._news.clear()
         self.changed = _replace(self.changed)
-
-    def _start(self, key: bytes, work: Coroutine[Any, Any, None]) -> None:
-        # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
-        task = asyncio.create_task(work, context=Context())
-        task.add_done_callback(self._done)
-        self._tasks[key] = task
-
-    def _stop(self, key: bytes) -> None:
-        self._feeds.let_end(self._tasks.pop(key))
 
     def _done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (failure := task.exception()):
             log.error("feed_failed", dashboard_id=self.dashboard_id, exc_info=failure)
-            self._failure = failure
-            self._feeds.forget(self)
-            self._announce()
-            self._caught_up = _replace(self._caught_up)
+            self._fail(failure)
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._feeds.forget(self)
+        self._announce()
+        self._caught_up = _replace(self._caught_up)
 
 
 class Feeds:
@@ -328,10 +296,9 @@ class Feeds:
 
     def __init__(self, load: Load, answers: Answers, cursor_key: bytes) -> None:
         self.load = load
-        self.answers = answers
+        self.lines = Lines(answers)
         self.cursor_key = cursor_key
         self._feeds: dict[tuple[str, str, Scope], Feed] = {}
-        self._sources: dict[str, set[_Line]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
     async def listen(self, bus: Bus) -> None:
@@ -362,25 +329,7 @@ class Feeds:
     def __len__(self) -> int:
         return len(self._feeds)
 
-    @property
-    def followed_sources(self) -> set[str]:
-        """The sources whose ticks matter to someone."""
-        return set(self._sources)
-
     # Called by feeds
-
-    def follow_sources(self, line: _Line) -> None:
-        """Has the line hear the ticks of its sources."""
-        for source_id in line.question.source_ids:
-            self._sources.setdefault(source_id, set()).add(line)
-
-    def unfollow_sources(self, line: _Line) -> None:
-        """The opposite."""
-        for source_id in line.question.source_ids:
-            lines = self._sources[source_id]
-            lines.discard(line)
-            if not lines:
-                del self._sources[source_id]
 
     def let_end(self, task: asyncio.Task[None]) -> None:
         """Cancels a task, and holds it until it has ended."""
@@ -398,8 +347,7 @@ class Feeds:
     # Called by the bus
 
     def _ticked(self, message: Received) -> None:
-        for line in self._sources.get(message.subject.removeprefix("tick."), ()):
-            line.stale.set()
+        self.lines.ticked(message.subject.removeprefix("tick."))
 
     def _happened(self, message: Received) -> None:
         kind = _CHANGES.get(message.subject) or _GRANTS.get(message.subject) or _PLACED.get(message.subject)

@@ -11,7 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis.cache import Cache, CachedMessages
 from services.dashboard_svc import cursors, share_links
+from services.dashboard_svc.feeds import News
 from services.dashboard_svc.models import Snapshot
+from services.dashboard_svc.scopes import Scope
 from services.dashboard_svc.share_links import Link
 
 # Each may have some megabytes.
@@ -50,8 +52,8 @@ class Frozen:
         self._dashboard_id = dashboard_id
         self._cursor_key = cursor_key
 
-    def news(self, has: cursors.Digests | None) -> tuple[WatchDashboardResponse, cursors.Digests] | None:
-        """What leads a client that has this data to the state, and what it has then; None when nothing is new."""
+    def news(self, has: cursors.Digests | None) -> News | None:
+        """What leads a client that has this data to the state; None when nothing is new."""
         digests = {data.widget_id: cursors.digest(data) for data in self._content.widgets}
         if has == digests:
             return None
@@ -65,12 +67,12 @@ class Frozen:
                 removed_widget_ids=has.keys() - digests.keys(),
             )
         response.cursor = self.cursor(digests)
-        return response, digests
+        return News(response, digests)
 
     def cursor(self, has: cursors.Digests) -> str:
         """What a client that has this data takes the stream up with."""
-        return cursors.encode(self._cursor_key, self._dashboard_id, has)
+        return cursors.encode(self._cursor_key, self._dashboard_id, has, Scope())
 
     def read_cursor(self, cursor: str) -> cursors.Digests:
         """The opposite. Raises INVALID_ARGUMENT (CURSOR_INVALID)."""
-        return cursors.decode(self._cursor_key, self._dashboard_id, cursor)
+        return cursors.decode(self._cursor_key, self._dashboard_id, cursor, Scope())

@@ -207,6 +207,7 @@ def test_the_filters_are_in_order() -> None:
         "local_ratelimit",  # knows the user
         "decompressor",  # from here on bodies are read: only of callers that were let in
         "buffer",  # what was unpacked
+        "lines",  # names the type of what the transcoder has made
         "grpc_json_transcoder",
         "router",
     ]

@@ -239,6 +239,7 @@ async def mesh(
 ) -> AsyncIterator[Mesh]:
     analytics, users = StandInAnalytics(), StandInUsers()
     all_links: list[ShareLinks] = []
+    all_answers: list[Answers] = []
     settings = make_settings(Settings, parts, keys, database_url, **engine_of_searches)
     db = chassis_db.connect(database_url, settings.postgres_pool_size)
     bus = await Bus.connect(parts.nats_url, "test")
@@ -289,6 +290,7 @@ async def mesh(
             links = ShareLinks(db, boards, tickets, settings.public_url, times.now)
             await links.listen(bus)
             all_links.append(links)
+            all_answers.append(answers)
             redis, passwords = Redis.from_url(parts.redis_url), Passwords(settings)
             shares = ShareServicer(
                 db=db,
@@ -349,7 +351,7 @@ async def mesh(
                 bus=bus,
                 server=server,
                 feeds=feeds,
-                answers=feeds.answers,
+                answers=all_answers[0],
                 engine=engine,
                 dashboards=DashboardServiceStub(channel),
                 drafts=DraftServiceStub(channel),

@@ -51,7 +51,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     `results` take the place of the number for a source, `failures` are its errors, `delays` are seconds before an
     answer. `refused` is what ValidateQuery raises, for a query of one of the sources in `hidden`, or, without any
     there, for all. `absent` sources are not there. `problem` is what CheckWidgetQueries says of each question.
-    `meanwhile` is awaited before a query is judged.
+    `meanwhile` is awaited before a query is judged. `padding` makes answers long.
     """
 
     def __init__(self) -> None:
@@ -65,6 +65,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         self.asked: list[Asked] = []
         self.calls = 0
         self.results: dict[str, Result] = {}
+        self.padding = ""
         self.validated: list[tuple[Query, dict[str, str]]] = []
         self.checked: list[WidgetQuestion] = []
         self.problem: errors.Error | None = None
@@ -111,7 +112,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
             case _ if source_id in self.results:
                 answer.result.CopyFrom(self.results[source_id])
             case _:
-                answer.result.columns.add(name="count", type=Column.NUMBER)
+                answer.result.columns.add(name=f"count{self.padding}", type=Column.NUMBER)
                 answer.result.rows.append(ListValue(values=[Value(number_value=count)]))
                 answer.result.watermark = str(len(self.asked))
         return answer

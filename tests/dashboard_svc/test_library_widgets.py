@@ -154,7 +154,7 @@ async def test_a_change_is_seen_wherever_it_is_shown(mesh: Mesh) -> None:
     ]
     assert [widget.etag for widget in after[0]] == [widget.etag for widget in before[0]]
     (source_id,) = changed.query.source_ids
-    await eventually(lambda: source_id in mesh.feeds.followed_sources)
+    await eventually(lambda: source_id in mesh.feeds.lines.followed_sources)
     stream.cancel()
 
 

@@ -10,12 +10,16 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from meshboard.analytics.v1.query_pb2 import Query, TimeRange
+from google.protobuf.struct_pb2 import Value
+from meshboard.analytics.v1.query_pb2 import Filter, Query, TimeRange
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
+from meshboard.dashboard.v1 import draft_service_pb2 as draft_pb
 from meshboard.dashboard.v1 import folder_service_pb2 as folder_pb
+from meshboard.dashboard.v1 import library_service_pb2 as library_pb
 from meshboard.dashboard.v1 import widget_service_pb2
-from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget, WidgetData
+from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Variable, Widget, WidgetData
 from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
+from meshboard.dashboard.v1.library_pb2 import LibraryWidget
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 
 from services.chassis import errors, rechecks
@@ -148,7 +152,7 @@ async def test_computes_once_for_all_watchers_and_at_most_four_times_a_second(me
     await eventually(lambda: len(mesh.feeds) == 0)
 
 
-async def test_many_widgets_share_the_four_messages_a_second(mesh: Mesh) -> None:
+async def test_many_widgets_share_the_ten_messages_a_second(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     dashboard, sources, _ = await counted(mesh, ann, 6)
     async with watching(mesh, ann, dashboard) as watcher:
@@ -157,7 +161,65 @@ async def test_many_widgets_share_the_four_messages_a_second(mesh: Mesh) -> None
             await mesh.tick(sources[n % 6])
             await asyncio.sleep(0.02)
         await eventually(lambda: set(watcher.state.values()) == {10.0})
-        assert len(watcher.changes) <= (watcher.times[-1] - watcher.times[0]) / 0.25 + 1
+        seconds = watcher.times[-1] - watcher.times[0]
+        assert len(watcher.changes) <= seconds / 0.1 + 1
+        for source in sources:
+            assert mesh.analytics.times_asked(source) <= seconds / 0.25 + 2
+
+
+async def test_questions_that_are_asked_together_are_one_call(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, source = await mesh.dashboard(ann), new_id()
+    for n in range(5):
+        limited = Query(source_ids=[source], limit=n + 1)
+        await mesh.widget(ann, dashboard, limited)
+    async with watching(mesh, ann, dashboard) as watcher:
+        assert (mesh.analytics.calls, mesh.analytics.times_asked(source)) == (1, 5)
+        mesh.analytics.count[source] = 3
+        await mesh.tick(source)
+        await eventually(lambda: set(watcher.state.values()) == {3.0})
+        assert (mesh.analytics.calls, mesh.analytics.times_asked(source)) == (2, 10)
+        assert len(watcher.changes) <= 2
+
+
+async def test_a_slow_question_does_not_hold_back_others_of_its_call(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, both = await mesh.dashboard(ann), new_id()
+    slow, quick = (Query(source_ids=[each, both]) for each in (new_id(), new_id()))
+    behind, ahead = await mesh.widget(ann, dashboard, slow), await mesh.widget(ann, dashboard, quick)
+    async with watching(mesh, ann, dashboard) as watcher:
+        mesh.analytics.delays[slow.source_ids[0]] = 3.0
+        for each in (slow, quick):
+            mesh.analytics.count[each.source_ids[0]] = 4
+        await mesh.tick(both)
+        await eventually(lambda: watcher.state[ahead.widget_id] == 4)
+        assert watcher.state[behind.widget_id] == 0
+        await eventually(lambda: watcher.state[behind.widget_id] == 4)
+
+
+async def test_dashboards_that_ask_the_same_share_the_answer(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    source = new_id()
+    one, two = await mesh.dashboard(ann), await mesh.dashboard(ann)
+    for dashboard in (one, two):
+        await mesh.widget(ann, dashboard, Query(source_ids=[source]))
+    bob = mesh.identity.member("editor")  # in another workspace
+    other = await mesh.dashboard(bob)
+    await mesh.widget(bob, other, Query(source_ids=[source]))
+    async with watching(mesh, ann, one) as first, watching(mesh, ann, two) as second:
+        assert (len(mesh.feeds), len(mesh.feeds.lines), mesh.analytics.times_asked(source)) == (2, 1, 1)
+        async with watching(mesh, bob, other):
+            assert (len(mesh.feeds.lines), mesh.analytics.times_asked(source)) == (2, 2)
+            assert {asked.workspace_id for asked in mesh.analytics.asked} == {
+                ann.workspace_id,
+                bob.workspace_id,
+            }
+        mesh.analytics.count[source] = 8
+        await mesh.tick(source)
+        for watcher in (first, second):
+            await eventually(lambda watcher=watcher: set(watcher.state.values()) == {8.0})
+        assert mesh.analytics.times_asked(source) == 3
+    await eventually(lambda: len(mesh.feeds.lines) == 0)
 
 
 async def test_fixed_ranges_cost_nothing_and_sliding_ones_move(mesh: Mesh) -> None:
@@ -209,7 +271,7 @@ async def test_follows_changes_of_widgets(mesh: Mesh) -> None:
         await asyncio.gather(*(mesh.tick(other) for _ in range(2)))
         assert mesh.analytics.times_asked(sources[0]) == asked
     await eventually(lambda: len(mesh.feeds) == 0)
-    assert mesh.feeds.followed_sources == set()
+    assert mesh.feeds.lines.followed_sources == set()
 
 
 async def test_a_new_stream_has_what_was_just_written(mesh: Mesh) -> None:
@@ -270,6 +332,136 @@ async def test_refuses_foreign_cursors(mesh: Mesh) -> None:
             await anext(aiter(call))
         assert reason_of(failure.value) == "CURSOR_INVALID"
     await eventually(lambda: len(mesh.feeds) == 0)
+
+
+async def test_a_cursor_is_good_in_its_scope_alone(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    created = await mesh.dashboards.CreateDashboard(
+        pb.CreateDashboardRequest(
+            title="Chosen", variables=[Variable(name="page", text=Variable.FreeText(), defaults=["/"])]
+        ),
+        metadata=ann.metadata,
+    )
+    dashboard_id, source = created.dashboard.dashboard_id, new_id()
+    where = Filter(property="page", operator=Filter.EQUAL, values=[Value(string_value="$page")])
+    await mesh.widget(ann, created.dashboard, Query(source_ids=[source], filters=[where]))
+    scopes: list[dict[str, Any]] = [
+        {},
+        {"choices": ["page=/a"]},
+        {"choices": ["page=/b"]},
+        {"choices": ["page=/a"], "time_range": TimeRange(last_seconds=3600)},
+    ]
+
+    async def first(cursor: str, scope: dict[str, Any]) -> Response:
+        call = mesh.dashboards.WatchDashboard(
+            pb.WatchDashboardRequest(dashboard_id=dashboard_id, cursor=cursor, **scope), metadata=ann.metadata
+        )
+        try:
+            response: Response = await anext(aiter(call))
+        finally:
+            call.cancel()
+        return response
+
+    cursors = [(await first("", scope)).cursor for scope in scopes]
+    assert len(mesh.analytics.asked) == len(scopes)
+    assert len(set(cursors)) == len(scopes)
+    for made, cursor in zip(scopes, cursors, strict=True):
+        for scope in scopes:
+            if scope is made:
+                assert not (await first(cursor, scope)).HasField("snapshot")
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await first(cursor, scope)
+            assert reason_of(failure.value) == "CURSOR_INVALID"
+
+
+async def test_drafts_reach_watchers_when_they_are_published(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, _, (widget,) = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        await mesh.drafts.StartDraft(
+            draft_pb.StartDraftRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
+        )
+        hidden = await mesh.widget(ann, dashboard)
+        async with watching(mesh, ann, dashboard) as later:
+            assert later.state.keys() == {widget.widget_id}
+        assert watcher.state.keys() == {widget.widget_id}
+        await mesh.drafts.PublishDashboard(
+            draft_pb.PublishDashboardRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
+        )
+        await eventually(lambda: watcher.state.keys() == {widget.widget_id, hidden.widget_id})
+
+
+async def test_follows_the_settings_of_the_dashboard(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, (source,), (widget,) = await counted(mesh, ann, 1)
+    async with watching(mesh, ann, dashboard) as watcher:
+        mesh.analytics.count[source] = 2  # no tick: only another question finds it
+        changed = Dashboard(dashboard_id=dashboard.dashboard_id)
+        changed.settings.time_range.last_seconds = 86_400
+        await mesh.dashboards.UpdateDashboard(
+            pb.UpdateDashboardRequest(dashboard=changed), metadata=ann.metadata
+        )
+        await eventually(lambda: watcher.state[widget.widget_id] == 2)
+        assert mesh.analytics.asked[-1].query.time_range.last_seconds == 86_400
+
+
+async def test_follows_the_widgets_of_the_library(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, shown, other = await mesh.dashboard(ann), new_id(), new_id()
+    mesh.analytics.count.update({shown: 1, other: 2})
+    created = await mesh.library.CreateLibraryWidget(
+        library_pb.CreateLibraryWidgetRequest(
+            title="Shared", kind=Widget.TABLE, query=Query(source_ids=[shown])
+        ),
+        metadata=ann.metadata,
+    )
+    library_widget_id = created.library_widget.library_widget_id
+    response = await mesh.widgets.CreateWidget(
+        widget_service_pb2.CreateWidgetRequest(
+            dashboard_id=dashboard.dashboard_id, library_widget_id=library_widget_id
+        ),
+        metadata=ann.metadata,
+    )
+    async with watching(mesh, ann, dashboard) as watcher:
+        assert watcher.state == {response.widget.widget_id: 1}
+        changed = LibraryWidget(library_widget_id=library_widget_id, query=Query(source_ids=[other]))
+        await mesh.library.UpdateLibraryWidget(
+            library_pb.UpdateLibraryWidgetRequest(library_widget=changed), metadata=ann.metadata
+        )
+        await eventually(lambda: watcher.state == {response.widget.widget_id: 2})
+
+
+async def test_a_reader_that_does_not_read_is_kept_no_states(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard, sources, widgets = await counted(mesh, ann, 6)
+    mesh.analytics.padding = "x" * 50_000
+    target = f"127.0.0.1:{mesh.server.port}"
+    async with (
+        watching(mesh, ann, dashboard) as reads,
+        grpc.aio.insecure_channel(target, [("grpc.http2.bdp_probe", 0)]) as channel,
+    ):
+        call = DashboardServiceStub(channel).WatchDashboard(
+            pb.WatchDashboardRequest(dashboard_id=dashboard.dashboard_id), metadata=ann.metadata
+        )
+        await call.read()
+        states = 0
+        while len(reads.changes) < 30:
+            states += 1
+            for source in sources:
+                mesh.analytics.count[source] += 1
+                await mesh.tick(source)
+            await asyncio.sleep(0.05)
+        last = float(states)
+        await eventually(lambda: set(reads.state.values()) == {last})
+        state: dict[str, float] = {}
+        kept = 0
+        while len(state) < len(widgets) or set(state.values()) != {last}:
+            response: Any = await call.read()
+            kept += bool(response.changes)
+            state |= {data.widget_id: number(data) for data in response.changes}
+        assert kept <= 8, f"{kept} messages lay in wait, of {len(reads.changes)}"
+        call.cancel()
 
 
 async def test_failures_are_the_widgets_own(mesh: Mesh) -> None:

@@ -103,30 +103,34 @@ class Person:
         return (await self.post("/v1/queries:run", {"query": query}))["result"]
 
     @asynccontextmanager
-    async def watch(self, dashboard_id: str, cursor: str = "") -> AsyncIterator[Watch]:
-        """Follows a dashboard by server-sent events."""
+    async def watch(
+        self, dashboard_id: str, cursor: str = "", accept: str = "text/event-stream", **choices: str
+    ) -> AsyncIterator[Watch]:
+        """Follows a dashboard by server-sent events, or by lines of JSON."""
         url = f"{self.url}/v1/dashboards/{dashboard_id}:watch"
-        parameters = {"cursor": cursor} if cursor else {}
-        headers = {**self.headers, "accept": "text/event-stream"}
+        parameters = [("cursor", cursor)] if cursor else []
+        parameters += [("choices", f"{name}={value}") for name, value in choices.items()]
+        headers = {**self.headers, "accept": accept}
         async with self.http.get(url, params=parameters, headers=headers) as response:
             assert response.status == 200, await response.text()
-            assert response.headers["content-type"].startswith("text/event-stream")
-            yield Watch(response)
+            assert response.headers["content-type"].startswith(accept)
+            yield Watch(response, "data:" if accept == "text/event-stream" else "")
 
 
 class Watch:
-    """An open stream of server-sent events."""
+    """An open stream of messages, each a line with a prefix."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, prefix: str) -> None:
         self._response = response
+        self._prefix = prefix
 
     async def next(self, seconds: float = 20) -> dict[str, Any]:
         """The next message that is not a heartbeat; fails after `seconds`."""
         async with asyncio.timeout(seconds):
             while True:
                 line = (await self._response.content.readline()).decode().strip()
-                if line.startswith("data:"):
-                    message: dict[str, Any] = json.loads(line.removeprefix("data:"))
+                if line and line.startswith(self._prefix):
+                    message: dict[str, Any] = json.loads(line.removeprefix(self._prefix))
                     if "heartbeat" not in message:
                         return message
                 assert line or not self._response.content.at_eof(), "the stream has ended"

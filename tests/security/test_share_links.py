@@ -80,7 +80,7 @@ async def watch(person: Person, token: str) -> tuple[aiohttp.ClientResponse, Wat
         f"{person.url}/v1/shared/{token}:watch", headers={"accept": "text/event-stream"}
     )
     assert response.status == 200
-    return response, Watch(response)
+    return response, Watch(response, "data:")
 
 
 async def test_no_answer_has_an_id_but_those_of_widgets(ann: Person, stranger: Person) -> None:

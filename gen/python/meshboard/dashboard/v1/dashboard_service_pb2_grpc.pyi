@@ -92,11 +92,16 @@ class DashboardServiceStub:
     with it.
     """
     WatchDashboard: _aio.UnaryStreamMultiCallable[_dashboard_service_pb2.WatchDashboardRequest, _dashboard_service_pb2.WatchDashboardResponse]
-    """Streams the data of all widgets: first a snapshot, then the widgets whose data has changed, at once and at most four
-    times a second; a heartbeat every 15 seconds; and, as the last message, why the stream ends.
+    """Streams the data of all widgets: first a snapshot, then the widgets whose data has changed, each at once and at most
+    four times a second, in at most ten messages a second; a heartbeat every 15 seconds; and, as the last message, why the
+    stream ends. Who reads slowly is sent fewer messages, each with the present state. What a draft changes is shown when
+    it is published.
 
     With the `cursor` of an earlier message the stream starts with the widgets that differ from what that message led to.
-    As JSON with `Accept: text/event-stream` it arrives as server-sent events.
+    Fails with INVALID_ARGUMENT, reason CURSOR_INVALID, when the cursor is that of another dashboard, of other choices or of
+    another time range; reason CHOICE_INVALID for what cannot be chosen.
+
+    As JSON it arrives as server-sent events; with `Accept: application/x-ndjson` as lines, a message each.
     """
     CreateDashboardGrant: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.CreateDashboardGrantRequest, _dashboard_service_pb2.CreateDashboardGrantResponse]
     """Gives or withholds a role on a dashboard, and emits `DashboardGrantCreated`.
@@ -280,11 +285,16 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.WatchDashboardRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.WatchDashboardRequest, _abc.AsyncIterator[_dashboard_service_pb2.WatchDashboardResponse]],
     ) -> _abc.AsyncIterator[_dashboard_service_pb2.WatchDashboardResponse]:
-        """Streams the data of all widgets: first a snapshot, then the widgets whose data has changed, at once and at most four
-        times a second; a heartbeat every 15 seconds; and, as the last message, why the stream ends.
+        """Streams the data of all widgets: first a snapshot, then the widgets whose data has changed, each at once and at most
+        four times a second, in at most ten messages a second; a heartbeat every 15 seconds; and, as the last message, why the
+        stream ends. Who reads slowly is sent fewer messages, each with the present state. What a draft changes is shown when
+        it is published.
 
         With the `cursor` of an earlier message the stream starts with the widgets that differ from what that message led to.
-        As JSON with `Accept: text/event-stream` it arrives as server-sent events.
+        Fails with INVALID_ARGUMENT, reason CURSOR_INVALID, when the cursor is that of another dashboard, of other choices or of
+        another time range; reason CHOICE_INVALID for what cannot be chosen.
+
+        As JSON it arrives as server-sent events; with `Accept: application/x-ndjson` as lines, a message each.
         """
 
     @_abc_1.abstractmethod

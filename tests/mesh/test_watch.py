@@ -1,0 +1,44 @@
+"""Live dashboards through the gateway: server-sent events, lines of JSON, gRPC."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mesh.people import Person
+
+LINES = "application/x-ndjson"
+FORMS = ("text/event-stream", LINES)
+
+
+def number(source_id: str) -> dict[str, object]:
+    return {"title": "Events", "kind": "NUMBER", "query": {"sourceIds": [source_id]}}
+
+
+@pytest.mark.parametrize("accept", FORMS)
+async def test_a_browser_and_a_program_are_told_the_same(ann: Person, accept: str):
+    source_id, write_key = await ann.new_source()
+    dashboard_id = await ann.new_dashboard(number(source_id))
+    async with ann.watch(dashboard_id, accept=accept) as watch:
+        first = await watch.next()
+        (widget,) = first["snapshot"]["widgets"]
+        assert widget["result"]["rows"] == [[0]]
+        await ann.send(write_key, {"event": "seen", "distinctId": "a"})
+        change = await watch.next()
+        assert change["changes"][0]["result"]["rows"] == [[1]]
+    async with ann.watch(dashboard_id, change["cursor"], accept=accept) as watch:
+        again = await watch.next()
+        assert (again["changes"], again["removedWidgetIds"]) == ([], [])
+        await ann.post("/v1/auth:signOut", {})
+        assert (await watch.next())["end"] == {"reason": "SESSION_REVOKED"}
+
+
+@pytest.mark.parametrize("accept", FORMS)
+async def test_errors_have_the_one_shape(ann: Person, accept: str):
+    dashboard_id = await ann.new_dashboard()
+    path = f"/v1/dashboards/{dashboard_id}:watch"
+    answer = await ann.call("GET", f"{path}?cursor=nonsense", accept=accept)
+    assert (answer.status, answer.reason) == (400, "CURSOR_INVALID")
+    answer = await ann.call("GET", f"{path}?unknown=1", accept=accept)
+    assert answer.status == 400
+    answer = await ann.call("GET", path, accept=accept, authorization="Bearer x")
+    assert answer.status == 401
