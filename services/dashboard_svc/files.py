@@ -21,6 +21,7 @@ from services.chassis.db import new_id
 from services.chassis.grants import Grants
 from services.chassis.interceptor import validate
 from services.chassis.resources import visible
+from services.chassis.rights import Rights
 from services.dashboard_svc import layouts
 from services.dashboard_svc.boards import Boards, absent, locked
 from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_library, settle_layouts
@@ -187,13 +188,12 @@ class FileServicer(FileServiceServicer):
 
     async def _find(self, session: AsyncSession, name: str) -> Dashboard | None:
         """The dashboard that has the name, when the caller may see it."""
-        caller = auth.caller()
-        assert caller.rights is not None, "the access stage settles the rights"
+        rights = _rights()
         found: Dashboard | None = await session.scalar(
             select(Dashboard).where(
-                Dashboard.workspace_id == caller.workspace_id,
+                Dashboard.workspace_id == rights.workspace_id,
                 Dashboard.name == name,
-                visible(DASHBOARD, caller.rights, self.now()),
+                visible(DASHBOARD, rights, self.now()),
             )
         )
         return found
@@ -217,29 +217,27 @@ class FileServicer(FileServiceServicer):
         return found.pop()
 
     async def _folders(self, titles: Sequence[str]) -> Sequence[Folder]:
-        caller = auth.caller()
-        assert caller.rights is not None, "the access stage settles the rights"
+        rights = _rights()
         async with self.db() as session:
             rows = await session.scalars(
                 select(Folder).where(
-                    Folder.workspace_id == caller.workspace_id,
+                    Folder.workspace_id == rights.workspace_id,
                     Folder.title.in_(titles),
-                    visible(FOLDER, caller.rights, self.now()),
+                    visible(FOLDER, rights, self.now()),
                 )
             )
             return rows.all()
 
     async def _titles(self, session: AsyncSession, folder_id: str | None) -> list[str]:
         """The titles from the top down to the folder; none when the caller may not see one of these folders."""
-        caller = auth.caller()
-        assert caller.rights is not None, "the access stage settles the rights"
+        rights = _rights()
         titles: list[str] = []
         while folder_id is not None:
             folder = await session.scalar(
                 select(Folder).where(
-                    Folder.workspace_id == caller.workspace_id,
+                    Folder.workspace_id == rights.workspace_id,
                     Folder.folder_id == folder_id,
-                    visible(FOLDER, caller.rights, self.now()),
+                    visible(FOLDER, rights, self.now()),
                 )
             )
             if folder is None:
@@ -247,6 +245,12 @@ class FileServicer(FileServiceServicer):
             titles.insert(0, folder.title)
             folder_id = folder.parent_folder_id
         return titles
+
+
+def _rights() -> Rights:
+    rights = auth.caller().rights
+    assert rights is not None, "the access stage settles the rights"
+    return rights
 
 
 def _cleaned(content: DashboardContent) -> DashboardContent:

@@ -11,7 +11,11 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, DashboardContent, Widget
-from meshboard.dashboard.v1.dashboard_service_pb2 import CreateDashboardGrantRequest, UpdateDashboardRequest
+from meshboard.dashboard.v1.dashboard_service_pb2 import (
+    CreateDashboardGrantRequest,
+    DeleteDashboardRequest,
+    UpdateDashboardRequest,
+)
 from meshboard.dashboard.v1.draft_service_pb2 import StartDraftRequest
 from meshboard.dashboard.v1.file_service_pb2 import (
     ApplyDashboardRequest,
@@ -229,6 +233,16 @@ async def test_a_draft_is_changed_out_of_sight(mesh: Mesh) -> None:
     await mesh.drafts.StartDraft(StartDraftRequest(dashboard_id=dashboard_id), metadata=ann.metadata)
     assert (await apply(mesh, ann, a_file(title="Secret"))).dashboard.title == "Secret"
     assert (await export(mesh, ann, dashboard_id)).content.title == "Shop"
+
+
+async def test_what_is_in_the_bin_has_given_up_its_name(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    first = (await apply(mesh, ann, a_file())).dashboard.dashboard_id
+    await mesh.dashboards.DeleteDashboard(DeleteDashboardRequest(dashboard_id=first), metadata=ann.metadata)
+    assert await refused(export(mesh, ann, first)) == (grpc.StatusCode.NOT_FOUND, "DASHBOARD_NOT_FOUND")
+    again = await apply(mesh, ann, a_file(title="Store"))
+    assert again.outcome == ApplyDashboardResponse.CREATED
+    assert again.dashboard.dashboard_id != first
 
 
 # Who may
