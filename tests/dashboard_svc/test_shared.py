@@ -264,7 +264,7 @@ async def test_watchers_get_what_changes(mesh: Mesh) -> None:
 
 
 async def test_a_cursor_lifts_no_filter(mesh: Mesh) -> None:
-    """That of a viewer who sees everything leads to what the link shows."""
+    """That of a viewer who sees everything is none of what the link shows."""
     ann = mesh.identity.member("admin")
     dashboard, source_id, widget = await counted(mesh, ann)
     _, open_token = await share(mesh, ann, dashboard)
@@ -273,7 +273,10 @@ async def test_a_cursor_lifts_no_filter(mesh: Mesh) -> None:
         pass
     mesh.analytics.asked.clear()
     mesh.analytics.count[source_id] = 3
-    async with watching(mesh, token, cursor=everything.cursor) as watcher:
+    request = pb.WatchSharedDashboardRequest(token=token, cursor=everything.cursor)
+    refusal = await refused(mesh.shares.WatchSharedDashboard(request).read())
+    assert refusal == (grpc.StatusCode.INVALID_ARGUMENT, "CURSOR_INVALID")
+    async with watching(mesh, token) as watcher:
         assert watcher.state == {widget.widget_id: 3}
     assert [list(asked.query.filters) for asked in mesh.analytics.asked] == [[SHOP]]
 
@@ -418,8 +421,8 @@ async def test_a_locked_variable_is_out_of_reach(mesh: Mesh) -> None:
         pass
     assert countries(mesh) == {"de", "fr"}
     mesh.analytics.asked.clear()
-    async with watching(mesh, token, cursor=free.cursor):
-        pass
+    stream = mesh.shares.WatchSharedDashboard(pb.WatchSharedDashboardRequest(token=token, cursor=free.cursor))
+    assert (await refused(stream.read()))[1] == "CURSOR_INVALID"
     await data_of(mesh, token, choices=["shop=a"])
     assert countries(mesh) == {"de"}
 
