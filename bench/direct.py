@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.load import LIMIT_SECONDS, LoadFailedError, Sent
 from services.analytics_svc.event_store import EventStore, Value
-from services.analytics_svc.tables import create_tables, insert_events
+from services.analytics_svc.tables import insert_events, statements
 
 BATCHES_PER_INSERT = 10
 
@@ -82,7 +82,8 @@ def _insert(pipe: Connection, make: Callable[[], Sequence[bytes]]) -> None:
 
 async def _insert_all(folder: Path, batches: Sequence[bytes]) -> Sent:
     store = _Directory(folder)
-    await create_tables(store)
+    for statement in statements(cluster=""):
+        await store.execute(statement)
     spent = time.process_time()
     began = time.monotonic()
     for start in range(0, len(batches), BATCHES_PER_INSERT):

@@ -26,8 +26,8 @@ from meshboard.analytics.v1.query_pb2 import (
     TimeRange,
 )
 
-from services.analytics_svc.compiler import compile_query, earlier_range
-from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.compiler import Compiled, compile_query, earlier_range
+from services.analytics_svc.event_store import EventStore, EventStoreError
 from services.analytics_svc.queries import Limits
 from services.analytics_svc.selection import resolve_range
 from services.analytics_svc.tables import insert_events
@@ -314,6 +314,17 @@ def counting_queries(draw: st.DrawFn) -> Query:
     return query
 
 
+async def rows_of_counts(store: EventStore, compiled: Compiled) -> list[list[Any]]:
+    """The rows, refused by the engine unless the counts are read, or nothing has to be read at all."""
+    forced = {"force_optimize_projection_name": "quarters"}
+    try:
+        return (await store.query(compiled.sql, compiled.params, settings=forced)).rows
+    except EventStoreError as error:
+        if "the read selects no parts" not in str(error):
+            raise
+        return (await store.query(compiled.sql, compiled.params)).rows
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(query=counting_queries(), sources=st.sampled_from([[0], [1], [0, 1]]))
 async def test_counts_by_quarters_of_an_hour_agree_with_the_events(
@@ -327,9 +338,7 @@ async def test_counts_by_quarters_of_an_hour_agree_with_the_events(
     counted = query.granularity != Query.MINUTE and query.time_zone != "America/St_Johns"
     assert (compiled.sql != raw.sql) == counted
     if counted and not short:
-        # Refused by the engine unless the counts are read.
-        forced = {"force_optimize_projection_name": "quarters"}
-        found = (await store.query(compiled.sql, compiled.params, settings=forced)).rows
+        found = await rows_of_counts(store, compiled)
     else:
         found = (await store.query(compiled.sql, compiled.params)).rows
     assert found == (await store.query(raw.sql, raw.params)).rows

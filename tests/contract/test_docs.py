@@ -11,6 +11,7 @@ import click
 import pytest
 from pydantic_settings import BaseSettings
 
+from cli.dashboards import TOKEN_VARIABLE
 from cli.main import main
 from cli.send import KEY_VARIABLE
 from cli.stack import REPLACEABLE
@@ -24,7 +25,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 # `./dev` runs this one itself.
 COMMANDS = {"test"} | set(main.commands)
 # Read by `./dev`, and not by a service.
-FOR_UP = {"MESHBOARD_DATA", KEY_VARIABLE, *REPLACEABLE}
+FOR_UP = {"MESHBOARD_DATA", KEY_VARIABLE, TOKEN_VARIABLE, *REPLACEABLE}
 SETTINGS = (
     "services.chassis.settings.Settings",
     "services.chassis.settings.PasswordSettings",
