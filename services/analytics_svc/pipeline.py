@@ -382,10 +382,8 @@ class Pipeline:
                 # Pieces have no token of their own: after a crash halfway they would be other ones.
                 batches, failures = await self._sort_out(batches, retry_ids)
                 await self._fail(failures)
-                if not failures:
-                    await asyncio.sleep(
-                        _RETRY_SECONDS[-1]
-                    )  # it is not the events: the disk is full, or the like
+                if not failures:  # it is not the events: the disk is full, or the like
+                    await asyncio.sleep(_RETRY_SECONDS[-1])
             else:
                 _inserted.inc(sum(len(batch.events) for batch in batches))
                 return

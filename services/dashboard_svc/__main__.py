@@ -121,7 +121,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
     folder_grants = grants_on_folders(sessions, user_peer, pages)
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
-    validation = Validation(sessions, analytics_peer)
+    validation = Validation(sessions, sources)
     widgets = WidgetServicer(sessions, boards, pages, validation)
     library = LibraryWidgetServicer(
         db=sessions, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD

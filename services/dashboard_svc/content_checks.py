@@ -43,9 +43,8 @@ async def hold_library(
     """Keeps the library widgets that the content newly shows from being deleted meanwhile. Raises NOT_FOUND."""
     known = {widget.library_widget_id for widget in present.widgets}
     wanted = {widget.library_widget_id for widget in content.widgets} - known - {""}
-    for library_widget_id in sorted(
-        wanted
-    ):  # in an order that all keep, so that two calls do not wait for each other
+    # In an order that all keep, so that two calls do not wait for each other.
+    for library_widget_id in sorted(wanted):
         await library.held(session, workspace_id, library_widget_id)
 
 

@@ -20,7 +20,7 @@ from services.chassis.times import time_of
 MAX_BYTES = 256 << 10
 MAX_SPAN_SECONDS = 315_360_000
 # A value that stands for what was chosen for a variable; `$$` in front is a plain `$`.
-_REFERENCE = re.compile(r"\$([a-z][a-z0-9_]{0,31})")
+REFERENCE = re.compile(r"\$([a-z][a-z0-9_]{0,31})")
 
 
 def clean(content: DashboardContent, fields: Collection[str], prefix: str = "") -> None:
@@ -78,7 +78,7 @@ def references(filters: Iterable[Filter]) -> set[str]:
         match[1]
         for filter_ in filters
         for value in filter_.values
-        if (match := _REFERENCE.fullmatch(value.string_value))
+        if (match := REFERENCE.fullmatch(value.string_value))
     }
 
 

@@ -214,9 +214,8 @@ class ShareLinks:
         now = self.now()
         try:
             async with self.db.begin() as session:
-                for workspace_id, dashboard_id, share_link_id in sorted(
-                    seen
-                ):  # so that no two processes block each other
+                # Sorted, so that no two processes block each other.
+                for workspace_id, dashboard_id, share_link_id in sorted(seen):
                     await session.execute(
                         update(ShareLink)
                         .where(

@@ -6,10 +6,14 @@ Queries run by the dashboard's right, so whoever writes one needs `sources.query
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.rpc.status_pb2 import Status
-from meshboard.analytics.v1.internal_query_service_pb2 import CheckWidgetQueriesRequest, WidgetQuestion
+from meshboard.analytics.v1.internal_query_service_pb2 import (
+    CheckWidgetQueriesRequest,
+    CheckWidgetQueriesResponse,
+    WidgetQuestion,
+)
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
 from meshboard.analytics.v1.query_pb2 import Query
 from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
@@ -48,6 +52,16 @@ class Sources:
             for start in range(0, len(wanted), _SOURCES_OF_A_QUERY)
         )
 
+    async def look_at(
+        self, workspace_id: str, questions: Sequence[WidgetQuestion]
+    ) -> CheckWidgetQueriesResponse:
+        """Whether questions can be asked, by whomever."""
+        if not questions:
+            return CheckWidgetQueriesResponse()
+        return await self._checks.CheckWidgetQueries(
+            CheckWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
+        )
+
     async def problems(
         self, workspace_id: str, content: DashboardContent
     ) -> tuple[Mapping[str, Status], set[str]]:
@@ -56,11 +70,7 @@ class Sources:
             widget.widget_id: question for widget in content.widgets if (question := question_of(widget))
         }
         questions = [*asking.values(), *(WidgetQuestion(query=q) for q in questions_of(content).values())]
-        if not questions:
-            return {}, set()
-        checked = await self._checks.CheckWidgetQueries(
-            CheckWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
-        )
+        checked = await self.look_at(workspace_id, questions)
         absent = {source_id.lower() for source_id in checked.absent_source_ids}
         problems = zip(asking, checked.problems, strict=False)  # those of the widgets stand first
         return {widget_id: problem for widget_id, problem in problems if problem.code}, absent

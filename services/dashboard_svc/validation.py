@@ -5,26 +5,21 @@ A widget's questions run by the right of its dashboard. So whoever writes them n
 
 from __future__ import annotations
 
-import asyncio
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
 from meshboard.analytics.v1.insight_service_pb2 import FunnelQuery, RetentionQuery
-from meshboard.analytics.v1.internal_query_service_pb2 import CheckWidgetQueriesRequest, WidgetQuestion
-from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceStub
+from meshboard.analytics.v1.internal_query_service_pb2 import WidgetQuestion
 from meshboard.analytics.v1.query_pb2 import AnyOf, Filter, Query
-from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
-from meshboard.analytics.v1.query_service_pb2_grpc import QueryServiceStub
 from meshboard.dashboard.v1.dashboard_pb2 import Variable, Widget
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors
-from services.chassis.clients import Peer
+from services.dashboard_svc.definitions import REFERENCE
 from services.dashboard_svc.library import shown_widgets
+from services.dashboard_svc.sources import Sources
 
-_NAMED = re.compile(r"\$([a-z][a-z0-9_]{0,31})")
 # Filters in one AnyOf.
 _ALTERNATIVES = 20
 
@@ -46,7 +41,7 @@ def variable_of(filter_: Filter) -> str:
     """The name of the variable that the filter compares with; "" when it compares with its values."""
     if len(filter_.values) != 1:
         return ""
-    named = _NAMED.fullmatch(filter_.values[0].string_value)
+    named = REFERENCE.fullmatch(filter_.values[0].string_value)
     return named[1] if named else ""
 
 
@@ -72,12 +67,11 @@ def check_variables(widget: Widget, variables: Iterable[Variable]) -> None:
 
 
 class Validation:
-    """Asks analytics_svc, as the caller."""
+    """What analytics_svc says of widgets. Never to be called inside a transaction."""
 
-    def __init__(self, db: async_sessionmaker[AsyncSession], analytics: Peer) -> None:
+    def __init__(self, db: async_sessionmaker[AsyncSession], sources: Sources) -> None:
         self._db = db
-        self._queries = analytics.stub(QueryServiceStub)
-        self._internal = analytics.stub(InternalQueryServiceStub)
+        self._sources = sources
 
     async def check(self, workspace_id: str, widgets: Sequence[Widget]) -> None:
         """Fails as analytics_svc does: when the caller may not ask what the widgets ask, or nobody can.
@@ -86,7 +80,7 @@ class Validation:
         """
         async with self._db() as session:
             asking = await shown_widgets(session, workspace_id, map(_copy, widgets))
-        insights = [
+        insights: list[FunnelQuery | RetentionQuery] = [
             insight
             for widget in asking
             for insight in (widget.funnel, widget.retention)
@@ -95,26 +89,14 @@ class Validation:
         queries = [plain(widget.query) for widget in asking if widget.HasField("query")]
         queries += [_right_to(insight) for insight in insights]
         once = {query.SerializeToString(deterministic=True): query for query in queries}
-        await asyncio.gather(*map(self._validate, once.values()))
-        if insights:
-            await self._check_insights(workspace_id, insights)
-
-    async def _validate(self, query: Query) -> None:
-        await self._queries.ValidateQuery(ValidateQueryRequest(query=query))
-
-    async def _check_insights(
-        self, workspace_id: str, insights: Sequence[FunnelQuery | RetentionQuery]
-    ) -> None:
+        await self._sources.validate(once.values())
         questions = [
             WidgetQuestion(funnel=plain(insight))
             if isinstance(insight, FunnelQuery)
             else WidgetQuestion(retention=plain(insight))
             for insight in insights
         ]
-        response = await self._internal.CheckWidgetQueries(
-            CheckWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
-        )
-        for problem in response.problems:
+        for problem in (await self._sources.look_at(workspace_id, questions)).problems:
             if problem.code:
                 raise errors.from_status(problem)
 

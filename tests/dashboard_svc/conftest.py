@@ -272,12 +272,12 @@ async def mesh(
                 bin_days=settings.bin_days,
             )
             files = FileServicer(
-                db, boards, dashboards.grants, ContentChecks(Validation(db, peers[1]), sources)
+                db, boards, dashboards.grants, ContentChecks(Validation(db, sources), sources)
             )
             templates = TemplateServicer(db, pages, dashboards.grants, sources)
             drafts = DraftServicer(db, boards, answers)
             versions = VersionServicer(db, boards, sources, pages)
-            validation = Validation(db, peers[1])
+            validation = Validation(db, sources)
             widgets = WidgetServicer(db, boards, pages, validation)
             library = LibraryWidgetServicer(
                 db=db, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
