@@ -62,9 +62,11 @@ def _merge_field(
     elif here == base:
         merged.MergeFrom(theirs)
     elif field_.name == "settings":
-        settings = merged.settings  # type: ignore[attr-defined]
-        settings.SetInParent()
-        _merge_fields(f"{path}.", tuple(side.settings for side in sides), settings, conflicts)  # type: ignore
+        into: Any = merged
+        of: tuple[Any, ...] = sides
+        into.settings.SetInParent()
+        one, two, three = (side.settings for side in of)
+        _merge_fields(f"{path}.", (one, two, three), into.settings, conflicts)
     else:
         merged.MergeFrom(theirs)
         conflicts.append(path)
