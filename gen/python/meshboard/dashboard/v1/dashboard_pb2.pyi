@@ -468,7 +468,7 @@ class Widget(_message.Message):
         TEXT: Widget._Kind.ValueType  # 10
         """A text."""
         CUSTOM: Widget._Kind.ValueType  # 11
-        """A kind that the workspace has made."""
+        """A kind that the workspace has made. There are none yet: refused with INVALID_ARGUMENT, reason VALIDATION_FAILED."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """How to draw a result."""
@@ -498,7 +498,7 @@ class Widget(_message.Message):
     TEXT: Widget.Kind.ValueType  # 10
     """A text."""
     CUSTOM: Widget.Kind.ValueType  # 11
-    """A kind that the workspace has made."""
+    """A kind that the workspace has made. There are none yet: refused with INVALID_ARGUMENT, reason VALIDATION_FAILED."""
 
     WIDGET_ID_FIELD_NUMBER: _builtins.int
     DASHBOARD_ID_FIELD_NUMBER: _builtins.int
@@ -574,7 +574,7 @@ class Widget(_message.Message):
 
     @_builtins.property
     def custom(self) -> Global___CustomWidget:
-        """What a CUSTOM shows."""
+        """What a CUSTOM shows; not in use yet."""
 
     @_builtins.property
     def display(self) -> Global___Display:
@@ -614,7 +614,7 @@ Global___Widget: _TypeAlias = Widget  # noqa: Y015
 
 @_typing.final
 class CustomWidget(_message.Message):
-    """A widget of a kind that the workspace has made."""
+    """A widget of a kind that the workspace has made; not in use yet."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

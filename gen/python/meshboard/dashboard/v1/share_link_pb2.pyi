@@ -376,7 +376,7 @@ class SharedWidget(_message.Message):
 
     @_builtins.property
     def spec(self) -> _struct_pb2.Struct:
-        """The Vega-Lite of a CUSTOM."""
+        """The Vega-Lite of a CUSTOM; not in use yet."""
 
     def __init__(
         self,
