@@ -14,6 +14,8 @@ from meshboard.user.v1.user_service_pb2 import (
     GetMeResponse,
     GetUserRequest,
     GetUserResponse,
+    ListUsersRequest,
+    ListUsersResponse,
     SearchUsersRequest,
     SearchUsersResponse,
     UpdateUserRequest,
@@ -84,6 +86,27 @@ class UserServicer(UserServiceServicer):
             users=[_as_seen(users[user_id]) for user_id in wanted if user_id in users],
             missing_user_ids=[user_id for user_id in wanted if user_id not in users],
         )
+
+    async def ListUsers(self, request: ListUsersRequest, context: Context) -> ListUsersResponse:
+        workspace_id = auth.caller().workspace_id
+        page = self.pages.open(request, workspace_id)
+        wanted = [Member.workspace_id == workspace_id, page.after(User.display_name, User.user_id)]
+        if request.kind:
+            wanted.append(User.kind == user_pb2.User.Kind.Name(request.kind))
+        if request.state:
+            wanted.append(User.state == user_pb2.User.State.Name(request.state))
+        if request.managed:
+            wanted.append(User.managing_workspace_id == workspace_id)
+        async with self.db() as session:
+            rows = await session.scalars(
+                select(User)
+                .join(Member, Member.user_id == User.user_id)
+                .where(*wanted)
+                .order_by(User.display_name, User.user_id)
+                .limit(page.limit)
+            )
+        users, next_page_token = page.close(rows.all(), lambda user: (user.display_name, user.user_id))
+        return ListUsersResponse(users=[_as_seen(user) for user in users], next_page_token=next_page_token)
 
     async def SearchUsers(self, request: SearchUsersRequest, context: Context) -> SearchUsersResponse:
         workspace_id = auth.caller().workspace_id

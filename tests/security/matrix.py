@@ -235,6 +235,7 @@ MATRIX: Mapping[str, Row] = {
         ("USER_NOT_FOUND",),
     ),
     "user.v1.UserService.BatchGetUsers": In({"user_ids": ["{member}"]}, "-++++"),
+    "user.v1.UserService.ListUsers": In({}, "-++++"),
     "user.v1.UserService.SearchUsers": In({"query": "someone"}, "-++++"),
     "user.v1.ProfileService.GetProfile": SignedIn(),
     "user.v1.ProfileService.UpdateProfile": SignedIn(

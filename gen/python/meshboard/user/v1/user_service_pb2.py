@@ -30,7 +30,7 @@ from meshboard.user.v1 import profile_pb2 as meshboard_dot_user_dot_v1_dot_profi
 from meshboard.user.v1 import user_pb2 as meshboard_dot_user_dot_v1_dot_user__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a!meshboard/options/v1/access.proto\x1a\x1fmeshboard/user/v1/profile.proto\x1a\x1cmeshboard/user/v1/user.proto\"\x0e\n\x0cGetMeRequest\"r\n\rGetMeResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x34\n\x07profile\x18\x02 \x01(\x0b\x32\x1a.meshboard.user.v1.ProfileR\x07profile\"3\n\x0eGetUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\">\n\x0fGetUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"D\n\x14\x42\x61tchGetUsersRequest\x12,\n\x08user_ids\x18\x01 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x08\x01\x10\x64\"\x05r\x03\xb0\x01\x01R\x07userIds\"p\n\x15\x42\x61tchGetUsersResponse\x12-\n\x05users\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.UserR\x05users\x12(\n\x10missing_user_ids\x18\x02 \x03(\tR\x0emissingUserIds\"\x85\x01\n\x12SearchUsersRequest\x12 \n\x05query\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\x05query\x12$\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"l\n\x13SearchUsersResponse\x12-\n\x05users\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.UserR\x05users\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x85\x01\n\x11UpdateUserRequest\x12\x33\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserB\x06\xbaH\x03\xc8\x01\x01R\x04user\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"A\n\x12UpdateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user2\xa3\x05\n\x0bUserService\x12\x66\n\x05GetMe\x12\x1f.meshboard.user.v1.GetMeRequest\x1a .meshboard.user.v1.GetMeResponse\"\x1a\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x0e\x12\x0c/v1/users/me\x12\x7f\n\x07GetUser\x12!.meshboard.user.v1.GetUserRequest\x1a\".meshboard.user.v1.GetUserResponse\"-\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x15\x12\x13/v1/users/{user_id}\x12\x93\x01\n\rBatchGetUsers\x12\'.meshboard.user.v1.BatchGetUsersRequest\x1a(.meshboard.user.v1.BatchGetUsersResponse\"/\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x17\"\x12/v1/users:batchGet:\x01*\x12\x88\x01\n\x0bSearchUsers\x12%.meshboard.user.v1.SearchUsersRequest\x1a&.meshboard.user.v1.SearchUsersResponse\"*\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/users:search\x12\x89\x01\n\nUpdateUser\x12$.meshboard.user.v1.UpdateUserRequest\x1a%.meshboard.user.v1.UpdateUserResponse\".\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02 2\x18/v1/users/{user.user_id}:\x04userb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$meshboard/user/v1/user_service.proto\x12\x11meshboard.user.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a!meshboard/options/v1/access.proto\x1a\x1fmeshboard/user/v1/profile.proto\x1a\x1cmeshboard/user/v1/user.proto\"\x0e\n\x0cGetMeRequest\"r\n\rGetMeResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\x12\x34\n\x07profile\x18\x02 \x01(\x0b\x32\x1a.meshboard.user.v1.ProfileR\x07profile\"3\n\x0eGetUserRequest\x12!\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x06userId\">\n\x0fGetUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user\"D\n\x14\x42\x61tchGetUsersRequest\x12,\n\x08user_ids\x18\x01 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x08\x01\x10\x64\"\x05r\x03\xb0\x01\x01R\x07userIds\"p\n\x15\x42\x61tchGetUsersResponse\x12-\n\x05users\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.UserR\x05users\x12(\n\x10missing_user_ids\x18\x02 \x03(\tR\x0emissingUserIds\"\xf6\x01\n\x10ListUsersRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\x12:\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.meshboard.user.v1.User.KindB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12=\n\x05state\x18\x04 \x01(\x0e\x32\x1d.meshboard.user.v1.User.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x05state\x12\x18\n\x07managed\x18\x05 \x01(\x08R\x07managed\"j\n\x11ListUsersResponse\x12-\n\x05users\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.UserR\x05users\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x85\x01\n\x12SearchUsersRequest\x12 \n\x05query\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01R\x05query\x12$\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x10R\tpageToken\"l\n\x13SearchUsersResponse\x12-\n\x05users\x18\x01 \x03(\x0b\x32\x17.meshboard.user.v1.UserR\x05users\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x85\x01\n\x11UpdateUserRequest\x12\x33\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserB\x06\xbaH\x03\xc8\x01\x01R\x04user\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"A\n\x12UpdateUserResponse\x12+\n\x04user\x18\x01 \x01(\x0b\x32\x17.meshboard.user.v1.UserR\x04user2\xa0\x06\n\x0bUserService\x12\x66\n\x05GetMe\x12\x1f.meshboard.user.v1.GetMeRequest\x1a .meshboard.user.v1.GetMeResponse\"\x1a\x8a\xb5\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x0e\x12\x0c/v1/users/me\x12\x7f\n\x07GetUser\x12!.meshboard.user.v1.GetUserRequest\x1a\".meshboard.user.v1.GetUserResponse\"-\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x15\x12\x13/v1/users/{user_id}\x12\x93\x01\n\rBatchGetUsers\x12\'.meshboard.user.v1.BatchGetUsersRequest\x1a(.meshboard.user.v1.BatchGetUsersResponse\"/\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x17\"\x12/v1/users:batchGet:\x01*\x12{\n\tListUsers\x12#.meshboard.user.v1.ListUsersRequest\x1a$.meshboard.user.v1.ListUsersResponse\"#\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/users\x12\x88\x01\n\x0bSearchUsers\x12%.meshboard.user.v1.SearchUsersRequest\x1a&.meshboard.user.v1.SearchUsersResponse\"*\x8a\xb5\x18\x0e\x1a\x0cmembers.view\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/users:search\x12\x89\x01\n\nUpdateUser\x12$.meshboard.user.v1.UpdateUserRequest\x1a%.meshboard.user.v1.UpdateUserResponse\".\x8a\xb5\x18\x04\x10\x01@\x01\x82\xd3\xe4\x93\x02 2\x18/v1/users/{user.user_id}:\x04userb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_BATCHGETUSERSREQUEST'].fields_by_name['user_ids']._loaded_options = None
   _globals['_BATCHGETUSERSREQUEST'].fields_by_name['user_ids']._serialized_options = b'\272H\016\222\001\013\010\001\020d\"\005r\003\260\001\001'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\020'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['kind']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['kind']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['state']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['state']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_SEARCHUSERSREQUEST'].fields_by_name['query']._loaded_options = None
   _globals['_SEARCHUSERSREQUEST'].fields_by_name['query']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
   _globals['_SEARCHUSERSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -55,6 +63,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USERSERVICE'].methods_by_name['GetUser']._serialized_options = b'\212\265\030\016\032\014members.view\202\323\344\223\002\025\022\023/v1/users/{user_id}'
   _globals['_USERSERVICE'].methods_by_name['BatchGetUsers']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['BatchGetUsers']._serialized_options = b'\212\265\030\016\032\014members.view\202\323\344\223\002\027\"\022/v1/users:batchGet:\001*'
+  _globals['_USERSERVICE'].methods_by_name['ListUsers']._loaded_options = None
+  _globals['_USERSERVICE'].methods_by_name['ListUsers']._serialized_options = b'\212\265\030\016\032\014members.view\202\323\344\223\002\013\022\t/v1/users'
   _globals['_USERSERVICE'].methods_by_name['SearchUsers']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['SearchUsers']._serialized_options = b'\212\265\030\016\032\014members.view\202\323\344\223\002\022\022\020/v1/users:search'
   _globals['_USERSERVICE'].methods_by_name['UpdateUser']._loaded_options = None
@@ -71,14 +81,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCHGETUSERSREQUEST']._serialized_end=567
   _globals['_BATCHGETUSERSRESPONSE']._serialized_start=569
   _globals['_BATCHGETUSERSRESPONSE']._serialized_end=681
-  _globals['_SEARCHUSERSREQUEST']._serialized_start=684
-  _globals['_SEARCHUSERSREQUEST']._serialized_end=817
-  _globals['_SEARCHUSERSRESPONSE']._serialized_start=819
-  _globals['_SEARCHUSERSRESPONSE']._serialized_end=927
-  _globals['_UPDATEUSERREQUEST']._serialized_start=930
-  _globals['_UPDATEUSERREQUEST']._serialized_end=1063
-  _globals['_UPDATEUSERRESPONSE']._serialized_start=1065
-  _globals['_UPDATEUSERRESPONSE']._serialized_end=1130
-  _globals['_USERSERVICE']._serialized_start=1133
-  _globals['_USERSERVICE']._serialized_end=1808
+  _globals['_LISTUSERSREQUEST']._serialized_start=684
+  _globals['_LISTUSERSREQUEST']._serialized_end=930
+  _globals['_LISTUSERSRESPONSE']._serialized_start=932
+  _globals['_LISTUSERSRESPONSE']._serialized_end=1038
+  _globals['_SEARCHUSERSREQUEST']._serialized_start=1041
+  _globals['_SEARCHUSERSREQUEST']._serialized_end=1174
+  _globals['_SEARCHUSERSRESPONSE']._serialized_start=1176
+  _globals['_SEARCHUSERSRESPONSE']._serialized_end=1284
+  _globals['_UPDATEUSERREQUEST']._serialized_start=1287
+  _globals['_UPDATEUSERREQUEST']._serialized_end=1420
+  _globals['_UPDATEUSERRESPONSE']._serialized_start=1422
+  _globals['_UPDATEUSERRESPONSE']._serialized_end=1487
+  _globals['_USERSERVICE']._serialized_start=1490
+  _globals['_USERSERVICE']._serialized_end=2290
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,11 @@ class UserServiceStub:
                 request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.SerializeToString,
                 response_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.FromString,
                 _registered_method=True)
+        self.ListUsers = channel.unary_unary(
+                '/meshboard.user.v1.UserService/ListUsers',
+                request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.ListUsersRequest.SerializeToString,
+                response_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.ListUsersResponse.FromString,
+                _registered_method=True)
         self.SearchUsers = channel.unary_unary(
                 '/meshboard.user.v1.UserService/SearchUsers',
                 request_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.SearchUsersRequest.SerializeToString,
@@ -85,6 +90,13 @@ class UserServiceServicer:
     def BatchGetUsers(self, request, context):
         """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
         that are absent, stand in `missing_user_ids`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsers(self, request, context):
+        """Lists the members of the caller's workspace, by name. `WorkspaceService.ListMembers` lists them with their roles.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +142,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.BatchGetUsers,
                     request_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.FromString,
                     response_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.SerializeToString,
+            ),
+            'ListUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsers,
+                    request_deserializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.ListUsersRequest.FromString,
+                    response_serializer=meshboard_dot_user_dot_v1_dot_user__service__pb2.ListUsersResponse.SerializeToString,
             ),
             'SearchUsers': grpc.unary_unary_rpc_method_handler(
                     servicer.SearchUsers,
@@ -224,6 +241,33 @@ class UserService:
             '/meshboard.user.v1.UserService/BatchGetUsers',
             meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersRequest.SerializeToString,
             meshboard_dot_user_dot_v1_dot_user__service__pb2.BatchGetUsersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.user.v1.UserService/ListUsers',
+            meshboard_dot_user_dot_v1_dot_user__service__pb2.ListUsersRequest.SerializeToString,
+            meshboard_dot_user_dot_v1_dot_user__service__pb2.ListUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,8 @@ class UserServiceStub:
     """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
     that are absent, stand in `missing_user_ids`.
     """
+    ListUsers: _aio.UnaryUnaryMultiCallable[_user_service_pb2.ListUsersRequest, _user_service_pb2.ListUsersResponse]
+    """Lists the members of the caller's workspace, by name. `WorkspaceService.ListMembers` lists them with their roles."""
     SearchUsers: _aio.UnaryUnaryMultiCallable[_user_service_pb2.SearchUsersRequest, _user_service_pb2.SearchUsersResponse]
     """Searches the members of the caller's workspace by name and address, the best hits first.
 
@@ -74,6 +76,14 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns several users at once: the caller, and members of the caller's workspace. The ids of all others, and of those
         that are absent, stand in `missing_user_ids`.
         """
+
+    @_abc_1.abstractmethod
+    def ListUsers(
+        self,
+        request: _user_service_pb2.ListUsersRequest,
+        context: _aio.ServicerContext[_user_service_pb2.ListUsersRequest, _abc.Awaitable[_user_service_pb2.ListUsersResponse]],
+    ) -> _abc.Awaitable[_user_service_pb2.ListUsersResponse]:
+        """Lists the members of the caller's workspace, by name. `WorkspaceService.ListMembers` lists them with their roles."""
 
     @_abc_1.abstractmethod
     def SearchUsers(
