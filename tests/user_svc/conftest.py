@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 Metadata = tuple[tuple[str, str], ...]
 # The rounds of a race in its long form.
-LONG = pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])
+LONG = pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from services.user_svc.models import Avatar, ErasureRow, Member, ProfileRow, Use
 from tests.auth_svc.conftest import bearer, claims_of, new_email
 from tests.conditions import eventually
 from tests.harness import new_id, refused, status_of
+from tests.user_svc.conftest import LONG
 from tests.user_svc.people import People, answering, from_elsewhere
 from tests.user_svc.test_pictures import PNG
 
@@ -445,7 +446,7 @@ async def test_is_for_oneself_alone(people: People):
         assert await refused(delete(people, person, user_id)) == (StatusCode.NOT_FOUND, "USER_NOT_FOUND")
 
 
-@pytest.mark.parametrize("rounds", [10, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [10, LONG])
 async def test_who_is_made_a_member_meanwhile_is_none_in_the_end(people: People, rounds: int):
     owner = await people.sign_up()
     created = await people.services.workspaces.CreateWorkspace(

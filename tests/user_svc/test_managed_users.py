@@ -32,6 +32,7 @@ from services.auth_svc.reaper import reap
 from tests.auth_svc.conftest import bearer, new_email
 from tests.conditions import eventually
 from tests.harness import new_id, refused
+from tests.user_svc.conftest import LONG
 from tests.user_svc.people import People
 
 pytestmark = pytest.mark.xdist_group("people")
@@ -375,7 +376,7 @@ async def test_a_workspace_of_ones_own_hinders_nobody(people: People):
     assert (await deactivate(people, admin, user.user_id)).state == User.DEACTIVATED
 
 
-@pytest.mark.parametrize("rounds", [10, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [10, LONG])
 async def test_two_owners_do_not_deactivate_each_other(people: People, rounds: int):
     owner, email = await people.sign_up(), new_email()
     first = (await people.make(owner, "owner", email)).user

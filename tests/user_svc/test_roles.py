@@ -28,7 +28,7 @@ from services.chassis.rights import ROLES
 from services.user_svc.roles import MAX_ROLES
 from tests.harness import reason_of, refused
 from tests.statements import statements_on
-from tests.user_svc.conftest import Person, UserSvc
+from tests.user_svc.conftest import LONG, Person, UserSvc
 from tests.user_svc.roles import VIEW, allow, create, give, member_with, rights_of
 
 ANALYST = ("dashboards.list", "dashboards.view", "sources.view", "sources.query")
@@ -317,7 +317,7 @@ async def test_a_role_is_deleted_when_nobody_has_it(svc: UserSvc, owner: Person)
     assert outcome == (StatusCode.NOT_FOUND, "ROLE_NOT_FOUND")
 
 
-ROUNDS = pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.long)])
+ROUNDS = pytest.mark.parametrize("rounds", [20, LONG])
 
 
 async def outcome_of(call: Any) -> str:
