@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -62,6 +62,24 @@ class _Names:
         self.services.append(service)
 
 
+class _Generic:
+    """Passes what is registered on to a server without a handler for each method by itself.
+
+    grpc.aio waits for the next call of each such method, and looks at all of them for each call: a dozen microseconds
+    for ten methods. Who needs a method is found by the interceptor, which remembers it.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Passed on."""
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, _service: str, _handlers: object) -> None:
+        """Ignored: the same methods are in the generic handlers."""
+
+
 def rules_for(registrations: Iterable[Register]) -> dict[str, access.Rule]:
     """The access rules of the services that the registrations add. Raises MissingAccessError."""
     names = _Names()
@@ -97,12 +115,13 @@ class Server:
         self._settings = settings
         self._ready = list(ready)
         self._grpc = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
+        generic = _Generic(self._grpc)
         for register in registrations:
-            register(self._grpc)
+            register(generic)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, cast("grpc.aio.Server", generic))
         self._services = sorted({path.split("/")[1] for path in rules})
-        _add_reflection(self._grpc)
+        _add_reflection(generic)
         self._http: web.AppRunner | None = None
         self.port = 0
 
@@ -133,7 +152,7 @@ def contracts() -> descriptor_pb2.FileDescriptorSet:
     return descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTOR_FILE.read_bytes())
 
 
-def _add_reflection(server: grpc.aio.Server) -> None:
+def _add_reflection(server: Any) -> None:
     """Reflection of the whole descriptor set, so that one address tells of every service."""
     pool = descriptor_pool.DescriptorPool()
     names = []
