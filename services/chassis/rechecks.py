@@ -81,38 +81,37 @@ class Rechecks:
 class Guard:
     """The checks of all streams that have the same right: one for all, and no stream wakes for it.
 
-    `ended` is called when they must end.
+    `told` is called when a doubt has been cleared up, and when the streams must end.
     """
 
-    def __init__(self, recheck: Callable[[], Awaitable[None]], ended: Callable[[], None]) -> None:
+    def __init__(self, recheck: Callable[[], Awaitable[None]], told: Callable[[], None]) -> None:
         self.streams = 0
-        self._ended = ended
+        self.settled = 0  # doubts that have been cleared up
+        self._told = told
         self._checks = Rechecks(recheck)
-        self._settled = 0  # doubts that have been cleared up
         self._doubts = 0
         self._doubted = asyncio.Event()
-        self._checked = asyncio.Event()  # set, and replaced, after each check
         self._reason: Reason = ""
         self._failure: errors.Error | None = None
         self._task = asyncio.create_task(self._run())
 
-    async def reason_to_end(self, doubts: int = 0) -> Reason:
-        """Why the streams must end, as far as is known; what has given `doubts` is checked first.
-
-        Raises UNAVAILABLE when for BLIND_SECONDS it could not be told.
-        """
-        while self._settled < doubts and not self.over:
-            self._doubts = max(self._doubts, doubts)
+    def doubt(self, doubts: int) -> None:
+        """Has it checked at once, when these are more doubts than before."""
+        if doubts > self._doubts:
+            self._doubts = doubts
             self._doubted.set()
-            await self._checked.wait()
-        if self._failure is not None:
-            raise self._failure
-        return self._reason
 
     @property
     def over(self) -> bool:
         """Whether its streams must end."""
         return bool(self._reason or self._failure)
+
+    @property
+    def reason_to_end(self) -> Reason:
+        """Why. Raises UNAVAILABLE when for BLIND_SECONDS it could not be told whether they may go on."""
+        if self._failure is not None:
+            raise self._failure
+        return self._reason
 
     def close(self) -> None:
         """Checks no more."""
@@ -125,8 +124,9 @@ class Guard:
                 doubts = self._doubts
                 self._doubted.clear()
                 self._reason = await self._checks.reason_to_end(doubts)
-                self._settled = doubts
-                self._note()
+                if self.settled < doubts:
+                    self.settled = doubts
+                    self._told()
                 if not self._reason:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(max(0.0, self._checks.next - time.monotonic())):
@@ -137,36 +137,28 @@ class Guard:
             else:
                 log.error("guard_failed", exc_info=failure)
                 self._failure = errors.internal()
-            self._note()
-        self._ended()
-
-    def _note(self) -> None:
-        self._checked.set()
-        self._checked = asyncio.Event()
+        self._told()
 
 
 class Guards:
-    """The guards of this process, and how many streams they have."""
+    """The guards of this process."""
 
     def __init__(self) -> None:
-        self.streams = 0
         self._guards: dict[Hashable, Guard] = {}
 
     @contextmanager
     def guard(
-        self, key: Hashable, recheck: Callable[[], Awaitable[None]], ended: Callable[[], None]
+        self, key: Hashable, recheck: Callable[[], Awaitable[None]], told: Callable[[], None]
     ) -> Iterator[Guard]:
-        """The guard of a stream. Streams with equal keys have the same right, and share `recheck` and `ended`."""
+        """The guard of a stream. Streams with equal keys have the same right, and share `recheck` and `told`."""
         guard = self._guards.get(key)
         if guard is None or guard.over:  # the right may have come back
-            guard = self._guards[key] = Guard(recheck, ended)
+            guard = self._guards[key] = Guard(recheck, told)
         guard.streams += 1
-        self.streams += 1
         try:
             yield guard
         finally:
             guard.streams -= 1
-            self.streams -= 1
             if not guard.streams:
                 guard.close()
                 if self._guards.get(key) is guard:

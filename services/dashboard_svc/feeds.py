@@ -117,7 +117,7 @@ class _Shown:
 class Feed:
     """The present state of one dashboard, in one scope.
 
-    `changed` is set, and another event put in its place, when the state has changed. `doubts` grows when watchers have
+    Those in `told` are called when the state has changed, and `changes` has grown. `doubts` grows when watchers have
     reason to check at once whether they may still watch. `gone` says that the dashboard was deleted.
     """
 
@@ -125,7 +125,8 @@ class Feed:
         self.workspace_id = workspace_id
         self.dashboard_id = dashboard_id
         self.scope = scope
-        self.changed = asyncio.Event()
+        self.told: set[Callable[[], None]] = set()
+        self.changes = 0
         self.doubts = 0
         self.gone = False
         self.watchers = 0
@@ -203,6 +204,11 @@ class Feed:
         """The opposite. Raises INVALID_ARGUMENT (CURSOR_INVALID)."""
         return cursors.decode(self._feeds.cursor_key, self.dashboard_id, cursor, self.scope)
 
+    def wake(self) -> None:
+        """Has all watchers look at it."""
+        for told in tuple(self.told):
+            told()
+
     # Called by Feeds
 
     def reload(self) -> None:
@@ -277,7 +283,8 @@ class Feed:
             self._gathering.cancel()
             self._gathering = None
         self._news.clear()
-        self.changed = _replace(self.changed)
+        self.changes += 1
+        self.wake()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (failure := task.exception()):

@@ -331,14 +331,14 @@ class ShareServicer(ShareServiceServicer):
         found, scope = share_links.current(), _scope(request)
         self.links.viewed(found, 0)
         least_seconds = max(LEAST_SECONDS, found.link.refresh_seconds)
-        draining = self.draining
+        draining, form = self.draining, self._news.of
         if found.link.HasField("snapshot"):
             frozen = Frozen(
                 await self.snapshots.content(found), found.link.dashboard_id, self.feeds.cursor_key
             )
             has = frozen.read_cursor(request.cursor) if request.cursor else None
-            async for news in stream(frozen, has, self.span, _recheck(found), draining):
-                yield self._news.of(news)
+            async for news in stream(frozen, has, self.span, _recheck(found), draining, form=form):
+                yield news
             return
         with (
             self._room(found, scope),
@@ -348,8 +348,10 @@ class ShareServicer(ShareServiceServicer):
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await feed.catch_up()
             recheck = _recheck(found, lambda: feed.gone)
-            async for news in stream(feed, has, self.span, recheck, draining, least_seconds=least_seconds):
-                yield self._news.of(news)
+            async for news in stream(
+                feed, has, self.span, recheck, draining, least_seconds=least_seconds, form=form
+            ):
+                yield news
 
     async def UnlockSharedDashboard(
         self, request: pb.UnlockSharedDashboardRequest, context: Context

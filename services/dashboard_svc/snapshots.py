@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from functools import partial
 
 from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
@@ -44,13 +44,19 @@ class Frozen:
     """A state that never changes, for who watches it as they watch a `Feed`."""
 
     ready = True
+    changes = 0
     doubts = 0
 
     def __init__(self, content: SnapshotContent, dashboard_id: str, cursor_key: bytes) -> None:
-        self.changed = asyncio.Event()
+        self.told: set[Callable[[], None]] = set()
         self._content = content
         self._dashboard_id = dashboard_id
         self._cursor_key = cursor_key
+
+    def wake(self) -> None:
+        """Has all watchers look at it."""
+        for told in tuple(self.told):
+            told()
 
     def news(self, has: cursors.Digests | None) -> News | None:
         """What leads a client that has this data to the state; None when nothing is new."""

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardResponse
 
-from services.chassis.rechecks import Guards, Span
+from services.chassis.interceptor import Handover, Write
+from services.chassis.rechecks import Guard, Guards, Span
 from services.dashboard_svc import cursors
 from services.dashboard_svc.feeds import LEAST_SECONDS, Feed
+from services.dashboard_svc.rounds import NEVER, Due, Rounds
 from services.dashboard_svc.snapshots import Frozen
 
 End = WatchDashboardResponse.End
 
-# Sending costs the process time for each stream: with many, changes are further apart.
-_SECONDS_A_STREAM = 50e-6
-_MOST_SECONDS = 0.25
-
 _guards = Guards()
+_rounds = Rounds()
 
 # What a message is sent as: what the servicer gives to gRPC.
 Form = Callable[[WatchDashboardResponse], Any]
@@ -42,64 +40,85 @@ async def stream(
     form: Form = _as_it_is,
     key: Hashable = None,
 ) -> AsyncIterator[Any]:
-    """What a client is sent that has this data (None: nothing), in a form. Ends after a message with `end`.
+    """Has a client that has this data (None: nothing) sent what follows, in a form. Ends after a message with `end`.
 
     Changes are `least_seconds` apart. `recheck` raises when the client may no longer watch; streams of the feed with an
     equal `key` have the same right, and are checked together. Raises UNAVAILABLE when that could not be told for a
-    while.
+    while. What it yields is for the interceptor, which has the messages sent in rounds over all streams.
     """
 
     async def check() -> None:
         if draining():
-            _wake(feed)
+            feed.wake()
         await recheck()
 
-    with _guards.guard((feed, object() if key is None else key), check, lambda: _wake(feed)) as guard:
+    async def send(write: Write) -> None:
+        with _guards.guard((feed, object() if key is None else key), check, feed.wake) as guard:
+            watcher = _Watcher(feed, has, span, guard, draining, least_seconds, form)
+            with _rounds.turn(watcher.due, write) as turn:
+                feed.told.add(turn.look)
+                try:
+                    await turn.over
+                finally:
+                    feed.told.discard(turn.look)
+
+    yield Handover(send)
+
+
+@dataclass(slots=True, eq=False)
+class _Watcher:
+    """What one client has, and is sent."""
+
+    feed: Feed | Frozen
+    has: cursors.Digests | None
+    span: Span
+    guard: Guard
+    draining: Callable[[], bool]
+    least_seconds: float
+    form: Form
+    next_news: float = 0.0
+    next_beat: float = field(init=False)
+    end_time: float = field(init=False)
+    seen: int | None = None  # which of the feed's changes
+
+    def __post_init__(self) -> None:
         start = time.monotonic()
-        next_beat, end_time = start + span.heartbeat_seconds, start + span.watch_seconds
-        next_news = start
-        seen: asyncio.Event | None = None
-        while True:
-            changed = feed.changed
-            if draining():
-                yield form(_end(End.DRAINING))
-                return
-            if time.monotonic() >= end_time:
-                yield form(_end(End.RENEW))
-                return
-            if reason := await guard.reason_to_end(feed.doubts):
-                yield form(_end(End.Reason.Value(reason)))
-                return
-            # Until the first message the feed may still be on its way to what this client may expect.
-            pending = changed is not seen and (seen is not None or feed.ready)
-            if pending and time.monotonic() >= next_news:
-                first, seen, pending = seen is None, changed, False
-                if news := feed.news(has):
-                    has = news.has
-                    yield news.formed(form)
-                    next_news = time.monotonic() + _pace(least_seconds)
-                elif first:
-                    # Nothing differs from the client's cursor: it learns that it is up to date.
-                    yield form(WatchDashboardResponse(cursor=feed.cursor(has or {})))
-            if time.monotonic() >= next_beat:
-                yield form(WatchDashboardResponse(heartbeat=WatchDashboardResponse.Heartbeat()))
-                next_beat += span.heartbeat_seconds
-            wake = min(next_beat, end_time, next_news if pending else end_time)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, wake - time.monotonic())):
-                    await changed.wait()
+        self.next_beat = start + self.span.heartbeat_seconds
+        self.end_time = start + self.span.watch_seconds
+
+    def due(self, now: float) -> Due:
+        """What is sent now. Raises UNAVAILABLE when it could not be told for a while whether the client may watch."""
+        feed, guard = self.feed, self.guard
+        if self.draining():
+            return Due(self.form(_end(End.DRAINING)), last=True)
+        if now >= self.end_time:
+            return Due(self.form(_end(End.RENEW)), last=True)
+        if reason := guard.reason_to_end:
+            return Due(self.form(_end(End.Reason.Value(reason))), last=True)
+        message, near = None, NEVER
+        if guard.settled < feed.doubts:
+            guard.doubt(feed.doubts)  # and has the feed's watchers look again
+        # Until the first message the feed may still be on its way to what this client may expect.
+        elif feed.changes != self.seen and (self.seen is not None or feed.ready):
+            if now >= self.next_news:
+                message = self._news(now)
+            else:
+                near = self.next_news
+        if message is None and now >= self.next_beat:
+            self.next_beat += self.span.heartbeat_seconds
+            message = self.form(WatchDashboardResponse(heartbeat=WatchDashboardResponse.Heartbeat()))
+        return Due(message, near=near, far=min(self.next_beat, self.end_time))
+
+    def _news(self, now: float) -> Any:
+        first, self.seen = self.seen is None, self.feed.changes
+        if news := self.feed.news(self.has):
+            self.has, self.next_news = news.has, now + self.least_seconds
+            return news.formed(self.form)
+        if first:
+            # Nothing differs from the client's cursor: it learns that it is up to date.
+            return self.form(WatchDashboardResponse(cursor=self.feed.cursor(self.has or {})))
+        return None
 
 
 def _end(reason: End.Reason.ValueType) -> WatchDashboardResponse:
     return WatchDashboardResponse(end=End(reason=reason))
-
-
-def _wake(feed: Feed | Frozen) -> None:
-    """Has all streams of the feed look whether they must end."""
-    changed, feed.changed = feed.changed, asyncio.Event()
-    changed.set()
-
-
-def _pace(least_seconds: float) -> float:
-    crowded = LEAST_SECONDS + _guards.streams * _SECONDS_A_STREAM
-    return max(least_seconds, min(_MOST_SECONDS, crowded))
