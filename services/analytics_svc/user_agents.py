@@ -1,9 +1,12 @@
 """What a User-Agent header tells: browser, operating system, device, and whether a robot sent it."""
 
 import re
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from meshboard.analytics.v1.event_log_pb2 import LoggedEvent
+from meshboard.analytics.v1.source_pb2 import Source
 from ua_parser import parse
 
 # Programs that uap-core does not count as spiders: libraries, monitors, feed readers, and whoever says "bot".
@@ -13,6 +16,10 @@ _ROBOT = re.compile(
     r"|preview|archiver|validator|ApacheBench",
     re.IGNORECASE,
 )
+
+# So many new ones of a batch are parsed while its sender waits, and so many are remembered.
+NEW_AT_ONCE = 16
+_REMEMBERED = 10_000
 
 
 class UserAgent(NamedTuple):
@@ -37,3 +44,46 @@ def parse_user_agent(header: str) -> UserAgent:
         device=device,
         is_robot=is_robot,
     )
+
+
+class AgentFields:
+    """What user agents tell, as the fields of a serialized LoggedEvent."""
+
+    def __init__(self) -> None:
+        self._marked: dict[bytes, bytes] = {}
+        self._unmarked: dict[bytes, bytes] = {}
+        self._robots: set[bytes] = set()
+
+    def of(self, headers: Sequence[bytes], robots: Source.Robots.ValueType) -> list[bytes] | None:
+        """The fields for each of the headers, which are in UTF-8, with robots marked as a source wants them.
+
+        None when there is a robot and the source wants none, or when too many are new.
+        """
+        known = self._unmarked if robots == Source.KEEP else self._marked
+        try:
+            found = [known[header] for header in headers]
+        except KeyError:
+            if not self._learn(headers):
+                return None
+            found = [known[header] for header in headers]
+        if robots == Source.DROP and not self._robots.isdisjoint(headers):
+            return None
+        return found
+
+    def _learn(self, headers: Iterable[bytes]) -> bool:
+        new = set(headers).difference(self._marked)
+        if len(new) > NEW_AT_ONCE:
+            return False
+        if len(self._marked) + len(new) > _REMEMBERED:
+            for known in (self._marked, self._unmarked, self._robots):
+                known.clear()
+            return self._learn(headers)
+        for header in new:
+            browser, os, device, is_robot = parse_user_agent(header.decode())
+            fields = LoggedEvent(browser=browser, os=os, device=device)
+            self._unmarked[header] = fields.SerializeToString()
+            fields.is_robot = is_robot
+            self._marked[header] = fields.SerializeToString()
+            if is_robot:
+                self._robots.add(header)
+        return True
