@@ -18,7 +18,6 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardFavourited,
     DashboardGrantCreated,
     DashboardGrantDeleted,
-    DashboardMoved,
     DashboardUndeleted,
     DashboardUnfavourited,
     DashboardUpdated,
@@ -54,9 +53,10 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.definitions import clean, questions_of, sources_of
 from services.dashboard_svc.favourites import for_caller, is_favourite, mark, tell_caller, unmark
 from services.dashboard_svc.feeds import Feeds
-from services.dashboard_svc.folders import FOLDER, held_folder
+from services.dashboard_svc.folders import FOLDER
 from services.dashboard_svc.library import resolved
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.moves import move
 from services.dashboard_svc.new_dashboards import insert_dashboard, made_before, name_taken
 from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
@@ -216,12 +216,7 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id, request.etag)
-            before = dashboard.folder_id
-            dashboard.folder_id = await held_folder(session, caller.workspace_id, request.folder_id)
-            touch(dashboard, self.now())
-            moved = dashboard_to_pb(dashboard)
-            event = DashboardMoved(dashboard=moved, from_folder_id=before or "")
-            outbox.add(session, event, workspace_id=caller.workspace_id)
+            moved = await move(session, dashboard, request.folder_id, self.now())
             answer = await for_caller(session, moved)
         await self.boards.changed(moved.workspace_id, moved.dashboard_id)
         return pb.MoveDashboardResponse(dashboard=answer)

@@ -33,19 +33,24 @@ def identify_widgets(theirs: DashboardContent, base: DashboardContent, here: Das
     A widget is the one that has its name here, else the one that had it in the file before; else the one with its id;
     else the one that has no name, but would be called so. All others are new.
     """
-    unnamed = DashboardContent()
-    unnamed.CopyFrom(here)
-    name_widgets(unnamed)
     known = {widget.widget_id for content in (here, base) for widget in content.widgets}
     said = [widget.widget_id.lower() for widget in theirs.widgets]
     found = [""] * len(said)
-    for ids in (_ids(here), _ids(base), None, _ids(unnamed)):
+    for ids in (_ids(here), _ids(_named(base)), None, _ids(_named(here))):
         for index, widget in enumerate(theirs.widgets):
             candidate = said[index] if ids is None else ids.get(widget.name, "")
             if not found[index] and candidate in known and candidate not in found:
                 found[index] = candidate
     for widget, widget_id in zip(theirs.widgets, found, strict=True):
         widget.widget_id = widget_id or new_id()
+
+
+def _named(content: DashboardContent) -> DashboardContent:
+    """The content as a file says it."""
+    named = DashboardContent()
+    named.CopyFrom(content)
+    name_widgets(named)
+    return named
 
 
 def _ids(content: DashboardContent) -> dict[str, str]:

@@ -143,7 +143,8 @@ class Dashboard(Base):
 class Version(Base):
     """What a dashboard was when its `version` was `number`: `content`, a serialized DashboardContent.
 
-    Of changes that were put together `begin_time` is that of the first, `create_time` that of the last.
+    Of changes that were put together `begin_time` is that of the first, `create_time` that of the last. One that was
+    `exported` as a file stays as it is.
     """
 
     __tablename__ = "versions"
@@ -162,6 +163,7 @@ class Version(Base):
     reason: Mapped[str] = mapped_column(Text)
     restored_number: Mapped[int | None] = mapped_column(BigInteger)
     content: Mapped[bytes] = mapped_column(LargeBinary)
+    exported: Mapped[bool] = mapped_column(server_default="false")
     begin_time: Mapped[Time]
     create_time: Mapped[Time]
 
@@ -187,7 +189,11 @@ class Favourite(Base):
 
 
 class AppliedFile(Base):
-    """What the file of a dashboard said when it was applied last: `content`, a serialized DashboardContent."""
+    """What the file of a dashboard said when it was applied last: `content`, a serialized DashboardContent.
+
+    `number` is the `version` that the dashboard had then, `folder` the titles of the folder that the file named; both
+    are missing for files that were applied before they were kept.
+    """
 
     __tablename__ = "applied_files"
     __table_args__ = (
@@ -201,6 +207,8 @@ class AppliedFile(Base):
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
     content: Mapped[bytes] = mapped_column(LargeBinary)
+    number: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    folder: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
 
 
 class LibraryWidget(Base):
