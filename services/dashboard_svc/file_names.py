@@ -1,9 +1,10 @@
-"""What files call dashboards and widgets."""
+"""What files call dashboards and widgets, those of the library too."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Collection
 
 from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent, Widget
 
@@ -23,8 +24,19 @@ def name_widgets(content: DashboardContent) -> None:
     taken = {widget.name for widget in content.widgets}
     for widget in content.widgets:
         if not widget.name:
-            widget.name = _free(name_from(widget.title, _kind(widget)), taken)
+            widget.name = free_name(widget, taken)
             taken.add(widget.name)
+
+
+def free_name(widget: Widget, taken: Collection[str]) -> str:
+    """A name that is made of the widget's title, and that is none of these."""
+    name = name_from(widget.title, _kind(widget))
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        end = f"-{number}"
+        free = name[: _LONGEST - len(end)] + end
+    return free
 
 
 def identify_widgets(theirs: DashboardContent, base: DashboardContent, here: DashboardContent) -> None:
@@ -59,12 +71,3 @@ def _ids(content: DashboardContent) -> dict[str, str]:
 
 def _kind(widget: Widget) -> str:
     return Widget.Kind.Name(widget.kind).lower().replace("_", "-") if widget.kind else "widget"
-
-
-def _free(name: str, taken: set[str]) -> str:
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        end = f"-{number}"
-        free = name[: _LONGEST - len(end)] + end
-    return free

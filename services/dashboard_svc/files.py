@@ -22,7 +22,7 @@ from services.chassis.grants import Grants
 from services.chassis.interceptor import validate
 from services.chassis.resources import visible
 from services.chassis.rights import Rights
-from services.dashboard_svc import bases, layouts
+from services.dashboard_svc import bases, layouts, library
 from services.dashboard_svc.bases import Base
 from services.dashboard_svc.boards import Boards, absent, locked
 from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_library, settle_layouts
@@ -92,6 +92,7 @@ class FileServicer(FileServiceServicer):
             content = await shown_content(session, dashboard)
             folder = await self._titles(session, dashboard.folder_id)
             base_version = await bases.exported(session, dashboard, content, folder)
+            await library.name_in_file(session, dashboard.workspace_id, content)
         name_widgets(content)
         for widget in content.widgets:
             widget.ClearField("widget_id")
@@ -107,6 +108,7 @@ class FileServicer(FileServiceServicer):
         """Finds the dashboard by its name, and changes it; or creates it."""
         content = _cleaned(request.file.content)
         async with self.db() as session:
+            await library.find_from_file(session, auth.caller().workspace_id, content)
             dashboard = await self._find(session, request.file.name)
             if dashboard is not None:
                 here = await content_of(session, dashboard)

@@ -212,16 +212,18 @@ class AppliedFile(Base):
 
 
 class LibraryWidget(Base):
-    """A widget of the library; `content` as in `Widget`."""
+    """A widget of the library; `content` as in `Widget`. One that the release before this has made has no name."""
 
     __tablename__ = "library_widgets"
     __table_args__ = (
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="library_widgets_request_once"),
+        Index("library_widgets_name_once", "workspace_id", "name", unique=True),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     library_widget_id: Mapped[Id] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(Text)
+    name: Mapped[str | None] = mapped_column(Text)
     kind: Mapped[int] = mapped_column(SmallInteger)
     content: Mapped[bytes] = mapped_column(LargeBinary)
     version: Mapped[int] = mapped_column(BigInteger)

@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.query_pb2 import Query
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, DashboardContent, Widget
 from meshboard.dashboard.v1.dashboard_service_pb2 import (
     CreateDashboardGrantRequest,
@@ -24,6 +25,8 @@ from meshboard.dashboard.v1.file_service_pb2 import (
     DashboardFile,
     ExportDashboardRequest,
 )
+from meshboard.dashboard.v1.library_pb2 import LibraryWidget
+from meshboard.dashboard.v1.library_service_pb2 import CreateLibraryWidgetRequest
 from meshboard.dashboard.v1.version_service_pb2 import ListVersionsRequest
 from meshboard.dashboard.v1.widget_service_pb2 import ListWidgetsRequest, UpdateWidgetRequest
 from meshboard.user.v1.grant_pb2 import Grant, Subject
@@ -275,6 +278,29 @@ async def test_what_was_given_out_elsewhere_is_no_base(mesh: Mesh) -> None:
     assert (await refused(apply(mesh, bob, files[0])))[1] == "FILE_CONFLICT"
     files[0].base_version = "7"
     assert (await refused(apply(mesh, bob, files[0])))[1] == "VALIDATION_FAILED"
+
+
+async def test_library_widgets_are_called_by_name(mesh: Mesh) -> None:
+    ann, bob = mesh.identity.member("editor"), mesh.identity.member("editor")
+    here = await library_widget(mesh, ann, "Top pages")
+    file = a_file(widgets=[a_widget("orders"), {"name": "pages", "libraryWidgetName": "top-pages"}])
+    created = await apply(mesh, ann, file)
+    assert (await library_ids(mesh, ann, created.dashboard.dashboard_id))[1] == here.library_widget_id
+    assert (await apply(mesh, ann, file)).outcome == ApplyDashboardResponse.UNCHANGED
+
+    given = await export(mesh, ann, created.dashboard.dashboard_id)
+    assert given.content.widgets[1].library_widget_name == "top-pages"
+    assert here.library_widget_id not in str(given)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await apply(mesh, bob, given)
+    assert reason_of(failure.value) == "LIBRARY_WIDGET_NOT_FOUND"
+    assert "content.widgets[1].library_widget_name" in str(failure.value.details())
+
+    there = await library_widget(mesh, bob, "Something else", name="top-pages")
+    moved = await apply(mesh, bob, given)
+    assert (await library_ids(mesh, bob, moved.dashboard.dashboard_id))[1] == there.library_widget_id
+    given.content.widgets[1].library_widget_id = there.library_widget_id
+    assert (await refused(apply(mesh, bob, given)))[1] == "VALIDATION_FAILED"
 
 
 async def test_etag_has_to_be_the_current_one(mesh: Mesh) -> None:
@@ -564,6 +590,21 @@ async def everything(mesh: Mesh, workspace_id: str) -> dict[str, list[Any]]:
             )
             found[table] = list(rows.scalars())
     return found
+
+
+async def library_widget(mesh: Mesh, member: Member, title: str, name: str = "") -> LibraryWidget:
+    request = CreateLibraryWidgetRequest(
+        title=title, name=name, kind=Widget.TABLE, query=Query(source_ids=[SOURCE])
+    )
+    response = await mesh.library.CreateLibraryWidget(request, metadata=member.metadata)
+    made: LibraryWidget = response.library_widget
+    return made
+
+
+async def library_ids(mesh: Mesh, member: Member, dashboard_id: str) -> list[str]:
+    request = ListWidgetsRequest(dashboard_id=dashboard_id)
+    response = await mesh.widgets.ListWidgets(request, metadata=member.metadata)
+    return [widget.library_widget_id for widget in response.widgets]
 
 
 async def widget_ids(mesh: Mesh, member: Member, dashboard_id: str) -> list[str]:

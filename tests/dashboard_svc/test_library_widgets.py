@@ -98,6 +98,26 @@ async def test_creates_once_and_lists_the_newest_first(mesh: Mesh) -> None:
     assert got.library_widget == second
 
 
+async def test_names_are_made_of_titles_and_unique(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    made = [(await create(mesh, ann, title=title)).name for title in ("Top pages!", "Top pages", "Ü", "日本")]
+    assert made == ["top-pages", "top-pages-2", "u", "table"]
+    both = await asyncio.gather(*(create(mesh, ann, title="At once") for _ in range(3)))
+    assert {widget.name for widget in both} == {"at-once", "at-once-2", "at-once-3"}
+
+    taken = (grpc.StatusCode.ALREADY_EXISTS, "LIBRARY_WIDGET_NAME_TAKEN")
+    assert await refused(create(mesh, ann, name="top-pages")) == taken
+    assert await refused(update(mesh, ann, both[0], name="u")) == taken
+    assert (await refused(create(mesh, ann, name="Not a name")))[1] == "VALIDATION_FAILED"
+    assert (await create(mesh, ann, name="mine", request_id="once")).name == "mine"
+    assert (await create(mesh, ann, name="mine", request_id="once")).name == "mine"
+    assert (await update(mesh, ann, both[0], name="pages")).name == "pages"
+    # A title that changes leaves the name: files say it.
+    assert (await update(mesh, ann, both[0], title="Other")).name == "pages"
+    assert (await update(mesh, ann, both[0], "name")).name == "other"
+    assert (await create(mesh, mesh.identity.member("editor"), name="mine")).name == "mine"
+
+
 async def test_the_writer_needs_the_right_and_sense(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     widget = await create(mesh, ann)

@@ -83,7 +83,7 @@ class LibraryWidgetServiceServicer:
         """Adds a library widget and emits `LibraryWidgetCreated`.
 
         Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+        TOO_MANY_LIBRARY_WIDGETS; with ALREADY_EXISTS, reason LIBRARY_WIDGET_NAME_TAKEN. Its filters may compare with variables: then it can only be put on dashboards that have
         them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

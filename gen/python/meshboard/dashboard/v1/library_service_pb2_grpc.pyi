@@ -25,7 +25,7 @@ class LibraryWidgetServiceStub:
     """Adds a library widget and emits `LibraryWidgetCreated`.
 
     Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-    TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+    TOO_MANY_LIBRARY_WIDGETS; with ALREADY_EXISTS, reason LIBRARY_WIDGET_NAME_TAKEN. Its filters may compare with variables: then it can only be put on dashboards that have
     them.
     """
     GetLibraryWidget: _aio.UnaryUnaryMultiCallable[_library_service_pb2.GetLibraryWidgetRequest, _library_service_pb2.GetLibraryWidgetResponse]
@@ -71,7 +71,7 @@ class LibraryWidgetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Adds a library widget and emits `LibraryWidgetCreated`.
 
         Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+        TOO_MANY_LIBRARY_WIDGETS; with ALREADY_EXISTS, reason LIBRARY_WIDGET_NAME_TAKEN. Its filters may compare with variables: then it can only be put on dashboards that have
         them.
         """
 

@@ -14,8 +14,9 @@ GRPC_VERSION: str
 
 class VersionServiceStub:
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -45,8 +46,9 @@ class VersionServiceStub:
 
 class VersionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     @_abc_1.abstractmethod
