@@ -119,6 +119,13 @@ def shared_news(news: WatchDashboardResponse) -> bytes:
     return _shared_news(news).SerializeToString()
 
 
+def shared_news_without_annotations(news: WatchDashboardResponse) -> bytes:
+    """The same for links that show no annotations."""
+    shown = _shared_news(news)
+    shown.ClearField("annotations_changed")
+    return shown.SerializeToString()
+
+
 def _shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
     if news.HasField("end"):
         reason = news.end.reason if news.end.reason in _ENDS else End.LINK_ENDED
@@ -127,6 +134,7 @@ def _shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
         cursor=news.cursor,
         changes=map(shared_data, news.changes),
         removed_widget_ids=news.removed_widget_ids,
+        annotations_changed=news.annotations_changed,
         heartbeat=news.heartbeat if news.HasField("heartbeat") else None,
     )
     if news.HasField("snapshot"):

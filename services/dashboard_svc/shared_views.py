@@ -25,7 +25,13 @@ from services.dashboard_svc.feeds import LEAST_SECONDS, Feeds
 from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope
 from services.dashboard_svc.share_links import Link
-from services.dashboard_svc.shared import scope_of_link, shared_dashboard, shared_data, shared_news
+from services.dashboard_svc.shared import (
+    scope_of_link,
+    shared_dashboard,
+    shared_data,
+    shared_news,
+    shared_news_without_annotations,
+)
 from services.dashboard_svc.snapshots import Frozen, Snapshots
 from services.dashboard_svc.streams import stream
 from services.dashboard_svc.variables import values_to_choose
@@ -91,12 +97,13 @@ class SharedViews:
         The etag stands in the key because a link that was changed must be taken up as it is now.
         """
         key = (found.link.share_link_id, found.link.etag, found.ticket)
+        form = shared_news if found.link.show_annotations else shared_news_without_annotations
         if found.link.HasField("snapshot"):
             content = await self._snapshots.content(found)
             frozen = Frozen(content, found.link.dashboard_id, self._feeds.cursor_key)
             has = frozen.read_cursor(cursor) if cursor else None
             async for message in stream(
-                frozen, has, self._span, _recheck(found), self._draining, form=shared_news, key=key
+                frozen, has, self._span, _recheck(found), self._draining, form=form, key=key
             ):
                 yield message
             return
@@ -114,7 +121,7 @@ class SharedViews:
                 _recheck(found, lambda: feed.gone),
                 self._draining,
                 least_seconds=max(LEAST_SECONDS, found.link.refresh_seconds),
-                form=shared_news,
+                form=form,
                 key=key,
             ):
                 yield message
