@@ -45,6 +45,7 @@ from services.dashboard_svc.merges import Merge, merge
 from services.dashboard_svc.models import Dashboard, Folder
 from services.dashboard_svc.moves import move
 from services.dashboard_svc.new_dashboards import insert_dashboard, name_taken
+from services.dashboard_svc.validation import require_unused
 
 Context = Any
 MAX_CHANGES = 1000
@@ -170,6 +171,9 @@ class FileServicer(FileServiceServicer):
         if refused and not request.dry_run:
             raise _conflict(merged.conflicts)
         await self.checks.check(auth.caller().workspace_id, merged.content, here)
+        async with self.db() as session:
+            asking = await library.resolved(session, dashboard.workspace_id, merged.content)
+        require_unused(here.variables, asking)
         told = _told(here, merged.content, moved)
         is_new = theirs != base.content or not base.said(request.file.folder)
         if not request.dry_run and (told or is_new):

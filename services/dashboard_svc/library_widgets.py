@@ -15,7 +15,7 @@ from meshboard.dashboard.v1.events_pb2 import (
     LibraryWidgetUpdated,
 )
 from meshboard.dashboard.v1.library_service_pb2_grpc import LibraryWidgetServiceServicer
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, CompoundSelect, func, select
 from sqlalchemy.dialects.postgresql import aggregate_order_by, insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -36,7 +36,7 @@ from services.dashboard_svc.convert import (
 )
 from services.dashboard_svc.file_names import free_name
 from services.dashboard_svc.library import absent, show
-from services.dashboard_svc.models import Dashboard, LibraryWidget, Widget
+from services.dashboard_svc.models import Dashboard, LibraryWidget, Version, Widget
 from services.dashboard_svc.validation import Validation
 
 Context = Any
@@ -169,9 +169,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
             row.content = content_of_widget(widget, row.content)
             row.version += 1
             row.update_time = self.now()
-            dashboard_ids = list(
-                await session.scalars(select(Widget.dashboard_id).distinct().where(_shows(row)))
-            )
+            dashboard_ids = list(await session.scalars(_shown_on(row)))
             updated = library_widget_to_pb(row)
             for at in range(0, max(1, len(dashboard_ids)), MAX_NAMED):
                 event = LibraryWidgetUpdated(
@@ -188,9 +186,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         caller = auth.caller()
         async with self.db.begin() as session:
             row = await _locked(session, caller.workspace_id, request.library_widget_id, request.etag)
-            count = await session.scalar(
-                select(func.count(Widget.dashboard_id.distinct())).where(_shows(row))
-            )
+            count = await session.scalar(select(func.count()).select_from(_shown_on(row).subquery()))
             if count:
                 raise errors.failed_precondition(
                     "LIBRARY_WIDGET_IN_USE", f"The widget is shown on {count} dashboards.", dashboards=count
@@ -252,6 +248,25 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
 
 def _shows(row: LibraryWidget) -> ColumnElement[bool]:
     return (Widget.workspace_id == row.workspace_id) & (Widget.library_widget_id == row.library_widget_id)
+
+
+def _shown_on(row: LibraryWidget) -> CompoundSelect[str]:
+    """The dashboards that show it: to their editors, or to viewers while there is a draft."""
+    published = (
+        select(Version.dashboard_id)
+        .join(
+            Dashboard,
+            (Dashboard.workspace_id == Version.workspace_id)
+            & (Dashboard.dashboard_id == Version.dashboard_id)
+            & (Dashboard.published_version == Version.number),
+        )
+        # An id stands in a message as it is spelled, and nobody chooses one.
+        .where(
+            Version.workspace_id == row.workspace_id,
+            Version.content.op("LIKE")(f"%{row.library_widget_id}%".encode()),
+        )
+    )
+    return select(Widget.dashboard_id).where(_shows(row)).union(published)
 
 
 async def _locked(

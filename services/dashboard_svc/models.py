@@ -101,7 +101,7 @@ class Dashboard(Base):
     """A dashboard; `version` grows with each change of it or of one of its widgets.
 
     The row and its widgets are what editors work on. While there is a draft, viewers see the version
-    `published_version`, which has the tags `published_tags`. `content` is a serialized
+    `published_version`, which has what the other `published_` columns say. `content` is a serialized
     meshboard.dashboard.v1.DashboardContent, of the fields that have no column. `delete_time` and `purge_time` are set
     in the bin.
     """
@@ -130,7 +130,9 @@ class Dashboard(Base):
     content: Mapped[bytes] = mapped_column(LargeBinary, server_default="")
     name: Mapped[str | None] = mapped_column(Text)
     published_version: Mapped[int | None] = mapped_column(BigInteger)
+    published_title: Mapped[str | None] = mapped_column(Text)
     published_tags: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    published_update_time: Mapped[Time | None]
     delete_time: Mapped[Time | None]
     purge_time: Mapped[Time | None]
     version: Mapped[int] = mapped_column(BigInteger)

@@ -1,4 +1,4 @@
-"""Which versions files were made of, when and where files were applied, and what they call library widgets."""
+"""What files were made of, when and where they were applied, what they call library widgets; the order of lists."""
 
 from alembic import op
 
@@ -32,3 +32,32 @@ def upgrade() -> None:
             AND library_widgets.library_widget_id = named.library_widget_id
     """)
     op.execute("CREATE UNIQUE INDEX library_widgets_name_once ON library_widgets (workspace_id, name)")
+    # What lists are ordered by where there is a draft. The title is the first field of the content, behind its length.
+    op.execute(
+        "ALTER TABLE dashboards ADD COLUMN published_title text, ADD COLUMN published_update_time timestamptz"
+    )
+    op.execute("""
+        UPDATE dashboards SET
+            published_update_time = versions.create_time,
+            published_title = convert_from(
+                CASE WHEN get_byte(versions.content, 1) < 128
+                    THEN substring(versions.content FROM 3 FOR get_byte(versions.content, 1))
+                    ELSE substring(
+                        versions.content FROM 4
+                        FOR get_byte(versions.content, 1) - 128 + 128 * get_byte(versions.content, 2)
+                    )
+                END,
+                'UTF8'
+            )
+        FROM versions
+        WHERE versions.workspace_id = dashboards.workspace_id
+            AND versions.dashboard_id = dashboards.dashboard_id
+            AND versions.number = dashboards.published_version
+            AND get_byte(versions.content, 0) = 10
+    """)
+    # The release before this leaves these columns as they are when a draft ends.
+    for name, column in (("title", "lower({})"), ("update_time", "{}")):
+        shown = f"CASE WHEN published_version IS NULL THEN {name} ELSE coalesce(published_{name}, {name}) END"
+        op.execute(
+            f"CREATE INDEX dashboards_by_{name} ON dashboards (workspace_id, ({column.format(shown)}), dashboard_id)"
+        )

@@ -171,6 +171,7 @@ class ListDashboardsRequest(_message.Message):
     FAVOURITES_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 1,000 means 1,000."""
     page_token: _builtins.str
@@ -183,6 +184,10 @@ class ListDashboardsRequest(_message.Message):
     """The dashboards in the bin instead."""
     name: _builtins.str
     """Only the dashboard with this name. Empty: any."""
+    order_by: _builtins.str
+    """What they are ordered by: `title`, whatever the case, `create_time` or `update_time`, rising; with ` desc` behind it,
+    falling. Those that have a draft stand where viewers see them. Empty: `create_time desc`.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only the dashboards that have all of these tags."""
@@ -197,10 +202,11 @@ class ListDashboardsRequest(_message.Message):
         favourites: _builtins.bool = ...,
         deleted: _builtins.bool = ...,
         name: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "favourites", b"favourites", "folder_id", b"folder_id", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "favourites", b"favourites", "folder_id", b"folder_id", "name", b"name", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,6 +120,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: there is no such template. `ListDashboardTemplates` tells which there are."""
     LIBRARY_WIDGET_NAME_TAKEN: _ErrorReason.ValueType  # 92
     """ALREADY_EXISTS: another library widget of the workspace has this name."""
+    VARIABLE_IN_USE: _ErrorReason.ValueType  # 93
+    """FAILED_PRECONDITION: widgets or annotation queries of the dashboard compare with the variable that is to go, or have it say
+    their time range; the metadata name it as `variable`, and up to 20 of them by their ids as `widgets`. Change them first,
+    or apply a file that changes both.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -222,4 +227,9 @@ TEMPLATE_NOT_FOUND: ErrorReason.ValueType  # 78
 """NOT_FOUND: there is no such template. `ListDashboardTemplates` tells which there are."""
 LIBRARY_WIDGET_NAME_TAKEN: ErrorReason.ValueType  # 92
 """ALREADY_EXISTS: another library widget of the workspace has this name."""
+VARIABLE_IN_USE: ErrorReason.ValueType  # 93
+"""FAILED_PRECONDITION: widgets or annotation queries of the dashboard compare with the variable that is to go, or have it say
+their time range; the metadata name it as `variable`, and up to 20 of them by their ids as `widgets`. Change them first,
+or apply a file that changes both.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

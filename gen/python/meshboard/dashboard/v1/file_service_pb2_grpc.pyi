@@ -43,7 +43,8 @@ class FileServiceStub:
     ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN, when a dashboard that the caller may not see has the name; with NOT_FOUND,
     reason FOLDER_NOT_FOUND, for a folder that is not there; with FAILED_PRECONDITION, reason FOLDER_AMBIGUOUS, when
     several are called so; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND, for a library widget that is not there: files
-    say what they are called, not what they show; and as `CreateDashboard` and `CreateWidget` do.
+    say what they are called, not what they show; with FAILED_PRECONDITION, reason VARIABLE_IN_USE, when a variable goes that
+    something on the dashboard names afterwards; and as `CreateDashboard` and `CreateWidget` do.
     """
 
 class FileServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -87,7 +88,8 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN, when a dashboard that the caller may not see has the name; with NOT_FOUND,
         reason FOLDER_NOT_FOUND, for a folder that is not there; with FAILED_PRECONDITION, reason FOLDER_AMBIGUOUS, when
         several are called so; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND, for a library widget that is not there: files
-        say what they are called, not what they show; and as `CreateDashboard` and `CreateWidget` do.
+        say what they are called, not what they show; with FAILED_PRECONDITION, reason VARIABLE_IN_USE, when a variable goes that
+        something on the dashboard names afterwards; and as `CreateDashboard` and `CreateWidget` do.
         """
 
 def add_FileServiceServicer_to_server(servicer: FileServiceServicer, server: _aio.Server) -> None: ...

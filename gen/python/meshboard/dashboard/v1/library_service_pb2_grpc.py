@@ -121,7 +121,7 @@ class LibraryWidgetServiceServicer:
         """Deletes a library widget and emits `LibraryWidgetDeleted`.
 
         Fails with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with FAILED_PRECONDITION, reason LIBRARY_WIDGET_IN_USE, while a
-        dashboard shows it, also one in the bin; with ABORTED, reason ETAG_MISMATCH.
+        dashboard shows it, also one in the bin, or one whose draft has taken it off, for as long as viewers see it; with ABORTED, reason ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

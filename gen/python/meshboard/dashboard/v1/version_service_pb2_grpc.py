@@ -97,8 +97,9 @@ class VersionServiceServicer:
         `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
         When nothing differs, nothing happens.
 
-        A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
-        looks at a source that is there takes `sources.query` on it.
+        A widget, a variable or an annotation query whose source is gone comes back all the same, and is named in `problems`. One
+        that comes back, or changes, and looks at a source that is there takes `sources.query` on it, and the right to see the
+        cohorts that it filters by.
 
         Fails with NOT_FOUND, reason VERSION_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH; as `QueryService.ValidateQuery`
         does for a caller without that permission.
