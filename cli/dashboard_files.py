@@ -18,7 +18,7 @@ from meshboard.dashboard.v1.file_service_pb2 import DashboardFile
 
 MAX_BYTES = 2 << 20
 _MAX_DEPTH = 64
-_KEYS = ("name", "folder", "sources", "content")
+_KEYS = ("name", "folder", "baseVersion", "sources", "content")
 
 Json = dict[str, Any]
 
@@ -84,6 +84,7 @@ def write(file: Json, titles: Mapping[str, str]) -> str:
     whole = {
         "name": plain.get("name", ""),
         "folder": plain.get("folder"),
+        "baseVersion": plain.get("baseVersion"),
         "sources": named,
         "content": content,
     }

@@ -233,7 +233,7 @@ async def record(
 
 
 async def _put_together(session: AsyncSession, dashboard: Dashboard, version: Version) -> bool:
-    """Whether the last version has become this one. What viewers see while there is a draft stays."""
+    """Whether the last version has become this one. What viewers see while there is a draft, or files are of, stays."""
     last = select(func.max(Version.number)).where(*versions_of(dashboard)).scalar_subquery()
     continued = Version.content == version.content
     if not version.reason and version.restored_number is None:
@@ -247,6 +247,7 @@ async def _put_together(session: AsyncSession, dashboard: Dashboard, version: Ve
             Version.author_id == version.author_id,
             Version.reason == "",
             Version.restored_number.is_(None),
+            Version.exported.is_(False),
             continued,
         )
         .values(

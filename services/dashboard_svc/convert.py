@@ -158,6 +158,7 @@ def library_widget_to_pb(row: LibraryWidget) -> library_pb2.LibraryWidget:
         library_widget_id=row.library_widget_id,
         workspace_id=row.workspace_id,
         title=row.title,
+        name=row.name or "",
         kind=dashboard_pb2.Widget.Kind.ValueType(row.kind),
         creator_id=row.creator_id,
         create_time=timestamp_of(row.create_time),

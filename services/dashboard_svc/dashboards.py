@@ -18,15 +18,15 @@ from meshboard.dashboard.v1.events_pb2 import (
     DashboardFavourited,
     DashboardGrantCreated,
     DashboardGrantDeleted,
-    DashboardMoved,
     DashboardUndeleted,
     DashboardUnfavourited,
     DashboardUpdated,
 )
-from sqlalchemy import ColumnElement, Text, and_, func, select
+from sqlalchemy import ColumnElement, Text, and_, case, func, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import InstrumentedAttribute
 
 from services.chassis import auth, errors, outbox, times
 from services.chassis.clients import Peer
@@ -42,6 +42,7 @@ from services.dashboard_svc.bin import purge, take_out
 from services.dashboard_svc.boards import Boards, absent, locked, shown
 from services.dashboard_svc.contents import (
     FIELDS,
+    content_of,
     only,
     record,
     shown_content,
@@ -54,14 +55,16 @@ from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.definitions import clean, questions_of, sources_of
 from services.dashboard_svc.favourites import for_caller, is_favourite, mark, tell_caller, unmark
 from services.dashboard_svc.feeds import Feeds
-from services.dashboard_svc.folders import FOLDER, held_folder
+from services.dashboard_svc.folders import FOLDER
 from services.dashboard_svc.library import resolved
 from services.dashboard_svc.models import Dashboard
+from services.dashboard_svc.moves import move
 from services.dashboard_svc.new_dashboards import insert_dashboard, made_before, name_taken
 from services.dashboard_svc.questions import Tiles
 from services.dashboard_svc.scopes import Scope, scope_of
 from services.dashboard_svc.sources import Sources
 from services.dashboard_svc.streams import stream
+from services.dashboard_svc.validation import cohorts_of, require_unused
 
 Context = Any
 DASHBOARD = Resource(
@@ -75,6 +78,7 @@ DASHBOARD = Resource(
 IN_BIN = replace(DASHBOARD, alive="{row}.delete_time IS NOT NULL")
 MUTABLE = (*FIELDS, "name")
 CATCH_UP_SECONDS = 5.0
+NEWEST_FIRST = "create_time desc"
 
 
 class DashboardServicer(DashboardServiceServicer):
@@ -147,26 +151,26 @@ class DashboardServicer(DashboardServiceServicer):
         page = self.pages.open(request, caller.workspace_id)
         resource, now = IN_BIN if request.deleted else DASHBOARD, self.now()
         favourite = is_favourite(caller)
-        if filters := _filters(request, favourite):
-            found = and_(
-                *filters,
-                page.after(Dashboard.dashboard_id, descending=True),
-                visible(resource, caller.rights, now),
-            )
+        order_by = request.order_by or NEWEST_FIRST
+        columns, descending = _ORDERS[order_by.removesuffix(" desc")], order_by.endswith(" desc")
+        filters = _filters(request, favourite)
+        if filters or order_by != NEWEST_FIRST:
+            after = page.after(*columns, descending=descending)
+            found = and_(*filters, after, visible(resource, caller.rights, now))
         else:
             last_id = str(page.last[0]) if page.last else None
             found = and_(visible_ids(resource, caller.rights, now, last_id, page.limit))
         async with self.db() as session:
             rows = await session.execute(
-                select(Dashboard, favourite)
+                select(Dashboard, favourite, *columns)
                 .where(Dashboard.workspace_id == caller.workspace_id, found)
-                .order_by(Dashboard.dashboard_id.desc())
+                .order_by(*(column.desc() if descending else column for column in columns))
                 .limit(page.limit)
             )
-            found_rows, next_page_token = page.close(rows.all(), lambda row: (row[0].dashboard_id,))
-            dashboards = await shown(session, [row for row, _ in found_rows])
-        for dashboard, (_, marked) in zip(dashboards, found_rows, strict=True):
-            dashboard.favourite = marked
+            found_rows, next_page_token = page.close(rows.all(), lambda row: tuple(row[2:]))
+            dashboards = await shown(session, [row[0] for row in found_rows])
+        for dashboard, row in zip(dashboards, found_rows, strict=True):
+            dashboard.favourite = row[1]
         return pb.ListDashboardsResponse(dashboards=dashboards, next_page_token=next_page_token)
 
     async def SearchDashboards(
@@ -196,7 +200,11 @@ class DashboardServicer(DashboardServiceServicer):
             async with self.db.begin() as session:
                 dashboard = await locked(session, caller.workspace_id, wanted.dashboard_id, wanted.etag)
                 _require_known(known, dashboard)
+                variables = DashboardContent.FromString(dashboard.content).variables
                 write_fields(dashboard, content, fields)
+                if "variables" in fields:
+                    written = await content_of(session, dashboard)
+                    require_unused(variables, await resolved(session, caller.workspace_id, written))
                 if "name" in fields:
                     dashboard.name = wanted.name or None
                 touch(dashboard, self.now())
@@ -216,12 +224,7 @@ class DashboardServicer(DashboardServiceServicer):
         caller = auth.caller()
         async with self.db.begin() as session:
             dashboard = await locked(session, caller.workspace_id, request.dashboard_id, request.etag)
-            before = dashboard.folder_id
-            dashboard.folder_id = await held_folder(session, caller.workspace_id, request.folder_id)
-            touch(dashboard, self.now())
-            moved = dashboard_to_pb(dashboard)
-            event = DashboardMoved(dashboard=moved, from_folder_id=before or "")
-            outbox.add(session, event, workspace_id=caller.workspace_id)
+            moved = await move(session, dashboard, request.folder_id, self.now())
             answer = await for_caller(session, moved)
         await self.boards.changed(moved.workspace_id, moved.dashboard_id)
         return pb.MoveDashboardResponse(dashboard=answer)
@@ -240,7 +243,7 @@ class DashboardServicer(DashboardServiceServicer):
         if request.title:
             content.title = request.title
             clean(content, ["title"])
-        await self.sources.require(sources_of(asking))
+        await self.sources.require(sources_of(asking), cohorts_of(asking))
         for widget in content.widgets:
             widget.widget_id = new_id()
         async with self.db.begin() as session:
@@ -451,6 +454,27 @@ def _require_known(asked: set[bytes], dashboard: Dashboard) -> None:
     """Raises ABORTED when somebody has taken away meanwhile what was not judged because it was there."""
     if asked and not asked <= questions_of(DashboardContent.FromString(dashboard.content)).keys():
         raise errors.etag_mismatch()
+
+
+def _as_shown(
+    column: InstrumentedAttribute[Any], published: InstrumentedAttribute[Any]
+) -> ColumnElement[Any]:
+    """What viewers see of a column, as its index has it."""
+    return case((Dashboard.published_version.is_(None), column), else_=func.coalesce(published, column))
+
+
+# What lists are ordered by: there is an index for each. Ids rise with the time.
+_ORDERS: dict[str, tuple[ColumnElement[Any] | InstrumentedAttribute[Any], ...]] = {
+    "create_time": (Dashboard.dashboard_id,),
+    "title": (
+        func.lower(_as_shown(Dashboard.title, Dashboard.published_title), type_=Text),
+        Dashboard.dashboard_id,
+    ),
+    "update_time": (
+        _as_shown(Dashboard.update_time, Dashboard.published_update_time),
+        Dashboard.dashboard_id,
+    ),
+}
 
 
 def _filters(request: pb.ListDashboardsRequest, favourite: ColumnElement[bool]) -> list[ColumnElement[bool]]:

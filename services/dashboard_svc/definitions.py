@@ -50,17 +50,28 @@ def questions_of(content: DashboardContent) -> dict[bytes, Query]:
     Conditions on variables are left out: what they compare with is chosen later.
     """
     queries = [
-        Query(
-            source_ids=[values.source_id],
-            breakdowns=[Breakdown(property=values.property)],
-            filters=_settled(values.filters),
-        )
-        for variable in content.variables
-        if variable.HasField("property_values")
-        for values in [variable.property_values]
+        values_question(variable) for variable in content.variables if variable.HasField("property_values")
     ]
-    queries += map(_question_of, content.annotation_queries)
+    queries += map(marks_question, content.annotation_queries)
     return {query.SerializeToString(deterministic=True): query for query in queries}
+
+
+def values_question(variable: Variable) -> Query:
+    """What a variable with the values of a property asks."""
+    values = variable.property_values
+    return Query(
+        source_ids=[values.source_id],
+        breakdowns=[Breakdown(property=values.property)],
+        filters=_settled(values.filters),
+    )
+
+
+def marks_question(query: AnnotationQuery) -> Query:
+    """What an annotation query asks."""
+    asked = Query(source_ids=[query.source_id], filters=_settled(query.selector.filters))
+    if query.text_property:
+        asked.breakdowns.add(property=query.text_property)
+    return asked
 
 
 def sources_of(content: DashboardContent) -> set[str]:
@@ -84,13 +95,6 @@ def references(filters: Iterable[Filter]) -> set[str]:
 
 def _settled(filters: Iterable[Filter]) -> list[Filter]:
     return [filter_ for filter_ in filters if not references([filter_])]
-
-
-def _question_of(query: AnnotationQuery) -> Query:
-    asked = Query(source_ids=[query.source_id], filters=_settled(query.selector.filters))
-    if query.text_property:
-        asked.breakdowns.add(property=query.text_property)
-    return asked
 
 
 def _clean_tags(content: DashboardContent, field: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from meshboard.dashboard.v1 import draft_service_pb2 as pb
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox, times
 from services.dashboard_svc.answers import Answers
-from services.dashboard_svc.boards import Boards, absent, locked, widgets_of
+from services.dashboard_svc.boards import Boards, absent, locked, shown, widgets_of
 from services.dashboard_svc.contents import record, shown_content, touch, write_content
 from services.dashboard_svc.convert import dashboard_to_pb
 from services.dashboard_svc.favourites import for_caller
@@ -50,7 +50,9 @@ class DraftServicer(DraftServiceServicer):
                 raise errors.already_exists("DRAFT_EXISTS", "The dashboard has a draft already.")
             touch(dashboard, self.now())
             dashboard.published_version = await record(session, dashboard, caller.user_id)
-            dashboard.published_tags = dashboard.tags
+            (published,) = await shown(session, [dashboard])
+            dashboard.published_title, dashboard.published_tags = published.title, list(published.tags)
+            dashboard.published_update_time = published.update_time.ToDatetime(UTC)
             event = DraftStarted(workspace_id=caller.workspace_id, dashboard_id=dashboard.dashboard_id)
             outbox.add(session, event, workspace_id=caller.workspace_id)
             answer = await for_caller(session, dashboard_to_pb(dashboard))
@@ -71,9 +73,9 @@ class DraftServicer(DraftServiceServicer):
         async with self.db() as session:
             dashboard = await _draft(session, request.dashboard_id)
             widgets = _chosen(await widgets_of(session, dashboard), request.widget_ids)
-        shown = dashboard_to_pb(dashboard)
+        draft = dashboard_to_pb(dashboard)
         time_range = request.time_range if request.HasField("time_range") else None
-        tiles = resolve(widgets, shown, scope_of(shown.variables, request.choices, time_range))
+        tiles = resolve(widgets, draft, scope_of(draft.variables, request.choices, time_range))
         return pb.GetDraftDataResponse(widgets=await self.answers.data_of(dashboard.workspace_id, tiles))
 
     async def PublishDashboard(
@@ -132,6 +134,7 @@ def _require_draft(dashboard: Dashboard) -> None:
 
 def _end(dashboard: Dashboard, now: datetime) -> None:
     dashboard.published_version = dashboard.published_tags = None
+    dashboard.published_title = dashboard.published_update_time = None
     touch(dashboard, now)
 
 

@@ -8,11 +8,13 @@ states instead of queueing them. What those in the same state are sent is made o
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import structlog
 from meshboard.dashboard.v1 import events_pb2
@@ -41,6 +43,9 @@ _feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_m
 
 Load = Callable[[str, str], Awaitable[tuple[Dashboard, list[Widget]] | None]]
 
+# Stands for the annotations among the widgets whose data a client has.
+_ANNOTATIONS = str(UUID(int=0))
+
 # What changes what viewers see of a dashboard, or, with a draft, may.
 _CHANGES = {
     kind.DESCRIPTOR.full_name: kind
@@ -52,6 +57,15 @@ _CHANGES = {
         events_pb2.WidgetUpdated,
         events_pb2.WidgetDeleted,
         events_pb2.LibraryWidgetUpdated,
+    )
+}
+
+_ANNOTATED = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (
+        events_pb2.AnnotationCreated,
+        events_pb2.AnnotationUpdated,
+        events_pb2.AnnotationDeleted,
     )
 }
 
@@ -139,6 +153,8 @@ class Feed:
         self._tiles: dict[str, _Shown] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
+        # Differs wherever annotations may differ: a client is rather told once too often.
+        self._annotations = os.urandom(cursors.DIGEST_BYTES)
         self._complete = False  # whether there has been data for all widgets
         self._gathering: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
@@ -186,14 +202,20 @@ class Feed:
             for widget_id, shown in self._tiles.items()
             if shown.ready and shown.digest != known.get(widget_id)
         ]
-        removed = [widget_id for widget_id in known if widget_id not in self._tiles]
+        removed = [
+            widget_id for widget_id in known if widget_id not in self._tiles and widget_id != _ANNOTATIONS
+        ]
+        now_has[_ANNOTATIONS] = self._annotations
+        annotated = has is not None and known.get(_ANNOTATIONS) != self._annotations
         cursor = self.cursor(now_has)
         if has is None:
             snapshot = WatchDashboardResponse.Snapshot(widgets=different)
             return News(WatchDashboardResponse(cursor=cursor, snapshot=snapshot), now_has)
-        if not different and not removed:
+        if not different and not removed and not annotated:
             return None
-        message = WatchDashboardResponse(cursor=cursor, changes=different, removed_widget_ids=removed)
+        message = WatchDashboardResponse(
+            cursor=cursor, changes=different, removed_widget_ids=removed, annotations_changed=annotated
+        )
         return News(message, now_has)
 
     def cursor(self, has: cursors.Digests) -> str:
@@ -215,6 +237,11 @@ class Feed:
         """Notes that the widgets may have changed."""
         self._outdated.set()
 
+    def annotated(self) -> None:
+        """Notes that the annotations may have changed."""
+        self._annotations = os.urandom(cursors.DIGEST_BYTES)
+        self._announce()
+
     def doubt(self) -> None:
         """Has watchers check at once that they may still watch."""
         self.doubts += 1
@@ -223,6 +250,7 @@ class Feed:
     def mistrust(self) -> None:
         """Notes that ticks and events may have been missed."""
         self.reload()
+        self.annotated()
         self.doubt()
         for line in self._lines.values():
             line.stale.set()
@@ -357,7 +385,8 @@ class Feeds:
         self.lines.ticked(message.subject.removeprefix("tick."))
 
     def _happened(self, message: Received) -> None:
-        kind = _CHANGES.get(message.subject) or _GRANTS.get(message.subject) or _PLACED.get(message.subject)
+        known = (_CHANGES, _ANNOTATED, _GRANTS, _PLACED)
+        kind = next((kinds[message.subject] for kinds in known if message.subject in kinds), None)
         if kind is None or not self._feeds:
             return
         event: Any = kind.FromString(message.payload)
@@ -377,6 +406,8 @@ class Feeds:
                 continue
             if message.subject in _GRANTS:
                 feed.doubt()
+            elif message.subject in _ANNOTATED:
+                feed.annotated()
             else:
                 feed.reload()
 
@@ -394,7 +425,9 @@ def _replace(event: asyncio.Event) -> asyncio.Event:
 
 def _dashboard_of(event: Any) -> str:
     fields = event.DESCRIPTOR.fields_by_name
-    about = event.widget if "widget" in fields else event.dashboard if "dashboard" in fields else event
+    about = next(
+        (getattr(event, name) for name in ("widget", "dashboard", "annotation") if name in fields), event
+    )
     return str(about.dashboard_id)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from meshboard.dashboard.v1 import file_service_pb2 as pb
@@ -13,7 +14,6 @@ from meshboard.dashboard.v1.events_pb2 import DashboardCreated
 from meshboard.dashboard.v1.file_service_pb2_grpc import FileServiceServicer
 from meshboard.dashboard.v1.version_service_pb2 import Change
 from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox, times
@@ -22,7 +22,8 @@ from services.chassis.grants import Grants
 from services.chassis.interceptor import validate
 from services.chassis.resources import visible
 from services.chassis.rights import Rights
-from services.dashboard_svc import layouts
+from services.dashboard_svc import bases, layouts, library
+from services.dashboard_svc.bases import Base
 from services.dashboard_svc.boards import Boards, absent, locked
 from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_library, settle_layouts
 from services.dashboard_svc.contents import (
@@ -41,14 +42,25 @@ from services.dashboard_svc.favourites import for_caller
 from services.dashboard_svc.file_names import identify_widgets, name_from, name_widgets
 from services.dashboard_svc.folders import FOLDER
 from services.dashboard_svc.merges import Merge, merge
-from services.dashboard_svc.models import AppliedFile, Dashboard, Folder
+from services.dashboard_svc.models import Dashboard, Folder
+from services.dashboard_svc.moves import move
 from services.dashboard_svc.new_dashboards import insert_dashboard, name_taken
+from services.dashboard_svc.validation import require_unused
 
 Context = Any
 MAX_CHANGES = 1000
 MAX_PATHS = 20
 # What a file cannot say of a widget: it is made here.
 _MADE_HERE = ("dashboard_id", "create_time", "update_time", "etag", "html")
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """That a file names another folder than before; a conflict when people have moved the dashboard, too."""
+
+    folder_id: str
+    change: Change
+    is_conflict: bool
 
 
 class FileServicer(FileServiceServicer):
@@ -72,21 +84,23 @@ class FileServicer(FileServiceServicer):
     async def ExportDashboard(
         self, request: pb.ExportDashboardRequest, context: Context
     ) -> pb.ExportDashboardResponse:
-        """Reads what viewers see, and takes the ids out."""
+        """Reads what viewers see, takes the ids out, and keeps the version that the file was made of."""
         key = (auth.caller().workspace_id, request.dashboard_id.lower())
-        async with self.db() as session:
+        async with self.db.begin() as session:
             dashboard = await session.get(Dashboard, key)
             if dashboard is None or dashboard.delete_time:
                 raise absent()
             content = await shown_content(session, dashboard)
             folder = await self._titles(session, dashboard.folder_id)
+            base_version = await bases.exported(session, dashboard, content, folder)
+            await library.name_in_file(session, dashboard.workspace_id, content)
         name_widgets(content)
         for widget in content.widgets:
             widget.ClearField("widget_id")
             if widget.HasField("custom"):
                 widget.custom.ClearField("spec")
         name = dashboard.name or name_from(content.title, "dashboard")
-        file = pb.DashboardFile(name=name, folder=folder, content=content)
+        file = pb.DashboardFile(name=name, folder=folder, content=content, base_version=base_version)
         return pb.ExportDashboardResponse(file=file, named=dashboard.name is not None)
 
     async def ApplyDashboard(
@@ -95,10 +109,11 @@ class FileServicer(FileServiceServicer):
         """Finds the dashboard by its name, and changes it; or creates it."""
         content = _cleaned(request.file.content)
         async with self.db() as session:
+            await library.find_from_file(session, auth.caller().workspace_id, content)
             dashboard = await self._find(session, request.file.name)
             if dashboard is not None:
                 here = await content_of(session, dashboard)
-                base = await _base(session, dashboard)
+                base = await bases.base_of(session, dashboard, request.file)
         if dashboard is None:
             return await self._create(request, content)
         await auth.require("dashboards.edit", "dashboard_id", dashboard.dashboard_id)
@@ -136,7 +151,7 @@ class FileServicer(FileServiceServicer):
             outbox.add(session, created, workspace_id=caller.workspace_id)
             await write_content(session, dashboard, content, author_id=caller.user_id, now=now)
             await record(session, dashboard, caller.user_id, request.reason)
-            await _keep(session, dashboard, content)
+            await bases.keep(session, dashboard, content, request.file.folder)
             answer.dashboard.CopyFrom(await for_caller(session, dashboard_to_pb(dashboard)))
         return answer
 
@@ -146,43 +161,72 @@ class FileServicer(FileServiceServicer):
         dashboard: Dashboard,
         theirs: DashboardContent,
         here: DashboardContent,
-        base: DashboardContent,
+        base: Base,
     ) -> pb.ApplyDashboardResponse:
-        merged = _merged(base, here, theirs)
+        merged = _merged(base.content, here, theirs)
+        moved = await self._move(request.file.folder, dashboard, base)
+        if moved is not None and moved.is_conflict:
+            merged.conflicts.insert(0, "folder")
         refused = bool(merged.conflicts) and not request.force
         if refused and not request.dry_run:
             raise _conflict(merged.conflicts)
         await self.checks.check(auth.caller().workspace_id, merged.content, here)
-        told = _told(here, merged.content)
-        if not request.dry_run and (told or theirs != base):
-            dashboard = await self._write(request, dashboard, merged.content, here, theirs)
+        async with self.db() as session:
+            asking = await library.resolved(session, dashboard.workspace_id, merged.content)
+        require_unused(here.variables, asking)
+        told = _told(here, merged.content, moved)
+        is_new = theirs != base.content or not base.said(request.file.folder)
+        if not request.dry_run and (told or is_new):
+            dashboard = await self._write(
+                request, dashboard, merged.content, here=here, theirs=theirs, moved=moved
+            )
         async with self.db() as session:
             answer = await for_caller(session, dashboard_to_pb(dashboard))
         return pb.ApplyDashboardResponse(
             outcome=_outcome(refused=refused, changed=bool(told)),
             dashboard=answer,
             changes=told,
-            conflicts=_conflicts(merged, here, theirs),
+            conflicts=_conflicts(merged, here, theirs, moved),
         )
+
+    async def _move(self, titles: Sequence[str], dashboard: Dashboard, base: Base) -> _Move | None:
+        """The move that the file asks for, once it is settled that the caller may make it."""
+        if not titles or base.said(titles):
+            return None
+        folder_id = await self._folder_id(titles)
+        if folder_id == (dashboard.folder_id or ""):
+            return None
+        await auth.require("dashboards.grant", "dashboard_id", dashboard.dashboard_id)
+        await auth.require("dashboards.create", "folder_id", folder_id)
+        async with self.db() as session:
+            before = await self._titles(session, dashboard.folder_id)
+        change = Change(path="folder")
+        change.before.list_value.extend(before)
+        change.after.list_value.extend(titles)
+        return _Move(folder_id, change, is_conflict=not base.said(before))
 
     async def _write(
         self,
         request: pb.ApplyDashboardRequest,
         judged: Dashboard,
         content: DashboardContent,
+        *,
         here: DashboardContent,
         theirs: DashboardContent,
+        moved: _Move | None,
     ) -> Dashboard:
-        """The dashboard with the content, and with the file kept."""
-        caller = auth.caller()
+        """The dashboard with the content and in its folder, and with the file kept."""
+        caller, now = auth.caller(), self.now()
         async with self.db.begin() as session:
             # What was judged is what is there, or nothing is done.
             etag = str(judged.version)
             dashboard = await locked(session, caller.workspace_id, judged.dashboard_id, etag)
             await hold_library(session, caller.workspace_id, content, here)
-            if await write_content(session, dashboard, content, author_id=caller.user_id, now=self.now()):
+            if moved is not None:
+                await move(session, dashboard, moved.folder_id, now)
+            if await write_content(session, dashboard, content, author_id=caller.user_id, now=now):
                 await record(session, dashboard, caller.user_id, request.reason)
-            await _keep(session, dashboard, theirs)
+            await bases.keep(session, dashboard, theirs, request.file.folder)
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
         return dashboard
 
@@ -308,17 +352,23 @@ def _outcome(*, refused: bool, changed: bool) -> pb.ApplyDashboardResponse.Outco
     return pb.ApplyDashboardResponse.CHANGED if changed else pb.ApplyDashboardResponse.UNCHANGED
 
 
-def _told(before: DashboardContent, after: DashboardContent) -> list[Change]:
-    return list(islice(changes(before, after), MAX_CHANGES))
+def _told(before: DashboardContent, after: DashboardContent, moved: _Move | None = None) -> list[Change]:
+    return list(islice(chain(_of_move(moved), changes(before, after)), MAX_CHANGES))
 
 
-def _conflicts(merged: Merge, here: DashboardContent, theirs: DashboardContent) -> list[Change]:
+def _of_move(moved: _Move | None) -> list[Change]:
+    return [] if moved is None else [moved.change]
+
+
+def _conflicts(
+    merged: Merge, here: DashboardContent, theirs: DashboardContent, moved: _Move | None
+) -> list[Change]:
     """The differences that lie where there is a conflict."""
     if not merged.conflicts:
         return []
     found = (
         change
-        for change in changes(here, theirs)
+        for change in chain(_of_move(moved), changes(here, theirs))
         if any(change.path == path or change.path.startswith(f"{path}.") for path in merged.conflicts)
     )
     return list(islice(found, MAX_CHANGES))
@@ -330,24 +380,6 @@ def _conflict(paths: Sequence[str]) -> errors.Error:
         "The file and what was changed here say different things.",
         paths=", ".join(paths[:MAX_PATHS]),
         count=len(paths),
-    )
-
-
-async def _base(session: AsyncSession, dashboard: Dashboard) -> DashboardContent:
-    """What the file said when it was applied last; nothing when none was."""
-    row = await session.get(AppliedFile, (dashboard.workspace_id, dashboard.dashboard_id))
-    return DashboardContent.FromString(row.content if row else b"")
-
-
-async def _keep(session: AsyncSession, dashboard: Dashboard, content: DashboardContent) -> None:
-    """Remembers what the file said."""
-    serialized = content.SerializeToString(deterministic=True)
-    await session.execute(
-        insert(AppliedFile)
-        .values(workspace_id=dashboard.workspace_id, dashboard_id=dashboard.dashboard_id, content=serialized)
-        .on_conflict_do_update(
-            index_elements=[AppliedFile.workspace_id, AppliedFile.dashboard_id], set_={"content": serialized}
-        )
     )
 
 

@@ -66,6 +66,50 @@ async def held(session: AsyncSession, workspace_id: str, library_widget_id: str)
     return row
 
 
+async def name_in_file(
+    session: AsyncSession, workspace_id: str, content: dashboard_pb2.DashboardContent
+) -> None:
+    """Puts names in place of the ids of library widgets, as far as they have names."""
+    wanted = {widget.library_widget_id for widget in content.widgets} - {""}
+    library = await _read(session, workspace_id, wanted) if wanted else {}
+    for widget in content.widgets:
+        row = library.get(widget.library_widget_id)
+        if row is not None and row.name:
+            widget.library_widget_name = row.name
+            widget.ClearField("library_widget_id")
+
+
+async def find_from_file(
+    session: AsyncSession, workspace_id: str, content: dashboard_pb2.DashboardContent
+) -> None:
+    """The opposite. Raises NOT_FOUND for a name that is not there; INVALID_ARGUMENT for both a name and an id."""
+    wanted = {widget.library_widget_name for widget in content.widgets} - {""}
+    if not wanted:
+        return
+    rows = await session.scalars(
+        select(LibraryWidget).where(
+            LibraryWidget.workspace_id == workspace_id, LibraryWidget.name.in_(wanted)
+        )
+    )
+    ids = {row.name: row.library_widget_id for row in rows}
+    for index, widget in enumerate(content.widgets):
+        name, field = widget.library_widget_name, f"content.widgets[{index}].library_widget_name"
+        if name and widget.library_widget_id:
+            raise errors.invalid_fields(
+                [(field, "stands beside library_widget_id: leave one of the two out")]
+            )
+        if name and name not in ids:
+            raise errors.not_found(
+                "LIBRARY_WIDGET_NOT_FOUND",
+                f"{field}: no library widget of the workspace is called {name!r}.",
+                field=field,
+                name=name,
+            )
+        if name:
+            widget.library_widget_id = ids[name]
+            widget.ClearField("library_widget_name")
+
+
 async def _read(
     session: AsyncSession, workspace_id: str, library_widget_ids: Iterable[str]
 ) -> dict[str, LibraryWidget]:

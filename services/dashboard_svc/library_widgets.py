@@ -15,7 +15,7 @@ from meshboard.dashboard.v1.events_pb2 import (
     LibraryWidgetUpdated,
 )
 from meshboard.dashboard.v1.library_service_pb2_grpc import LibraryWidgetServiceServicer
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, CompoundSelect, func, select
 from sqlalchemy.dialects.postgresql import aggregate_order_by, insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -34,16 +34,17 @@ from services.dashboard_svc.convert import (
     fields_of,
     library_widget_to_pb,
 )
+from services.dashboard_svc.file_names import free_name
 from services.dashboard_svc.library import absent, show
-from services.dashboard_svc.models import Dashboard, LibraryWidget, Widget
+from services.dashboard_svc.models import Dashboard, LibraryWidget, Version, Widget
 from services.dashboard_svc.validation import Validation
 
 Context = Any
-MUTABLE = ("title", "kind", *CONTENT)
+MUTABLE = ("title", "kind", *CONTENT, "name")
 MAX_LIBRARY_WIDGETS = 1000
 # Dashboards that one event names.
 MAX_NAMED = 5000
-# The first part of the key of the advisory lock under which a workspace's library grows: "libr" in ASCII.
+# The first part of the key of the advisory lock under which a workspace's library changes: "libr" in ASCII.
 _LIBRARY_LOCK = 0x6C696272
 
 
@@ -78,15 +79,15 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         await self.validation.check(caller.workspace_id, [widget])
         await markdown.prepare(widget.markdown)
         async with self.db.begin() as session:
-            await session.execute(
-                select(func.pg_advisory_xact_lock(_LIBRARY_LOCK, func.hashtext(caller.workspace_id)))
-            )
+            await _lock_library(session, caller.workspace_id)
+            widget.name = widget.name or await _free_name(session, caller.workspace_id, widget)
             row = await session.scalar(
                 insert(LibraryWidget)
                 .values(
                     workspace_id=caller.workspace_id,
                     library_widget_id=new_id(),
                     title=widget.title,
+                    name=widget.name,
                     kind=widget.kind,
                     content=content_of_widget(widget),
                     version=1,
@@ -95,13 +96,14 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
                     create_time=now,
                     update_time=now,
                 )
-                .on_conflict_do_nothing(constraint="library_widgets_request_once")
+                .on_conflict_do_nothing()
                 .returning(LibraryWidget)
             )
             if row is None:
-                return pb.CreateLibraryWidgetResponse(
-                    library_widget=library_widget_to_pb(await _repeated(session, request.request_id))
-                )
+                first = await _first(session, request.request_id)
+                if first is None:
+                    raise _name_taken(widget.name)
+                return pb.CreateLibraryWidgetResponse(library_widget=library_widget_to_pb(first))
             await _check_room(session, caller.workspace_id)
             created = library_widget_to_pb(row)
             outbox.add(
@@ -154,20 +156,20 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         await self.validation.check(caller.workspace_id, [changes])
         await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
+            await _lock_library(session, caller.workspace_id)
             row = await _locked(session, caller.workspace_id, wanted.library_widget_id, wanted.etag)
-            widget = dashboard_pb2.Widget()
+            widget = dashboard_pb2.Widget(name=row.name or "")
             show(row, widget)
             for field in fields:
                 copy_field(changes, widget, field)
             kinds.keep_to_kind(widget, fields)
             kinds.check(widget, "library_widget.")
+            await _rename(session, row, widget)
             row.title, row.kind = widget.title, widget.kind
             row.content = content_of_widget(widget, row.content)
             row.version += 1
             row.update_time = self.now()
-            dashboard_ids = list(
-                await session.scalars(select(Widget.dashboard_id).distinct().where(_shows(row)))
-            )
+            dashboard_ids = list(await session.scalars(_shown_on(row)))
             updated = library_widget_to_pb(row)
             for at in range(0, max(1, len(dashboard_ids)), MAX_NAMED):
                 event = LibraryWidgetUpdated(
@@ -184,9 +186,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         caller = auth.caller()
         async with self.db.begin() as session:
             row = await _locked(session, caller.workspace_id, request.library_widget_id, request.etag)
-            count = await session.scalar(
-                select(func.count(Widget.dashboard_id.distinct())).where(_shows(row))
-            )
+            count = await session.scalar(select(func.count()).select_from(_shown_on(row).subquery()))
             if count:
                 raise errors.failed_precondition(
                     "LIBRARY_WIDGET_IN_USE", f"The widget is shown on {count} dashboards.", dashboards=count
@@ -250,6 +250,25 @@ def _shows(row: LibraryWidget) -> ColumnElement[bool]:
     return (Widget.workspace_id == row.workspace_id) & (Widget.library_widget_id == row.library_widget_id)
 
 
+def _shown_on(row: LibraryWidget) -> CompoundSelect[str]:
+    """The dashboards that show it: to their editors, or to viewers while there is a draft."""
+    published = (
+        select(Version.dashboard_id)
+        .join(
+            Dashboard,
+            (Dashboard.workspace_id == Version.workspace_id)
+            & (Dashboard.dashboard_id == Version.dashboard_id)
+            & (Dashboard.published_version == Version.number),
+        )
+        # An id stands in a message as it is spelled, and nobody chooses one.
+        .where(
+            Version.workspace_id == row.workspace_id,
+            Version.content.op("LIKE")(f"%{row.library_widget_id}%".encode()),
+        )
+    )
+    return select(Widget.dashboard_id).where(_shows(row)).union(published)
+
+
 async def _locked(
     session: AsyncSession, workspace_id: str, library_widget_id: str, etag: str
 ) -> LibraryWidget:
@@ -261,16 +280,50 @@ async def _locked(
     return row
 
 
-async def _repeated(session: AsyncSession, request_id: str) -> LibraryWidget:
+async def _lock_library(session: AsyncSession, workspace_id: str) -> None:
+    """Has all changes of the library's size and names come one after the other."""
+    await session.execute(select(func.pg_advisory_xact_lock(_LIBRARY_LOCK, func.hashtext(workspace_id))))
+
+
+async def _free_name(session: AsyncSession, workspace_id: str, widget: dashboard_pb2.Widget) -> str:
+    names = await session.scalars(
+        select(LibraryWidget.name).where(LibraryWidget.workspace_id == workspace_id)
+    )
+    return free_name(widget, {name for name in names if name})
+
+
+async def _rename(session: AsyncSession, row: LibraryWidget, widget: dashboard_pb2.Widget) -> None:
+    """Gives the row the name of the widget, or, without one, a free one. Raises ALREADY_EXISTS."""
+    name = widget.name or await _free_name(session, row.workspace_id, widget)
+    if name == row.name:
+        return
+    other = await session.scalar(
+        select(LibraryWidget.library_widget_id).where(
+            LibraryWidget.workspace_id == row.workspace_id, LibraryWidget.name == name
+        )
+    )
+    if other is not None:
+        raise _name_taken(name)
+    row.name = name
+
+
+def _name_taken(name: str) -> errors.Error:
+    return errors.already_exists(
+        "LIBRARY_WIDGET_NAME_TAKEN", "Another library widget of the workspace has this name.", name=name
+    )
+
+
+async def _first(session: AsyncSession, request_id: str) -> LibraryWidget | None:
+    """The library widget that an earlier call of the caller made under this request id."""
     caller = auth.caller()
-    rows = await session.scalars(
+    found: LibraryWidget | None = await session.scalar(
         select(LibraryWidget).where(
             LibraryWidget.workspace_id == caller.workspace_id,
             LibraryWidget.creator_id == caller.user_id,
             LibraryWidget.request_id == request_id,
         )
     )
-    return rows.one()
+    return found
 
 
 async def _check_room(session: AsyncSession, workspace_id: str) -> None:

@@ -101,7 +101,7 @@ class Dashboard(Base):
     """A dashboard; `version` grows with each change of it or of one of its widgets.
 
     The row and its widgets are what editors work on. While there is a draft, viewers see the version
-    `published_version`, which has the tags `published_tags`. `content` is a serialized
+    `published_version`, which has what the other `published_` columns say. `content` is a serialized
     meshboard.dashboard.v1.DashboardContent, of the fields that have no column. `delete_time` and `purge_time` are set
     in the bin.
     """
@@ -130,7 +130,9 @@ class Dashboard(Base):
     content: Mapped[bytes] = mapped_column(LargeBinary, server_default="")
     name: Mapped[str | None] = mapped_column(Text)
     published_version: Mapped[int | None] = mapped_column(BigInteger)
+    published_title: Mapped[str | None] = mapped_column(Text)
     published_tags: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    published_update_time: Mapped[Time | None]
     delete_time: Mapped[Time | None]
     purge_time: Mapped[Time | None]
     version: Mapped[int] = mapped_column(BigInteger)
@@ -143,7 +145,8 @@ class Dashboard(Base):
 class Version(Base):
     """What a dashboard was when its `version` was `number`: `content`, a serialized DashboardContent.
 
-    Of changes that were put together `begin_time` is that of the first, `create_time` that of the last.
+    Of changes that were put together `begin_time` is that of the first, `create_time` that of the last. One that was
+    `exported` as a file stays as it is.
     """
 
     __tablename__ = "versions"
@@ -162,6 +165,7 @@ class Version(Base):
     reason: Mapped[str] = mapped_column(Text)
     restored_number: Mapped[int | None] = mapped_column(BigInteger)
     content: Mapped[bytes] = mapped_column(LargeBinary)
+    exported: Mapped[bool] = mapped_column(server_default="false")
     begin_time: Mapped[Time]
     create_time: Mapped[Time]
 
@@ -187,7 +191,11 @@ class Favourite(Base):
 
 
 class AppliedFile(Base):
-    """What the file of a dashboard said when it was applied last: `content`, a serialized DashboardContent."""
+    """What the file of a dashboard said when it was applied last: `content`, a serialized DashboardContent.
+
+    `number` is the `version` that the dashboard had then, `folder` the titles of the folder that the file named; both
+    are missing for files that were applied before they were kept.
+    """
 
     __tablename__ = "applied_files"
     __table_args__ = (
@@ -201,19 +209,23 @@ class AppliedFile(Base):
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
     content: Mapped[bytes] = mapped_column(LargeBinary)
+    number: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    folder: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
 
 
 class LibraryWidget(Base):
-    """A widget of the library; `content` as in `Widget`."""
+    """A widget of the library; `content` as in `Widget`. One that the release before this has made has no name."""
 
     __tablename__ = "library_widgets"
     __table_args__ = (
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="library_widgets_request_once"),
+        Index("library_widgets_name_once", "workspace_id", "name", unique=True),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     library_widget_id: Mapped[Id] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(Text)
+    name: Mapped[str | None] = mapped_column(Text)
     kind: Mapped[int] = mapped_column(SmallInteger)
     content: Mapped[bytes] = mapped_column(LargeBinary)
     version: Mapped[int] = mapped_column(BigInteger)

@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -57,11 +57,15 @@ _TIME_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link that shows something. The messages are shared: not to be changed."""
+    """A link that shows something. The messages are shared: not to be changed.
+
+    `ticket` is what a call has shown, where that counts: where there is a password.
+    """
 
     link: share_link_pb2.ShareLink
     dashboard: Dashboard
     password_hash: str | None
+    ticket: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -171,7 +175,9 @@ class ShareLinks:
         link = await self.find(carried.token)
         self._check_origin(link, metadata)
         if not isinstance(request, UnlockSharedDashboardRequest):
-            self.tickets.check(link, carried.ticket or metadata.get(TICKET_HEADER, ""))
+            ticket = carried.ticket or metadata.get(TICKET_HEADER, "")
+            self.tickets.check(link, ticket)
+            link = replace(link, ticket=ticket if link.password_hash is not None else "")
         _current.set(link)
 
     async def find(self, token: str) -> Link:

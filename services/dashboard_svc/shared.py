@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 from google.rpc.status_pb2 import Status
@@ -31,7 +30,6 @@ _KINDS = {
     "property_values": SharedVariable.VALUES,
     "time_span": SharedVariable.TIME_SPAN,
 }
-_NEWS_KEPT = 64
 # A variable in a text; what `$$` stands for is none.
 _REFERENCE = re.compile(r"\$\$|\$\{([a-z][a-z0-9_]{0,31})\}")
 # What holders of a link are told of the end of their streams; anything else is the end of the link.
@@ -116,22 +114,16 @@ def shared_annotation(annotation: Annotation) -> SharedAnnotation:
     )
 
 
-class SharedNews:
-    """Messages of streams as links show them, each made once for all who are sent it."""
+def shared_news(news: WatchDashboardResponse) -> bytes:
+    """A message of a stream as links show it, serialized."""
+    return _shared_news(news).SerializeToString()
 
-    def __init__(self) -> None:
-        self._made: OrderedDict[int, tuple[WatchDashboardResponse, WatchSharedDashboardResponse]] = (
-            OrderedDict()
-        )
 
-    def of(self, news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
-        """The message, which is shared: not to be changed."""
-        made = self._made.get(id(news))
-        if made is None or made[0] is not news:
-            made = self._made[id(news)] = (news, _shared_news(news))
-            if len(self._made) > _NEWS_KEPT:
-                self._made.popitem(last=False)
-        return made[1]
+def shared_news_without_annotations(news: WatchDashboardResponse) -> bytes:
+    """The same for links that show no annotations."""
+    shown = _shared_news(news)
+    shown.ClearField("annotations_changed")
+    return shown.SerializeToString()
 
 
 def _shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
@@ -142,6 +134,7 @@ def _shared_news(news: WatchDashboardResponse) -> WatchSharedDashboardResponse:
         cursor=news.cursor,
         changes=map(shared_data, news.changes),
         removed_widget_ids=news.removed_widget_ids,
+        annotations_changed=news.annotations_changed,
         heartbeat=news.heartbeat if news.HasField("heartbeat") else None,
     )
     if news.HasField("snapshot"):

@@ -11,17 +11,17 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from meshboard.analytics.v1.insight_service_pb2 import FunnelQuery, RetentionQuery
 from meshboard.analytics.v1.internal_query_service_pb2 import WidgetQuestion
-from meshboard.analytics.v1.query_pb2 import AnyOf, Filter, Query
-from meshboard.dashboard.v1.dashboard_pb2 import Variable, Widget
+from meshboard.analytics.v1.query_pb2 import Filter, Query
+from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent, Variable, Widget
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import errors
 from services.dashboard_svc.definitions import REFERENCE
 from services.dashboard_svc.library import shown_widgets
-from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.sources import Sources, right_to
 
-# Filters in one AnyOf.
-_ALTERNATIVES = 20
+# How many users of a variable an error names.
+MAX_NAMED = 20
 
 Question = TypeVar("Question", Query, FunnelQuery, RetentionQuery)
 
@@ -35,6 +35,11 @@ def filters_of(question: Message) -> Iterator[Filter]:
         if field.message_type is not None:
             for part in value if field.is_repeated else [value]:
                 yield from filters_of(part)
+
+
+def cohorts_of(question: Message) -> set[str]:
+    """The cohorts that a question, or all questions of a content, filter by."""
+    return {filter_.cohort_id for filter_ in filters_of(question)} - {""}
 
 
 def variable_of(filter_: Filter) -> str:
@@ -66,6 +71,36 @@ def check_variables(widget: Widget, variables: Iterable[Variable]) -> None:
         )
 
 
+def require_unused(before: Iterable[Variable], content: DashboardContent) -> None:
+    """Raises FAILED_PRECONDITION (VARIABLE_IN_USE) when the content names one of the variables that it has no more.
+
+    What it lacked before as well may be named: that is there already. Widgets say what those of the library say.
+    """
+    kept = {variable.name: variable.HasField("time_span") for variable in content.variables}
+    gone = [each for each in before if each.name not in kept or each.HasField("time_span") > kept[each.name]]
+    for name in (variable.name for variable in gone):
+        widgets = [
+            widget
+            for widget in content.widgets
+            if widget.time_range_variable == name or (name not in kept and _compares(widget, name))
+        ]
+        marks = [
+            query.title for query in content.annotation_queries if name not in kept and _compares(query, name)
+        ]
+        if users := [*(widget.title or widget.widget_id for widget in widgets), *marks]:
+            raise errors.failed_precondition(
+                "VARIABLE_IN_USE",
+                f"The variable {name!r} is named by {', '.join(map(repr, users[:MAX_NAMED]))}.",
+                variable=name,
+                widgets=", ".join(widget.widget_id for widget in widgets[:MAX_NAMED]),
+                count=len(users),
+            )
+
+
+def _compares(asking: Message, name: str) -> bool:
+    return any(variable_of(filter_) == name for filter_ in filters_of(asking))
+
+
 class Validation:
     """What analytics_svc says of widgets. Never to be called inside a transaction."""
 
@@ -87,7 +122,9 @@ class Validation:
             if insight.source_ids
         ]
         queries = [plain(widget.query) for widget in asking if widget.HasField("query")]
-        queries += [_right_to(insight) for insight in insights]
+        queries += [
+            query for insight in insights for query in right_to(insight.source_ids, cohorts_of(insight))
+        ]
         once = {query.SerializeToString(deterministic=True): query for query in queries}
         await self._sources.validate(once.values())
         questions = [
@@ -120,15 +157,3 @@ def plain(question: Question) -> Question:
             filter_.operator = Filter.EXISTS
             del filter_.values[:]
     return copy
-
-
-def _right_to(insight: FunnelQuery | RetentionQuery) -> Query:
-    """A query that takes the rights that the insight takes: to its sources, and to see its cohorts."""
-    cohort_ids = sorted({filter_.cohort_id for filter_ in filters_of(insight)} - {""})
-    return Query(
-        source_ids=insight.source_ids,
-        any_of=[
-            AnyOf(filters=[Filter(cohort_id=cohort_id) for cohort_id in cohort_ids[at : at + _ALTERNATIVES]])
-            for at in range(0, len(cohort_ids), _ALTERNATIVES)
-        ],
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -25,7 +25,8 @@ from services.dashboard_svc.diffs import changes
 from services.dashboard_svc.favourites import for_caller
 from services.dashboard_svc.library import resolved
 from services.dashboard_svc.models import Dashboard, Version
-from services.dashboard_svc.sources import Sources, question_of
+from services.dashboard_svc.sources import Problem, Sources, question_of
+from services.dashboard_svc.validation import cohorts_of
 
 Context = Any
 MAX_CHANGES = 1000
@@ -124,20 +125,16 @@ class VersionServicer(VersionServiceServicer):
         await self.boards.changed(answer.workspace_id, answer.dashboard_id)
         return pb.RestoreVersionResponse(dashboard=answer, problems=problems)
 
-    async def _judge(
-        self, content: DashboardContent, present: DashboardContent
-    ) -> list[pb.RestoreVersionResponse.Problem]:
-        """The widgets that cannot show anything.
+    async def _judge(self, content: DashboardContent, present: DashboardContent) -> list[Problem]:
+        """What cannot be asked.
 
-        Raises NOT_FOUND or PERMISSION_DENIED when the caller may not query a source that is there, and that nothing on
-        the dashboard asks the same of now.
+        Raises NOT_FOUND or PERMISSION_DENIED when the caller may not query a source that is there, or see a cohort of
+        what can be asked, and nothing on the dashboard asks the same now.
         """
         problems, absent_ids = await self.sources.problems(auth.caller().workspace_id, content)
-        await self.sources.require(sources_of(_new_in(content, present)) - absent_ids)
-        return [
-            pb.RestoreVersionResponse.Problem(widget_id=widget_id, error=error)
-            for widget_id, error in problems.items()
-        ]
+        new = _new_in(content, present)
+        await self.sources.require(sources_of(new) - absent_ids, cohorts_of(_without(new, problems)))
+        return problems
 
 
 def _new_in(content: DashboardContent, present: DashboardContent) -> DashboardContent:
@@ -156,6 +153,20 @@ def _new_in(content: DashboardContent, present: DashboardContent) -> DashboardCo
             if questions_of(DashboardContent(annotation_queries=[each])).keys() - asked
         ],
         widgets=[widget for widget in content.widgets if question_of(widget) not in known],
+    )
+
+
+def _without(content: DashboardContent, problems: Collection[Problem]) -> DashboardContent:
+    """What of the content can be asked: a cohort that is gone is the problem of what filters by it."""
+    widget_ids = {problem.widget_id for problem in problems}
+    variables = {problem.variable for problem in problems}
+    annotation_queries = {problem.annotation_query for problem in problems}
+    return DashboardContent(
+        variables=[each for each in content.variables if each.name not in variables],
+        annotation_queries=[
+            each for each in content.annotation_queries if each.title not in annotation_queries
+        ],
+        widgets=[each for each in content.widgets if each.widget_id not in widget_ids],
     )
 
 

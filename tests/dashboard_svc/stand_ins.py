@@ -49,9 +49,9 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
     """Answers each question with the number that `count` has for its first source.
 
     `results` take the place of the number for a source, `failures` are its errors, `delays` are seconds before an
-    answer. `refused` is what ValidateQuery raises, for a query of one of the sources in `hidden`, or, without any
-    there, for all. `absent` sources are not there. `problem` is what CheckWidgetQueries says of each question.
-    `meanwhile` is awaited before a query is judged. `padding` makes answers long.
+    answer. `refused` is what ValidateQuery raises, for a query of one of the sources or cohorts in `hidden`, or,
+    without any there, for all. `absent` sources are not there. `problem` is what CheckWidgetQueries says of each
+    question. `meanwhile` is awaited before a query is judged. `padding` makes answers long.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,9 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         )
         if self.meanwhile:
             await self.meanwhile()
-        if self.refused and (not self.hidden or self.hidden.intersection(request.query.source_ids)):
+        asked = {*request.query.source_ids}
+        asked.update(filter_.cohort_id for one in request.query.any_of for filter_ in one.filters)
+        if self.refused and (not self.hidden or self.hidden & asked):
             await abort(context, self.refused)
         return query_service_pb2.ValidateQueryResponse()
 

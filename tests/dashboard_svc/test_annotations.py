@@ -22,7 +22,11 @@ from services.dashboard_svc import annotations as module
 from services.dashboard_svc import models
 from services.dashboard_svc.annotations import Annotations, Problem
 from services.dashboard_svc.scopes import Scope, scope_of
+from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
+from tests.dashboard_svc.links import share
+from tests.dashboard_svc.links import watching as watching_by_link
+from tests.dashboard_svc.test_watch import watching
 from tests.harness import Member, new_id, refused
 
 
@@ -293,3 +297,44 @@ async def test_marks_are_bounded_and_a_failing_query_takes_no_other_with_it(mesh
         (wrong.title, "VARIABLE_UNKNOWN"),
         (gone.title, "SOURCE_NOT_FOUND"),
     ]
+
+
+async def test_watchers_are_told_of_changes(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, other = await mesh.dashboard(ann), await mesh.dashboard(ann)
+    await mesh.widget(ann, dashboard)
+    _, with_them = await share(mesh, ann, dashboard, show_annotations=True)
+    _, without = await share(mesh, ann, dashboard)
+    async with (
+        watching(mesh, ann, dashboard) as watcher,
+        watching(mesh, ann, other) as elsewhere,
+        watching_by_link(mesh, with_them) as holder,
+        watching_by_link(mesh, without) as stranger,
+    ):
+
+        def times(told: Any) -> int:
+            return sum(response.annotations_changed for response in told.responses)
+
+        made = await create(mesh, ann, dashboard)
+        for number in (1, 2, 3):
+            await eventually(lambda number=number: times(watcher) == times(holder) == number)
+            assert not watcher.responses[-1].changes
+            if number == 1:
+                made.text = "Another"
+                await mesh.annotations.UpdateAnnotation(
+                    pb.UpdateAnnotationRequest(annotation=made), metadata=ann.metadata
+                )
+            if number == 2:
+                ids = {"dashboard_id": made.dashboard_id, "annotation_id": made.annotation_id}
+                await mesh.annotations.DeleteAnnotation(
+                    pb.DeleteAnnotationRequest(**ids), metadata=ann.metadata
+                )
+        assert (times(elsewhere), times(stranger)) == (0, 0)
+        # Who takes the stream up where it was told is told nothing, who missed one is told.
+        async with watching(mesh, ann, dashboard, watcher) as again:
+            assert not again.responses[0].annotations_changed
+        await create(mesh, ann, dashboard)
+        await eventually(lambda: times(watcher) == 4)
+        async with watching(mesh, ann, dashboard, again) as late:
+            assert late.responses[0].annotations_changed
+            assert not late.responses[0].removed_widget_ids

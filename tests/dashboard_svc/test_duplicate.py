@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.query_pb2 import Filter, Query
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1 import widget_service_pb2
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Layout, Settings, Variable
@@ -94,6 +94,17 @@ async def test_takes_the_right_to_query_each_source(mesh: Mesh) -> None:
     _, metadata = mesh.analytics.validated[-1]
     assert metadata["authorization"] == dict(editor.metadata)["authorization"]
     assert len(await listed(mesh, admin)) == 1
+
+
+async def test_takes_the_right_to_see_each_cohort(mesh: Mesh) -> None:
+    ann, cohort_id = mesh.identity.member("editor"), new_id()
+    dashboard = await mesh.dashboard(ann)
+    query = Query(source_ids=[new_id()], filters=[Filter(cohort_id=cohort_id)])
+    await mesh.widget(ann, dashboard, query)
+    mesh.analytics.hidden.add(cohort_id)
+    mesh.analytics.refused = errors.not_found("COHORT_NOT_FOUND", "There is no such cohort.")
+    call = duplicate(mesh, ann, dashboard.dashboard_id)
+    assert await refused(call) == (grpc.StatusCode.NOT_FOUND, "COHORT_NOT_FOUND")
 
 
 async def test_takes_the_right_to_query_what_library_widgets_ask(mesh: Mesh) -> None:

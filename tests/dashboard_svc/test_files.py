@@ -10,10 +10,12 @@ import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
+from meshboard.analytics.v1.query_pb2 import Query
 from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, DashboardContent, Widget
 from meshboard.dashboard.v1.dashboard_service_pb2 import (
     CreateDashboardGrantRequest,
     DeleteDashboardRequest,
+    MoveDashboardRequest,
     UpdateDashboardRequest,
 )
 from meshboard.dashboard.v1.draft_service_pb2 import StartDraftRequest
@@ -23,12 +25,15 @@ from meshboard.dashboard.v1.file_service_pb2 import (
     DashboardFile,
     ExportDashboardRequest,
 )
+from meshboard.dashboard.v1.library_pb2 import LibraryWidget
+from meshboard.dashboard.v1.library_service_pb2 import CreateLibraryWidgetRequest
 from meshboard.dashboard.v1.version_service_pb2 import ListVersionsRequest
 from meshboard.dashboard.v1.widget_service_pb2 import ListWidgetsRequest, UpdateWidgetRequest
 from meshboard.user.v1.grant_pb2 import Grant, Subject
 from sqlalchemy import text
 
 from services.chassis import errors
+from tests.dashboard_svc.boards import events, get
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, outcome, reason_of, refused, status_of
 
@@ -136,7 +141,11 @@ async def test_moves_to_another_workspace_and_back(mesh: Mesh) -> None:
     assert not any(widget.widget_id for widget in given.content.widgets)
     moved = await apply(mesh, bob, given)
     assert moved.outcome == ApplyDashboardResponse.CREATED
-    assert await export(mesh, bob, moved.dashboard.dashboard_id) == given
+    there = await export(mesh, bob, moved.dashboard.dashboard_id)
+    # What it was made of is something else there.
+    assert there.base_version != given.base_version
+    there.base_version = given.base_version
+    assert there == given
     assert (await apply(mesh, ann, given)).outcome == ApplyDashboardResponse.UNCHANGED
 
 
@@ -203,6 +212,95 @@ async def test_a_conflict_changes_nothing_unless_forced(mesh: Mesh) -> None:
     assert forced.outcome == ApplyDashboardResponse.CHANGED
     assert [conflict.path for conflict in forced.conflicts] == ["widgets[orders].title"]
     assert (await apply(mesh, ann, new)).outcome == ApplyDashboardResponse.UNCHANGED
+
+
+async def test_a_file_that_was_given_out_is_compared_with_what_it_said_then(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard = await mesh.dashboard(ann, "Shop")
+    ids = [(await mesh.widget(ann, dashboard, title=title)).widget_id for title in ("Orders", "Visitors")]
+    await rename(mesh, ann, dashboard.dashboard_id, name="shop")
+    file = await export(mesh, ann, dashboard.dashboard_id)
+    # The same author, at once: the version that was given out must not become this one.
+    await rename_widget(mesh, ann, dashboard.dashboard_id, ids[0], "Sales")
+    file.content.title = "Store"
+    del file.content.widgets[1]
+
+    applied = await apply(mesh, ann, file)
+    assert [change.path for change in applied.changes] == [
+        "title",
+        "widgets[orders].name",
+        f"widgets[{ids[1]}]",
+    ]
+    there = await export(mesh, ann, dashboard.dashboard_id)
+    assert (there.content.title, [widget.title for widget in there.content.widgets]) == ("Store", ["Sales"])
+    assert await widget_ids(mesh, ann, dashboard.dashboard_id) == ids[:1]
+    before = await everything(mesh, ann.workspace_id)
+    assert (await apply(mesh, ann, file)).outcome == ApplyDashboardResponse.UNCHANGED
+    assert await everything(mesh, ann.workspace_id) == before
+
+
+async def test_what_both_have_changed_since_it_was_given_out_is_a_conflict(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard = await mesh.dashboard(ann, "Shop")
+    await rename(mesh, ann, dashboard.dashboard_id, name="shop")
+    file = await export(mesh, ann, dashboard.dashboard_id)
+    await rename(mesh, ann, dashboard.dashboard_id, title="Here", description="Here")
+    file.content.title = "There"
+    planned = await apply(mesh, ann, file, dry_run=True)
+    assert [conflict.path for conflict in planned.conflicts] == ["title"]
+    assert (await refused(apply(mesh, ann, file)))[1] == "FILE_CONFLICT"
+    forced = await apply(mesh, ann, file, force=True)
+    assert (forced.dashboard.title, forced.dashboard.description) == ("There", "Here")
+
+
+async def test_what_was_applied_later_counts_instead(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard_id = (await apply(mesh, ann, a_file())).dashboard.dashboard_id
+    first = await export(mesh, ann, dashboard_id)
+    first.content.title = "Second"
+    await apply(mesh, ann, first)
+    await rename(mesh, ann, dashboard_id, title="Of people")
+    # Compared with what was given out, both would have changed the title.
+    assert (await apply(mesh, ann, first)).outcome == ApplyDashboardResponse.UNCHANGED
+    first.content.description = "Third"
+    applied = await apply(mesh, ann, first)
+    assert (applied.dashboard.title, applied.dashboard.description) == ("Of people", "Third")
+
+
+async def test_what_was_given_out_elsewhere_is_no_base(mesh: Mesh) -> None:
+    ann, bob = mesh.identity.member("editor"), mesh.identity.member("editor")
+    files = []
+    for member in (ann, bob):
+        dashboard = await mesh.dashboard(member, f"Of {member.user_id}")
+        await rename(mesh, member, dashboard.dashboard_id, name="shop")
+        files.append(await export(mesh, member, dashboard.dashboard_id))
+    assert files[0].base_version.split("-")[0] == files[1].base_version.split("-")[0]
+    assert (await refused(apply(mesh, bob, files[0])))[1] == "FILE_CONFLICT"
+    files[0].base_version = "7"
+    assert (await refused(apply(mesh, bob, files[0])))[1] == "VALIDATION_FAILED"
+
+
+async def test_library_widgets_are_called_by_name(mesh: Mesh) -> None:
+    ann, bob = mesh.identity.member("editor"), mesh.identity.member("editor")
+    here = await library_widget(mesh, ann, "Top pages")
+    file = a_file(widgets=[a_widget("orders"), {"name": "pages", "libraryWidgetName": "top-pages"}])
+    created = await apply(mesh, ann, file)
+    assert (await library_ids(mesh, ann, created.dashboard.dashboard_id))[1] == here.library_widget_id
+    assert (await apply(mesh, ann, file)).outcome == ApplyDashboardResponse.UNCHANGED
+
+    given = await export(mesh, ann, created.dashboard.dashboard_id)
+    assert given.content.widgets[1].library_widget_name == "top-pages"
+    assert here.library_widget_id not in str(given)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await apply(mesh, bob, given)
+    assert reason_of(failure.value) == "LIBRARY_WIDGET_NOT_FOUND"
+    assert "content.widgets[1].library_widget_name" in str(failure.value.details())
+
+    there = await library_widget(mesh, bob, "Something else", name="top-pages")
+    moved = await apply(mesh, bob, given)
+    assert (await library_ids(mesh, bob, moved.dashboard.dashboard_id))[1] == there.library_widget_id
+    given.content.widgets[1].library_widget_id = there.library_widget_id
+    assert (await refused(apply(mesh, bob, given)))[1] == "VALIDATION_FAILED"
 
 
 async def test_etag_has_to_be_the_current_one(mesh: Mesh) -> None:
@@ -311,6 +409,72 @@ async def test_goes_into_the_folder_of_its_path(mesh: Mesh) -> None:
         grpc.StatusCode.FAILED_PRECONDITION,
         "FOLDER_AMBIGUOUS",
     )
+
+
+async def test_moves_with_the_folder_that_the_file_names(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    folders = {title: await mesh.folder(ann, title) for title in ("Web", "App", "Ops")}
+    file = a_file()
+    file.folder.append("Web")
+    dashboard_id = (await apply(mesh, ann, file)).dashboard.dashboard_id
+
+    file.folder[:] = ["App"]
+    planned = await apply(mesh, ann, file, dry_run=True)
+    assert [MessageToDict(change) for change in planned.changes] == [
+        {"path": "folder", "before": ["Web"], "after": ["App"]}
+    ]
+    assert planned.dashboard.folder_id == folders["Web"].folder_id
+    applied = await apply(mesh, ann, file)
+    assert applied.outcome == ApplyDashboardResponse.CHANGED
+    assert applied.dashboard.folder_id == folders["App"].folder_id
+    assert "DashboardMoved" in await events(mesh, ann)
+    before = await everything(mesh, ann.workspace_id)
+    assert (await apply(mesh, ann, file)).outcome == ApplyDashboardResponse.UNCHANGED
+    assert await everything(mesh, ann.workspace_id) == before
+
+    # People have moved it since: it stays, until the file says something new.
+    await move(mesh, ann, dashboard_id, folders["Ops"].folder_id)
+    assert (await apply(mesh, ann, file)).outcome == ApplyDashboardResponse.UNCHANGED
+    file.folder[:] = ["Web"]
+    planned = await apply(mesh, ann, file, dry_run=True)
+    assert [conflict.path for conflict in planned.conflicts] == ["folder"]
+    assert (await refused(apply(mesh, ann, file)))[1] == "FILE_CONFLICT"
+    forced = await apply(mesh, ann, file, force=True)
+    assert forced.dashboard.folder_id == folders["Web"].folder_id
+    # A file that names none leaves it there.
+    del file.folder[:]
+    assert (await apply(mesh, ann, file)).dashboard.folder_id == folders["Web"].folder_id
+
+
+async def test_what_was_given_out_moves_when_its_folder_is_edited(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    web, app = await mesh.folder(ann, "Web"), await mesh.folder(ann, "App")
+    dashboard = await mesh.dashboard(ann, "Shop", web)
+    await rename(mesh, ann, dashboard.dashboard_id, name="shop")
+    file = await export(mesh, ann, dashboard.dashboard_id)
+    assert (await apply(mesh, ann, file)).outcome == ApplyDashboardResponse.UNCHANGED
+    file.folder[:] = ["App"]
+    assert (await apply(mesh, ann, file)).dashboard.folder_id == app.folder_id
+
+
+async def test_a_move_takes_what_moving_takes(mesh: Mesh) -> None:
+    ann = mesh.identity.member("owner")
+    bob = mesh.identity.member("viewer", ann.workspace_id)
+    mesh.users.known.add(bob.user_id)
+    for title in ("Web", "App"):
+        await mesh.folder(ann, title)
+    file = a_file()
+    file.folder.append("Web")
+    dashboard_id = (await apply(mesh, ann, file)).dashboard.dashboard_id
+    lacking = (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_MISSING")
+    file.folder[:] = ["App"]
+    for role in ("editor", "owner"):  # an editor may not grant; an owner of it still not create in the folder
+        await grant(mesh, ann, dashboard_id, bob, role)
+        for dry_run in (True, False):
+            assert await refused(apply(mesh, bob, file, dry_run=dry_run)) == lacking
+    before = (await get(mesh, ann, dashboard_id)).folder_id
+    file.folder[:] = ["Web"]
+    assert (await apply(mesh, bob, file)).dashboard.folder_id == before
 
 
 async def test_what_is_newly_asked_takes_the_right_to_the_source(mesh: Mesh) -> None:
@@ -428,6 +592,21 @@ async def everything(mesh: Mesh, workspace_id: str) -> dict[str, list[Any]]:
     return found
 
 
+async def library_widget(mesh: Mesh, member: Member, title: str, name: str = "") -> LibraryWidget:
+    request = CreateLibraryWidgetRequest(
+        title=title, name=name, kind=Widget.TABLE, query=Query(source_ids=[SOURCE])
+    )
+    response = await mesh.library.CreateLibraryWidget(request, metadata=member.metadata)
+    made: LibraryWidget = response.library_widget
+    return made
+
+
+async def library_ids(mesh: Mesh, member: Member, dashboard_id: str) -> list[str]:
+    request = ListWidgetsRequest(dashboard_id=dashboard_id)
+    response = await mesh.widgets.ListWidgets(request, metadata=member.metadata)
+    return [widget.library_widget_id for widget in response.widgets]
+
+
 async def widget_ids(mesh: Mesh, member: Member, dashboard_id: str) -> list[str]:
     request = ListWidgetsRequest(dashboard_id=dashboard_id)
     response = await mesh.widgets.ListWidgets(request, metadata=member.metadata)
@@ -445,6 +624,11 @@ async def rename_widget(mesh: Mesh, member: Member, dashboard_id: str, widget_id
     widget = Widget(dashboard_id=dashboard_id, widget_id=widget_id, title=title)
     request = UpdateWidgetRequest(widget=widget, update_mask=FieldMask(paths=["title"]))
     await mesh.widgets.UpdateWidget(request, metadata=member.metadata)
+
+
+async def move(mesh: Mesh, member: Member, dashboard_id: str, folder_id: str) -> None:
+    request = MoveDashboardRequest(dashboard_id=dashboard_id, folder_id=folder_id)
+    await mesh.dashboards.MoveDashboard(request, metadata=member.metadata)
 
 
 async def grant(mesh: Mesh, member: Member, dashboard_id: str, to: Member, role: str) -> None:

@@ -22,6 +22,7 @@ from services.dashboard_svc.convert import fill_widget
 from services.dashboard_svc.library import held
 from services.dashboard_svc.library_widgets import MAX_LIBRARY_WIDGETS
 from tests.conditions import eventually
+from tests.dashboard_svc.boards import publish, start_draft
 from tests.dashboard_svc.conftest import Mesh
 from tests.harness import Member, new_id, refused
 
@@ -96,6 +97,26 @@ async def test_creates_once_and_lists_the_newest_first(mesh: Mesh) -> None:
         pb.GetLibraryWidgetRequest(library_widget_id=second.library_widget_id), metadata=ann.metadata
     )
     assert got.library_widget == second
+
+
+async def test_names_are_made_of_titles_and_unique(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    made = [(await create(mesh, ann, title=title)).name for title in ("Top pages!", "Top pages", "Ü", "日本")]
+    assert made == ["top-pages", "top-pages-2", "u", "table"]
+    both = await asyncio.gather(*(create(mesh, ann, title="At once") for _ in range(3)))
+    assert {widget.name for widget in both} == {"at-once", "at-once-2", "at-once-3"}
+
+    taken = (grpc.StatusCode.ALREADY_EXISTS, "LIBRARY_WIDGET_NAME_TAKEN")
+    assert await refused(create(mesh, ann, name="top-pages")) == taken
+    assert await refused(update(mesh, ann, both[0], name="u")) == taken
+    assert (await refused(create(mesh, ann, name="Not a name")))[1] == "VALIDATION_FAILED"
+    assert (await create(mesh, ann, name="mine", request_id="once")).name == "mine"
+    assert (await create(mesh, ann, name="mine", request_id="once")).name == "mine"
+    assert (await update(mesh, ann, both[0], name="pages")).name == "pages"
+    # A title that changes leaves the name: files say it.
+    assert (await update(mesh, ann, both[0], title="Other")).name == "pages"
+    assert (await update(mesh, ann, both[0], "name")).name == "other"
+    assert (await create(mesh, mesh.identity.member("editor"), name="mine")).name == "mine"
 
 
 async def test_the_writer_needs_the_right_and_sense(mesh: Mesh) -> None:
@@ -280,6 +301,26 @@ async def test_what_is_used_is_not_deleted(mesh: Mesh) -> None:
         place(mesh, ann, dashboard, library.library_widget_id),
     ):
         assert await refused(call) == NOT_FOUND
+
+
+async def test_what_viewers_see_is_not_deleted_under_a_draft(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    library, dashboard = await create(mesh, ann), await mesh.dashboard(ann)
+    placed = await place(mesh, ann, dashboard, library.library_widget_id)
+    await start_draft(mesh, ann, dashboard.dashboard_id)
+    gone = widget_service_pb2.DeleteWidgetRequest(
+        dashboard_id=dashboard.dashboard_id, widget_id=placed.widget_id
+    )
+    await mesh.widgets.DeleteWidget(gone, metadata=ann.metadata)
+    request = pb.DeleteLibraryWidgetRequest(library_widget_id=library.library_widget_id)
+    in_use = (grpc.StatusCode.FAILED_PRECONDITION, "LIBRARY_WIDGET_IN_USE")
+    assert await refused(mesh.library.DeleteLibraryWidget(request, metadata=ann.metadata)) == in_use
+    assert [widget.title for widget in await widgets_of(mesh, ann, dashboard)] == ["Revenue"]
+    # Viewers see a change of it, too.
+    await update(mesh, ann, library, title="Turnover")
+    assert [widget.title for widget in await widgets_of(mesh, ann, dashboard)] == ["Turnover"]
+    await publish(mesh, ann, dashboard.dashboard_id)
+    await mesh.library.DeleteLibraryWidget(request, metadata=ann.metadata)
 
 
 async def test_none_is_deleted_while_it_is_placed(mesh: Mesh) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import select, text
 
 from services.chassis import errors
 from services.chassis.db import OutboxRow
-from services.dashboard_svc import shares
+from services.dashboard_svc import new_links
 from services.dashboard_svc.models import ShareLink as Row
 from services.dashboard_svc.share_links import hash_of
 from tests.dashboard_svc.conftest import Mesh
@@ -211,7 +211,7 @@ async def test_refuses_what_cannot_be(mesh: Mesh, monkeypatch: pytest.MonkeyPatc
     large.values.add(string_value="x" * 70_000)
     assert (await refused(share(mesh, ann, dashboard, filters=[large])))[1] == "VALIDATION_FAILED"
     assert (await refused(change(mesh, ann, link, view_count=7)))[1] == "UPDATE_MASK_INVALID"
-    monkeypatch.setattr(shares, "MAX_LINKS", 1)
+    monkeypatch.setattr(new_links, "MAX_LINKS", 1)
     assert await refused(share(mesh, ann, dashboard)) == (
         grpc.StatusCode.FAILED_PRECONDITION,
         "TOO_MANY_SHARE_LINKS",

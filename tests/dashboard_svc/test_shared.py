@@ -21,7 +21,7 @@ from meshboard.dashboard.v1.share_service_pb2_grpc import ShareServiceStub
 
 from services.chassis import errors
 from services.chassis.origins import ADDRESS_HEADER
-from services.dashboard_svc import shared_page, shares
+from services.dashboard_svc import shared_page, shared_views
 from tests.conditions import eventually
 from tests.dashboard_svc.conftest import Mesh
 from tests.dashboard_svc.links import NO_LINK, change, counted, data_of, delete, share, watching
@@ -520,7 +520,7 @@ async def test_a_link_is_watched_in_a_bounded_number_of_ways(
     ann = mesh.identity.member("admin")
     dashboard, _ = await with_variables(mesh, ann)
     _, token = await share(mesh, ann, dashboard)
-    monkeypatch.setattr(shares, "MAX_SCOPES", 1)
+    monkeypatch.setattr(shared_views, "MAX_SCOPES", 1)
     other = pb.WatchSharedDashboardRequest(token=token, choices=["land=fr"])
     async with watching(mesh, token, choices=["land=de"]), watching(mesh, token, choices=["land=de"]):
         assert await refused(mesh.shares.WatchSharedDashboard(other).read()) == (
@@ -532,3 +532,29 @@ async def test_a_link_is_watched_in_a_bounded_number_of_ways(
         return (await outcome(mesh.shares.WatchSharedDashboard(other).read()))[1] == ""
 
     await eventually(has_room)
+
+
+async def test_links_of_one_dashboard_end_by_themselves(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    dashboard, source_id, widget = await counted(mesh, ann)
+    ended, token = await share(mesh, ann, dashboard)
+    _, other = await share(mesh, ann, dashboard)
+    _, secret = await share(mesh, ann, dashboard, password="open sesame")
+    tickets = [await ticket(mesh, secret, "open sesame") for _ in range(2)]
+    async with (
+        watching(mesh, token) as first,
+        watching(mesh, token) as second,
+        watching(mesh, other) as third,
+        watching(mesh, secret, ticket=tickets[0]) as fourth,
+        watching(mesh, secret, ticket=tickets[1]) as fifth,
+    ):
+        assert len(mesh.feeds) == 1
+        await delete(mesh, ann, ended)
+        for watcher in (first, second):
+            await eventually(lambda watcher=watcher: watcher.reading.done())
+            assert watcher.responses[-1].end.reason == End.LINK_ENDED
+        mesh.analytics.count[source_id] = 8
+        await mesh.tick(source_id)
+        for watcher in (third, fourth, fifth):
+            await eventually(lambda watcher=watcher: watcher.state == {widget.widget_id: 8})
+            assert not watcher.reading.done()

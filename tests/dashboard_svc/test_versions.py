@@ -7,10 +7,11 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToDict
-from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.insight_service_pb2 import EventSelector
+from meshboard.analytics.v1.query_pb2 import Filter, Query
 from meshboard.dashboard.v1 import version_service_pb2 as pb
 from meshboard.dashboard.v1 import widget_service_pb2
-from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Layout, Widget
+from meshboard.dashboard.v1.dashboard_pb2 import AnnotationQuery, Dashboard, Layout, Variable, Widget
 from sqlalchemy import func, select
 from sqlalchemy import update as sql_update
 
@@ -273,6 +274,52 @@ async def test_a_widget_whose_source_is_gone_comes_back_with_its_error(mesh: Mes
     assert problem.widget_id == lost.widget_id
     assert errors.from_status(problem.error).reason == "SOURCE_NOT_FOUND"
     assert (await widgets(mesh, ann, dashboard)).keys() == {lost.widget_id, sound.widget_id}
+
+
+async def test_variables_and_annotation_queries_whose_source_is_gone_are_told_too(mesh: Mesh) -> None:
+    ann, source_id = mesh.identity.member("editor"), new_id()
+    dashboard = await mesh.dashboard(ann)
+    values = Variable.PropertyValues(source_id=source_id, property="host")
+    marks = AnnotationQuery(title="Releases", source_id=source_id, selector=EventSelector(event="release"))
+    await update(
+        mesh,
+        ann,
+        dashboard.dashboard_id,
+        variables=[
+            Variable(name="host", property_values=values),
+            Variable(name="free", text=Variable.FreeText()),
+        ],
+        annotation_queries=[marks],
+    )
+    old = await update(mesh, ann, dashboard.dashboard_id, title="Both", reason="both")
+    await update(mesh, ann, dashboard.dashboard_id, variables=[], annotation_queries=[])
+    mesh.analytics.absent.add(source_id)
+    mesh.analytics.hidden.add(source_id)
+    mesh.analytics.refused = errors.not_found("SOURCE_NOT_FOUND", "There is no such source.")
+    answer = await restore(mesh, ann, dashboard.dashboard_id, old.etag)
+    told = [(each.widget_id, each.variable, each.annotation_query) for each in answer.problems]
+    assert told == [("", "host", ""), ("", "", "Releases")]
+    assert {errors.from_status(each.error).reason for each in answer.problems} == {"SOURCE_NOT_FOUND"}
+    assert [variable.name for variable in answer.dashboard.variables] == ["host", "free"]
+
+
+async def test_a_cohort_that_the_caller_may_not_see_does_not_come_back(mesh: Mesh) -> None:
+    ann, cohort_id = mesh.identity.member("editor"), new_id()
+    dashboard = await mesh.dashboard(ann)
+    query = Query(source_ids=[new_id()], filters=[Filter(cohort_id=cohort_id)])
+    widget = await mesh.widget(ann, dashboard, query)
+    old = await update(mesh, ann, dashboard.dashboard_id, title="Old", reason="old")
+    mesh.analytics.hidden.add(cohort_id)
+    mesh.analytics.refused = errors.not_found("COHORT_NOT_FOUND", "There is no such cohort.")
+    await restore(mesh, ann, dashboard.dashboard_id, old.etag)  # it is there
+    await delete_widget(mesh, ann, widget)
+    call = restore(mesh, ann, dashboard.dashboard_id, old.etag)
+    assert await refused(call) == (grpc.StatusCode.NOT_FOUND, "COHORT_NOT_FOUND")
+    assert not await widgets(mesh, ann, dashboard)
+    # One that is gone is the widget's problem.
+    mesh.analytics.problem = mesh.analytics.refused
+    answer = await restore(mesh, ann, dashboard.dashboard_id, old.etag)
+    assert [problem.widget_id for problem in answer.problems] == [widget.widget_id]
 
 
 async def test_a_source_that_the_caller_may_not_query_does_not_come_back(mesh: Mesh) -> None:

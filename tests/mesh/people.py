@@ -107,11 +107,19 @@ class Person:
         self, dashboard_id: str, cursor: str = "", accept: str = "text/event-stream", **choices: str
     ) -> AsyncIterator[Watch]:
         """Follows a dashboard by server-sent events, or by lines of JSON."""
-        url = f"{self.url}/v1/dashboards/{dashboard_id}:watch"
+        path = f"/v1/dashboards/{dashboard_id}:watch"
+        async with self.watch_at(path, cursor, accept, **choices) as watch:
+            yield watch
+
+    @asynccontextmanager
+    async def watch_at(
+        self, path: str, cursor: str = "", accept: str = "text/event-stream", **choices: str
+    ) -> AsyncIterator[Watch]:
+        """Follows what streams at a path, in the same forms."""
         parameters = [("cursor", cursor)] if cursor else []
         parameters += [("choices", f"{name}={value}") for name, value in choices.items()]
         headers = {**self.headers, "accept": accept}
-        async with self.http.get(url, params=parameters, headers=headers) as response:
+        async with self.http.get(self.url + path, params=parameters, headers=headers) as response:
             assert response.status == 200, await response.text()
             assert response.headers["content-type"].startswith(accept)
             yield Watch(response, "data:" if accept == "text/event-stream" else "")

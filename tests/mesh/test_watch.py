@@ -33,6 +33,32 @@ async def test_a_browser_and_a_program_are_told_the_same(ann: Person, accept: st
 
 
 @pytest.mark.parametrize("accept", FORMS)
+async def test_who_has_a_link_is_told_in_the_same_forms(ann: Person, accept: str):
+    source_id, write_key = await ann.new_source()
+    dashboard_id = await ann.new_dashboard(number(source_id))
+    made = await ann.post(f"/v1/dashboards/{dashboard_id}/shareLinks", {})
+    stranger = Person(ann.http, ann.url)
+    path = f"/v1/shared/{made['token']}:watch"
+    async with stranger.watch_at(path, accept=accept) as watch:
+        first = await watch.next()
+        assert first["snapshot"]["widgets"][0]["result"]["rows"] == [[0]]
+        assert not first["snapshot"]["widgets"][0]["result"]["watermark"]
+        await ann.send(write_key, {"event": "seen", "distinctId": "a"})
+        change = await watch.next()
+        assert change["changes"][0]["result"]["rows"] == [[1]]
+    async with stranger.watch_at(path, change["cursor"], accept) as watch:
+        again = await watch.next()
+        assert (again["changes"], again["removedWidgetIds"]) == ([], [])
+        link_id = made["shareLink"]["shareLinkId"]
+        await ann.call("DELETE", f"/v1/dashboards/{dashboard_id}/shareLinks/{link_id}")
+        assert (await watch.next())["end"] == {"reason": "LINK_ENDED"}
+    answer = await stranger.call("GET", path, accept=accept)
+    assert (answer.status, answer.reason) == (404, "SHARE_LINK_NOT_FOUND")
+    answer = await stranger.call("GET", f"{path}?unknown=1", accept=accept)
+    assert answer.status == 400
+
+
+@pytest.mark.parametrize("accept", FORMS)
 async def test_errors_have_the_one_shape(ann: Person, accept: str):
     dashboard_id = await ann.new_dashboard()
     path = f"/v1/dashboards/{dashboard_id}:watch"

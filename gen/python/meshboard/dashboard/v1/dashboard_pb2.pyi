@@ -520,6 +520,7 @@ class Widget(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     OWN_TIME_RANGE_FIELD_NUMBER: _builtins.int
     TIME_RANGE_VARIABLE_FIELD_NUMBER: _builtins.int
+    LIBRARY_WIDGET_NAME_FIELD_NUMBER: _builtins.int
     widget_id: _builtins.str
     """Identifies the widget; a UUIDv7."""
     dashboard_id: _builtins.str
@@ -548,6 +549,8 @@ class Widget(_message.Message):
     """Whether the time range of its query stands, whatever the dashboard and its viewers say."""
     time_range_variable: _builtins.str
     """The variable of the kind `time_span` that says its time range. Empty: the dashboard's."""
+    library_widget_name: _builtins.str
+    """Only in files, in place of `library_widget_id`: the `name` of the library widget."""
     @_builtins.property
     def query(self) -> _query_pb2.Query:
         """What it shows."""
@@ -603,10 +606,11 @@ class Widget(_message.Message):
         name: _builtins.str = ...,
         own_time_range: _builtins.bool = ...,
         time_range_variable: _builtins.str = ...,
+        library_widget_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "custom", b"custom", "display", b"display", "funnel", b"funnel", "layout", b"layout", "query", b"query", "retention", b"retention", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "custom", b"custom", "dashboard_id", b"dashboard_id", "description", b"description", "display", b"display", "etag", b"etag", "funnel", b"funnel", "html", b"html", "kind", b"kind", "layout", b"layout", "library_widget_id", b"library_widget_id", "markdown", b"markdown", "name", b"name", "own_time_range", b"own_time_range", "query", b"query", "retention", b"retention", "time_range_variable", b"time_range_variable", "title", b"title", "update_time", b"update_time", "widget_id", b"widget_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "custom", b"custom", "dashboard_id", b"dashboard_id", "description", b"description", "display", b"display", "etag", b"etag", "funnel", b"funnel", "html", b"html", "kind", b"kind", "layout", b"layout", "library_widget_id", b"library_widget_id", "library_widget_name", b"library_widget_name", "markdown", b"markdown", "name", b"name", "own_time_range", b"own_time_range", "query", b"query", "retention", b"retention", "time_range_variable", b"time_range_variable", "title", b"title", "update_time", b"update_time", "widget_id", b"widget_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

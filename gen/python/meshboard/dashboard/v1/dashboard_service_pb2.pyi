@@ -171,6 +171,7 @@ class ListDashboardsRequest(_message.Message):
     FAVOURITES_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 1,000 means 1,000."""
     page_token: _builtins.str
@@ -183,6 +184,10 @@ class ListDashboardsRequest(_message.Message):
     """The dashboards in the bin instead."""
     name: _builtins.str
     """Only the dashboard with this name. Empty: any."""
+    order_by: _builtins.str
+    """What they are ordered by: `title`, whatever the case, `create_time` or `update_time`, rising; with ` desc` behind it,
+    falling. Those that have a draft stand where viewers see them. Empty: `create_time desc`.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only the dashboards that have all of these tags."""
@@ -197,10 +202,11 @@ class ListDashboardsRequest(_message.Message):
         favourites: _builtins.bool = ...,
         deleted: _builtins.bool = ...,
         name: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "favourites", b"favourites", "folder_id", b"folder_id", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "favourites", b"favourites", "folder_id", b"folder_id", "name", b"name", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -890,8 +896,13 @@ class WatchDashboardResponse(_message.Message):
     REMOVED_WIDGET_IDS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_CHANGED_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
     """Where the stream can be taken up again, once this message has been applied. Empty on heartbeats and the end."""
+    annotations_changed: _builtins.bool
+    """Whether annotations that are made by hand have changed since the message before, or, after a break, may have: ask for them
+    again. Those of events come with the events of their sources, which no message tells of.
+    """
     @_builtins.property
     def snapshot(self) -> Global___WatchDashboardResponse.Snapshot:
         """The data of all widgets; the first message of a stream without a cursor."""
@@ -921,10 +932,11 @@ class WatchDashboardResponse(_message.Message):
         removed_widget_ids: _abc.Iterable[_builtins.str] | None = ...,
         heartbeat: Global___WatchDashboardResponse.Heartbeat | None = ...,
         end: Global___WatchDashboardResponse.End | None = ...,
+        annotations_changed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "heartbeat", b"heartbeat", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "cursor", b"cursor", "end", b"end", "heartbeat", b"heartbeat", "removed_widget_ids", b"removed_widget_ids", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations_changed", b"annotations_changed", "changes", b"changes", "cursor", b"cursor", "end", b"end", "heartbeat", b"heartbeat", "removed_widget_ids", b"removed_widget_ids", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

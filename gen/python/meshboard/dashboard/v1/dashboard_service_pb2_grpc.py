@@ -153,7 +153,7 @@ class DashboardServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListDashboards(self, request, context):
-        """Lists the dashboards that the caller may see, the newest first. What is in the bin is not among them, or, with
+        """Lists the dashboards that the caller may see, the newest first, or as `order_by` says. What is in the bin is not among them, or, with
         `deleted`, it alone is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -179,7 +179,8 @@ class DashboardServiceServicer:
         is that of the draft; the name alone is changed at once.
 
         Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; and as `CreateDashboard`
-        does. A source that is looked at already is not asked about again.
+        does. A source that is looked at already is not asked about again. Fails with FAILED_PRECONDITION, reason VARIABLE_IN_USE,
+        when a variable goes, or gets another name, that something on the dashboard names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,9 +202,10 @@ class DashboardServiceServicer:
         """Creates a dashboard with the content that viewers see of another, gives the caller the role `owner` on it, and emits
         `DashboardCreated` and `WidgetCreated` for each widget. It has neither the other's name, grants nor versions.
 
-        It writes queries, so it takes `sources.query` on each source that the content looks at.
+        It writes queries, so it takes `sources.query` on each source that the content looks at, and the right to see the cohorts
+        that it filters by.
 
-        Fails with NOT_FOUND, reason SOURCE_NOT_FOUND or FOLDER_NOT_FOUND.
+        Fails with NOT_FOUND, reason SOURCE_NOT_FOUND, COHORT_NOT_FOUND or FOLDER_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -29,7 +29,7 @@ class DashboardServiceStub:
     GetDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.GetDashboardRequest, _dashboard_service_pb2.GetDashboardResponse]
     """Returns a dashboard, while it has a draft as it was when the draft began; `DraftService.GetDraft` returns the draft."""
     ListDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.ListDashboardsRequest, _dashboard_service_pb2.ListDashboardsResponse]
-    """Lists the dashboards that the caller may see, the newest first. What is in the bin is not among them, or, with
+    """Lists the dashboards that the caller may see, the newest first, or as `order_by` says. What is in the bin is not among them, or, with
     `deleted`, it alone is.
     """
     SearchDashboards: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.SearchDashboardsRequest, _dashboard_service_pb2.SearchDashboardsResponse]
@@ -47,7 +47,8 @@ class DashboardServiceStub:
     is that of the draft; the name alone is changed at once.
 
     Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; and as `CreateDashboard`
-    does. A source that is looked at already is not asked about again.
+    does. A source that is looked at already is not asked about again. Fails with FAILED_PRECONDITION, reason VARIABLE_IN_USE,
+    when a variable goes, or gets another name, that something on the dashboard names.
     """
     MoveDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.MoveDashboardRequest, _dashboard_service_pb2.MoveDashboardResponse]
     """Moves a dashboard into a folder, or out of all, and emits `DashboardMoved`.
@@ -61,9 +62,10 @@ class DashboardServiceStub:
     """Creates a dashboard with the content that viewers see of another, gives the caller the role `owner` on it, and emits
     `DashboardCreated` and `WidgetCreated` for each widget. It has neither the other's name, grants nor versions.
 
-    It writes queries, so it takes `sources.query` on each source that the content looks at.
+    It writes queries, so it takes `sources.query` on each source that the content looks at, and the right to see the cohorts
+    that it filters by.
 
-    Fails with NOT_FOUND, reason SOURCE_NOT_FOUND or FOLDER_NOT_FOUND.
+    Fails with NOT_FOUND, reason SOURCE_NOT_FOUND, COHORT_NOT_FOUND or FOLDER_NOT_FOUND.
     """
     DeleteDashboard: _aio.UnaryUnaryMultiCallable[_dashboard_service_pb2.DeleteDashboardRequest, _dashboard_service_pb2.DeleteDashboardResponse]
     """Puts a dashboard into the bin, and emits `DashboardDeleted`. There it keeps its widgets, grants, draft and versions,
@@ -156,7 +158,7 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dashboard_service_pb2.ListDashboardsRequest,
         context: _aio.ServicerContext[_dashboard_service_pb2.ListDashboardsRequest, _abc.Awaitable[_dashboard_service_pb2.ListDashboardsResponse]],
     ) -> _abc.Awaitable[_dashboard_service_pb2.ListDashboardsResponse]:
-        """Lists the dashboards that the caller may see, the newest first. What is in the bin is not among them, or, with
+        """Lists the dashboards that the caller may see, the newest first, or as `order_by` says. What is in the bin is not among them, or, with
         `deleted`, it alone is.
         """
 
@@ -186,7 +188,8 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         is that of the draft; the name alone is changed at once.
 
         Fails with ABORTED, reason ETAG_MISMATCH; with INVALID_ARGUMENT, reason UPDATE_MASK_INVALID; and as `CreateDashboard`
-        does. A source that is looked at already is not asked about again.
+        does. A source that is looked at already is not asked about again. Fails with FAILED_PRECONDITION, reason VARIABLE_IN_USE,
+        when a variable goes, or gets another name, that something on the dashboard names.
         """
 
     @_abc_1.abstractmethod
@@ -212,9 +215,10 @@ class DashboardServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a dashboard with the content that viewers see of another, gives the caller the role `owner` on it, and emits
         `DashboardCreated` and `WidgetCreated` for each widget. It has neither the other's name, grants nor versions.
 
-        It writes queries, so it takes `sources.query` on each source that the content looks at.
+        It writes queries, so it takes `sources.query` on each source that the content looks at, and the right to see the cohorts
+        that it filters by.
 
-        Fails with NOT_FOUND, reason SOURCE_NOT_FOUND or FOLDER_NOT_FOUND.
+        Fails with NOT_FOUND, reason SOURCE_NOT_FOUND, COHORT_NOT_FOUND or FOLDER_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

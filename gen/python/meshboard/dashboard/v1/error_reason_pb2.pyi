@@ -69,7 +69,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     WIDGET_NAME_TAKEN: _ErrorReason.ValueType  # 32
     """ALREADY_EXISTS: another widget of the dashboard has this `name`."""
     LIBRARY_WIDGET_NOT_FOUND: _ErrorReason.ValueType  # 33
-    """NOT_FOUND: the workspace has no such library widget."""
+    """NOT_FOUND: the workspace has no such library widget. Of one that a file shows, the metadata name the `field`."""
     LIBRARY_WIDGET_IN_USE: _ErrorReason.ValueType  # 34
     """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
     TOO_MANY_LIBRARY_WIDGETS: _ErrorReason.ValueType  # 35
@@ -118,6 +118,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: several folders are called what the file says. Rename one."""
     TEMPLATE_NOT_FOUND: _ErrorReason.ValueType  # 78
     """NOT_FOUND: there is no such template. `ListDashboardTemplates` tells which there are."""
+    LIBRARY_WIDGET_NAME_TAKEN: _ErrorReason.ValueType  # 92
+    """ALREADY_EXISTS: another library widget of the workspace has this name."""
+    VARIABLE_IN_USE: _ErrorReason.ValueType  # 93
+    """FAILED_PRECONDITION: widgets or annotation queries of the dashboard compare with the variable that is to go, or have it say
+    their time range; the metadata name it as `variable`, and up to 20 of them by their ids as `widgets`. Change them first,
+    or apply a file that changes both.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reasons that dashboard_svc gives, beside the common ones of `meshboard.options.v1.ErrorReason`."""
@@ -169,7 +176,7 @@ LAYOUT_FULL: ErrorReason.ValueType  # 31
 WIDGET_NAME_TAKEN: ErrorReason.ValueType  # 32
 """ALREADY_EXISTS: another widget of the dashboard has this `name`."""
 LIBRARY_WIDGET_NOT_FOUND: ErrorReason.ValueType  # 33
-"""NOT_FOUND: the workspace has no such library widget."""
+"""NOT_FOUND: the workspace has no such library widget. Of one that a file shows, the metadata name the `field`."""
 LIBRARY_WIDGET_IN_USE: ErrorReason.ValueType  # 34
 """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
 TOO_MANY_LIBRARY_WIDGETS: ErrorReason.ValueType  # 35
@@ -218,4 +225,11 @@ FOLDER_AMBIGUOUS: ErrorReason.ValueType  # 77
 """FAILED_PRECONDITION: several folders are called what the file says. Rename one."""
 TEMPLATE_NOT_FOUND: ErrorReason.ValueType  # 78
 """NOT_FOUND: there is no such template. `ListDashboardTemplates` tells which there are."""
+LIBRARY_WIDGET_NAME_TAKEN: ErrorReason.ValueType  # 92
+"""ALREADY_EXISTS: another library widget of the workspace has this name."""
+VARIABLE_IN_USE: ErrorReason.ValueType  # 93
+"""FAILED_PRECONDITION: widgets or annotation queries of the dashboard compare with the variable that is to go, or have it say
+their time range; the metadata name it as `variable`, and up to 20 of them by their ids as `widgets`. Change them first,
+or apply a file that changes both.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -29,7 +29,7 @@ from meshboard.dashboard.v1 import version_service_pb2 as meshboard_dot_dashboar
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/dashboard/v1/file_service.proto\x12\x16meshboard.dashboard.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a&meshboard/dashboard/v1/dashboard.proto\x1a,meshboard/dashboard/v1/version_service.proto\x1a!meshboard/options/v1/access.proto\"\xbc\x01\n\rDashboardFile\x12\x34\n\x04name\x18\x01 \x01(\tB \xbaH\x1dr\x1b\x32\x19^[a-z0-9][a-z0-9-]{0,99}$R\x04name\x12)\n\x06\x66older\x18\x02 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x08\"\x07r\x05\x10\x01\x18\xc8\x01R\x06\x66older\x12J\n\x07\x63ontent\x18\x03 \x01(\x0b\x32(.meshboard.dashboard.v1.DashboardContentB\x06\xbaH\x03\xd8\x01\x03R\x07\x63ontent\"E\n\x16\x45xportDashboardRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\"j\n\x17\x45xportDashboardResponse\x12\x39\n\x04\x66ile\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.DashboardFileR\x04\x66ile\x12\x14\n\x05named\x18\x02 \x01(\x08R\x05named\"\xc8\x01\n\x15\x41pplyDashboardRequest\x12\x41\n\x04\x66ile\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.DashboardFileB\x06\xbaH\x03\xc8\x01\x01R\x04\x66ile\x12\x17\n\x07\x64ry_run\x18\x02 \x01(\x08R\x06\x64ryRun\x12\x14\n\x05\x66orce\x18\x03 \x01(\x08R\x05\x66orce\x12\x1b\n\x04\x65tag\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12 \n\x06reason\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03R\x06reason\"\xfd\x02\n\x16\x41pplyDashboardResponse\x12P\n\x07outcome\x18\x01 \x01(\x0e\x32\x36.meshboard.dashboard.v1.ApplyDashboardResponse.OutcomeR\x07outcome\x12?\n\tdashboard\x18\x02 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12\x38\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.ChangeR\x07\x63hanges\x12<\n\tconflicts\x18\x04 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.ChangeR\tconflicts\"X\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\r\n\tUNCHANGED\x10\x01\x12\x0b\n\x07\x43HANGED\x10\x02\x12\x0b\n\x07\x43REATED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x32\xfb\x02\n\x0b\x46ileService\x12\xc3\x01\n\x0f\x45xportDashboard\x12..meshboard.dashboard.v1.ExportDashboardRequest\x1a/.meshboard.dashboard.v1.ExportDashboardResponse\"O\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.view:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02&\x12$/v1/dashboards/{dashboard_id}:export\x12\xa5\x01\n\x0e\x41pplyDashboard\x12-.meshboard.dashboard.v1.ApplyDashboardRequest\x1a..meshboard.dashboard.v1.ApplyDashboardResponse\"4\x8a\xb5\x18\x11\x1a\x0f\x64\x61shboards.list\x82\xd3\xe4\x93\x02\x19\"\x14/v1/dashboards:apply:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)meshboard/dashboard/v1/file_service.proto\x12\x16meshboard.dashboard.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a&meshboard/dashboard/v1/dashboard.proto\x1a,meshboard/dashboard/v1/version_service.proto\x1a!meshboard/options/v1/access.proto\"\x97\x02\n\rDashboardFile\x12\x34\n\x04name\x18\x01 \x01(\tB \xbaH\x1dr\x1b\x32\x19^[a-z0-9][a-z0-9-]{0,99}$R\x04name\x12)\n\x06\x66older\x18\x02 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x08\"\x07r\x05\x10\x01\x18\xc8\x01R\x06\x66older\x12J\n\x07\x63ontent\x18\x03 \x01(\x0b\x32(.meshboard.dashboard.v1.DashboardContentB\x06\xbaH\x03\xd8\x01\x03R\x07\x63ontent\x12Y\n\x0c\x62\x61se_version\x18\x04 \x01(\tB6\xbaH3r.2,^[1-9][0-9]{0,17}-[0-9a-f]{16}-[0-9a-f]{16}$\xd8\x01\x01R\x0b\x62\x61seVersion\"E\n\x16\x45xportDashboardRequest\x12+\n\x0c\x64\x61shboard_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0b\x64\x61shboardId\"j\n\x17\x45xportDashboardResponse\x12\x39\n\x04\x66ile\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.DashboardFileR\x04\x66ile\x12\x14\n\x05named\x18\x02 \x01(\x08R\x05named\"\xc8\x01\n\x15\x41pplyDashboardRequest\x12\x41\n\x04\x66ile\x18\x01 \x01(\x0b\x32%.meshboard.dashboard.v1.DashboardFileB\x06\xbaH\x03\xc8\x01\x01R\x04\x66ile\x12\x17\n\x07\x64ry_run\x18\x02 \x01(\x08R\x06\x64ryRun\x12\x14\n\x05\x66orce\x18\x03 \x01(\x08R\x05\x66orce\x12\x1b\n\x04\x65tag\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04\x65tag\x12 \n\x06reason\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03R\x06reason\"\xfd\x02\n\x16\x41pplyDashboardResponse\x12P\n\x07outcome\x18\x01 \x01(\x0e\x32\x36.meshboard.dashboard.v1.ApplyDashboardResponse.OutcomeR\x07outcome\x12?\n\tdashboard\x18\x02 \x01(\x0b\x32!.meshboard.dashboard.v1.DashboardR\tdashboard\x12\x38\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.ChangeR\x07\x63hanges\x12<\n\tconflicts\x18\x04 \x03(\x0b\x32\x1e.meshboard.dashboard.v1.ChangeR\tconflicts\"X\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\r\n\tUNCHANGED\x10\x01\x12\x0b\n\x07\x43HANGED\x10\x02\x12\x0b\n\x07\x43REATED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x32\xfb\x02\n\x0b\x46ileService\x12\xc3\x01\n\x0f\x45xportDashboard\x12..meshboard.dashboard.v1.ExportDashboardRequest\x1a/.meshboard.dashboard.v1.ExportDashboardResponse\"O\x8a\xb5\x18\x1f\x1a\x0f\x64\x61shboards.view:\x0c\x64\x61shboard_id\x82\xd3\xe4\x93\x02&\x12$/v1/dashboards/{dashboard_id}:export\x12\xa5\x01\n\x0e\x41pplyDashboard\x12-.meshboard.dashboard.v1.ApplyDashboardRequest\x1a..meshboard.dashboard.v1.ApplyDashboardResponse\"4\x8a\xb5\x18\x11\x1a\x0f\x64\x61shboards.list\x82\xd3\xe4\x93\x02\x19\"\x14/v1/dashboards:apply:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,6 +42,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DASHBOARDFILE'].fields_by_name['folder']._serialized_options = b'\272H\016\222\001\013\020\010\"\007r\005\020\001\030\310\001'
   _globals['_DASHBOARDFILE'].fields_by_name['content']._loaded_options = None
   _globals['_DASHBOARDFILE'].fields_by_name['content']._serialized_options = b'\272H\003\330\001\003'
+  _globals['_DASHBOARDFILE'].fields_by_name['base_version']._loaded_options = None
+  _globals['_DASHBOARDFILE'].fields_by_name['base_version']._serialized_options = b'\272H3r.2,^[1-9][0-9]{0,17}-[0-9a-f]{16}-[0-9a-f]{16}$\330\001\001'
   _globals['_EXPORTDASHBOARDREQUEST'].fields_by_name['dashboard_id']._loaded_options = None
   _globals['_EXPORTDASHBOARDREQUEST'].fields_by_name['dashboard_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_APPLYDASHBOARDREQUEST'].fields_by_name['file']._loaded_options = None
@@ -55,17 +57,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILESERVICE'].methods_by_name['ApplyDashboard']._loaded_options = None
   _globals['_FILESERVICE'].methods_by_name['ApplyDashboard']._serialized_options = b'\212\265\030\021\032\017dashboards.list\202\323\344\223\002\031\"\024/v1/dashboards:apply:\001*'
   _globals['_DASHBOARDFILE']._serialized_start=250
-  _globals['_DASHBOARDFILE']._serialized_end=438
-  _globals['_EXPORTDASHBOARDREQUEST']._serialized_start=440
-  _globals['_EXPORTDASHBOARDREQUEST']._serialized_end=509
-  _globals['_EXPORTDASHBOARDRESPONSE']._serialized_start=511
-  _globals['_EXPORTDASHBOARDRESPONSE']._serialized_end=617
-  _globals['_APPLYDASHBOARDREQUEST']._serialized_start=620
-  _globals['_APPLYDASHBOARDREQUEST']._serialized_end=820
-  _globals['_APPLYDASHBOARDRESPONSE']._serialized_start=823
-  _globals['_APPLYDASHBOARDRESPONSE']._serialized_end=1204
-  _globals['_APPLYDASHBOARDRESPONSE_OUTCOME']._serialized_start=1116
-  _globals['_APPLYDASHBOARDRESPONSE_OUTCOME']._serialized_end=1204
-  _globals['_FILESERVICE']._serialized_start=1207
-  _globals['_FILESERVICE']._serialized_end=1586
+  _globals['_DASHBOARDFILE']._serialized_end=529
+  _globals['_EXPORTDASHBOARDREQUEST']._serialized_start=531
+  _globals['_EXPORTDASHBOARDREQUEST']._serialized_end=600
+  _globals['_EXPORTDASHBOARDRESPONSE']._serialized_start=602
+  _globals['_EXPORTDASHBOARDRESPONSE']._serialized_end=708
+  _globals['_APPLYDASHBOARDREQUEST']._serialized_start=711
+  _globals['_APPLYDASHBOARDREQUEST']._serialized_end=911
+  _globals['_APPLYDASHBOARDRESPONSE']._serialized_start=914
+  _globals['_APPLYDASHBOARDRESPONSE']._serialized_end=1295
+  _globals['_APPLYDASHBOARDRESPONSE_OUTCOME']._serialized_start=1207
+  _globals['_APPLYDASHBOARDRESPONSE_OUTCOME']._serialized_end=1295
+  _globals['_FILESERVICE']._serialized_start=1298
+  _globals['_FILESERVICE']._serialized_end=1677
 # @@protoc_insertion_point(module_scope)

@@ -30,12 +30,17 @@ class DashboardFile(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What the dashboard is called by: `a` to `z`, digits and `-`, 1 to 100 characters."""
+    base_version: _builtins.str
+    """Which version of the dashboard `ExportDashboard` has made the file of, so that `ApplyDashboard` can tell what the file has
+    changed since from what people have. To be left as it is. Empty, or of another dashboard: it says nothing.
+    """
     @_builtins.property
     def folder(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where a new one is put: the titles of folders, from the top down, at most 8. Empty: in none. One that is there stays
-        where it lies.
+        """Where it lies: the titles of folders, from the top down, at most 8. Empty: a new one lies in none, and one that is there
+        stays where it lies.
         """
 
     @_builtins.property
@@ -50,10 +55,11 @@ class DashboardFile(_message.Message):
         name: _builtins.str = ...,
         folder: _abc.Iterable[_builtins.str] | None = ...,
         content: _dashboard_pb2.DashboardContent | None = ...,
+        base_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "folder", b"folder", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "content", b"content", "folder", b"folder", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,7 +206,7 @@ class ApplyDashboardResponse(_message.Message):
 
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[_version_service_pb2.Change]:
-        """What has changed, as `VersionService.DiffVersions` tells it. At most 1,000."""
+        """What has changed, as `VersionService.DiffVersions` tells it, and `folder`, when the dashboard is moved. At most 1,000."""
 
     @_builtins.property
     def conflicts(self) -> _containers.RepeatedCompositeFieldContainer[_version_service_pb2.Change]:

@@ -29,8 +29,12 @@ class FileServiceStub:
     dashboard has a draft, the draft is changed.
 
     What was changed here since the file was applied last stays, unless the file has changed it, too, and otherwise: that is
-    a conflict. The first file that is applied to a dashboard which people have made adds to it, and is in conflict with
+    a conflict. A file that was given out later than that is compared with what it said then, by its `base_version`. The
+    first file of another origin that is applied to a dashboard which people have made adds to it, and is in conflict with
     what it says otherwise.
+
+    A dashboard is moved when the file names another folder than before; that emits `DashboardMoved`, and takes what
+    `MoveDashboard` takes.
 
     It takes `dashboards.edit` on the dashboard. When there is none that the caller may see, it takes `dashboards.create` on
     the folder, or, without one, in the workspace. What the file newly asks of sources takes `sources.query` on them.
@@ -38,7 +42,9 @@ class FileServiceStub:
     Fails with ABORTED, reason FILE_CONFLICT, naming up to 20 places as `paths`; with ABORTED, reason ETAG_MISMATCH; with
     ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN, when a dashboard that the caller may not see has the name; with NOT_FOUND,
     reason FOLDER_NOT_FOUND, for a folder that is not there; with FAILED_PRECONDITION, reason FOLDER_AMBIGUOUS, when
-    several are called so; and as `CreateDashboard` and `CreateWidget` do.
+    several are called so; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND, for a library widget that is not there: files
+    say what they are called, not what they show; with FAILED_PRECONDITION, reason VARIABLE_IN_USE, when a variable goes that
+    something on the dashboard names afterwards; and as `CreateDashboard` and `CreateWidget` do.
     """
 
 class FileServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -68,8 +74,12 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
         dashboard has a draft, the draft is changed.
 
         What was changed here since the file was applied last stays, unless the file has changed it, too, and otherwise: that is
-        a conflict. The first file that is applied to a dashboard which people have made adds to it, and is in conflict with
+        a conflict. A file that was given out later than that is compared with what it said then, by its `base_version`. The
+        first file of another origin that is applied to a dashboard which people have made adds to it, and is in conflict with
         what it says otherwise.
+
+        A dashboard is moved when the file names another folder than before; that emits `DashboardMoved`, and takes what
+        `MoveDashboard` takes.
 
         It takes `dashboards.edit` on the dashboard. When there is none that the caller may see, it takes `dashboards.create` on
         the folder, or, without one, in the workspace. What the file newly asks of sources takes `sources.query` on them.
@@ -77,7 +87,9 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
         Fails with ABORTED, reason FILE_CONFLICT, naming up to 20 places as `paths`; with ABORTED, reason ETAG_MISMATCH; with
         ALREADY_EXISTS, reason DASHBOARD_NAME_TAKEN, when a dashboard that the caller may not see has the name; with NOT_FOUND,
         reason FOLDER_NOT_FOUND, for a folder that is not there; with FAILED_PRECONDITION, reason FOLDER_AMBIGUOUS, when
-        several are called so; and as `CreateDashboard` and `CreateWidget` do.
+        several are called so; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND, for a library widget that is not there: files
+        say what they are called, not what they show; with FAILED_PRECONDITION, reason VARIABLE_IN_USE, when a variable goes that
+        something on the dashboard names afterwards; and as `CreateDashboard` and `CreateWidget` do.
         """
 
 def add_FileServiceServicer_to_server(servicer: FileServiceServicer, server: _aio.Server) -> None: ...

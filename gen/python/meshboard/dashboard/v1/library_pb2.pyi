@@ -42,6 +42,7 @@ class LibraryWidget(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     library_widget_id: _builtins.str
     """Identifies the library widget; a UUIDv7."""
     workspace_id: _builtins.str
@@ -60,6 +61,10 @@ class LibraryWidget(_message.Message):
     """Who created it."""
     etag: _builtins.str
     """Changes with every change."""
+    name: _builtins.str
+    """What files call it: unique in the workspace, `a` to `z`, digits and `-`, at most 100 characters. Files that show it under
+    another name than the present one do not find it.
+    """
     @_builtins.property
     def query(self) -> _query_pb2.Query:
         """What it shows."""
@@ -107,10 +112,11 @@ class LibraryWidget(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "custom", b"custom", "display", b"display", "funnel", b"funnel", "query", b"query", "retention", b"retention", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator_id", b"creator_id", "custom", b"custom", "description", b"description", "display", b"display", "etag", b"etag", "funnel", b"funnel", "html", b"html", "kind", b"kind", "library_widget_id", b"library_widget_id", "markdown", b"markdown", "query", b"query", "retention", b"retention", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator_id", b"creator_id", "custom", b"custom", "description", b"description", "display", b"display", "etag", b"etag", "funnel", b"funnel", "html", b"html", "kind", b"kind", "library_widget_id", b"library_widget_id", "markdown", b"markdown", "name", b"name", "query", b"query", "retention", b"retention", "title", b"title", "update_time", b"update_time", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

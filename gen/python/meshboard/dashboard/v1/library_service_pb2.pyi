@@ -71,6 +71,7 @@ class CreateLibraryWidgetRequest(_message.Message):
     CUSTOM_FIELD_NUMBER: _builtins.int
     DISPLAY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     """Its heading, 1 to 200 characters."""
     description: _builtins.str
@@ -81,6 +82,8 @@ class CreateLibraryWidgetRequest(_message.Message):
     """What a TEXT shows: Markdown, at most 20,000 characters."""
     request_id: _builtins.str
     """Makes the call safe to repeat: a repeat returns the first one. The `Idempotency-Key` header fills it."""
+    name: _builtins.str
+    """What files call it, unique in the workspace, as in `LibraryWidget`. Empty: it gets one that is made of its title."""
     @_builtins.property
     def query(self) -> _query_pb2.Query:
         """What it shows; needed by all kinds but FUNNEL, RETENTION, TEXT and CUSTOM."""
@@ -114,10 +117,11 @@ class CreateLibraryWidgetRequest(_message.Message):
         custom: _dashboard_pb2.CustomWidget | None = ...,
         display: _dashboard_pb2.Display | None = ...,
         request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["custom", b"custom", "display", b"display", "funnel", b"funnel", "query", b"query", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["custom", b"custom", "description", b"description", "display", b"display", "funnel", b"funnel", "kind", b"kind", "markdown", b"markdown", "query", b"query", "request_id", b"request_id", "retention", b"retention", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["custom", b"custom", "description", b"description", "display", b"display", "funnel", b"funnel", "kind", b"kind", "markdown", b"markdown", "name", b"name", "query", b"query", "request_id", b"request_id", "retention", b"retention", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,8 +265,8 @@ class UpdateLibraryWidgetRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to change: `title`, `description`, `kind`, `query`, `funnel`, `retention`, `markdown`, `custom`, `display`.
-        Absent: every field that is set.
+        """The fields to change: `title`, `description`, `kind`, `query`, `funnel`, `retention`, `markdown`, `custom`, `display`,
+        `name`. Absent: every field that is set. An empty name is made of the title.
         """
 
     def __init__(

@@ -83,7 +83,7 @@ class LibraryWidgetServiceServicer:
         """Adds a library widget and emits `LibraryWidgetCreated`.
 
         Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+        TOO_MANY_LIBRARY_WIDGETS; with ALREADY_EXISTS, reason LIBRARY_WIDGET_NAME_TAKEN. Its filters may compare with variables: then it can only be put on dashboards that have
         them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -121,7 +121,7 @@ class LibraryWidgetServiceServicer:
         """Deletes a library widget and emits `LibraryWidgetDeleted`.
 
         Fails with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with FAILED_PRECONDITION, reason LIBRARY_WIDGET_IN_USE, while a
-        dashboard shows it, also one in the bin; with ABORTED, reason ETAG_MISMATCH.
+        dashboard shows it, also one in the bin, or one whose draft has taken it off, for as long as viewers see it; with ABORTED, reason ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ class LibraryWidgetServiceStub:
     """Adds a library widget and emits `LibraryWidgetCreated`.
 
     Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-    TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+    TOO_MANY_LIBRARY_WIDGETS; with ALREADY_EXISTS, reason LIBRARY_WIDGET_NAME_TAKEN. Its filters may compare with variables: then it can only be put on dashboards that have
     them.
     """
     GetLibraryWidget: _aio.UnaryUnaryMultiCallable[_library_service_pb2.GetLibraryWidgetRequest, _library_service_pb2.GetLibraryWidgetResponse]
@@ -46,7 +46,7 @@ class LibraryWidgetServiceStub:
     """Deletes a library widget and emits `LibraryWidgetDeleted`.
 
     Fails with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with FAILED_PRECONDITION, reason LIBRARY_WIDGET_IN_USE, while a
-    dashboard shows it, also one in the bin; with ABORTED, reason ETAG_MISMATCH.
+    dashboard shows it, also one in the bin, or one whose draft has taken it off, for as long as viewers see it; with ABORTED, reason ETAG_MISMATCH.
     """
     ListLibraryWidgetUses: _aio.UnaryUnaryMultiCallable[_library_service_pb2.ListLibraryWidgetUsesRequest, _library_service_pb2.ListLibraryWidgetUsesResponse]
     """Lists the dashboards that the caller may see and that show a library widget, the newest first.
@@ -71,7 +71,7 @@ class LibraryWidgetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Adds a library widget and emits `LibraryWidgetCreated`.
 
         Fails as `WidgetService.CreateWidget` does for the same content; with FAILED_PRECONDITION, reason
-        TOO_MANY_LIBRARY_WIDGETS. Its filters may compare with variables: then it can only be put on dashboards that have
+        TOO_MANY_LIBRARY_WIDGETS; with ALREADY_EXISTS, reason LIBRARY_WIDGET_NAME_TAKEN. Its filters may compare with variables: then it can only be put on dashboards that have
         them.
         """
 
@@ -116,7 +116,7 @@ class LibraryWidgetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes a library widget and emits `LibraryWidgetDeleted`.
 
         Fails with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with FAILED_PRECONDITION, reason LIBRARY_WIDGET_IN_USE, while a
-        dashboard shows it, also one in the bin; with ABORTED, reason ETAG_MISMATCH.
+        dashboard shows it, also one in the bin, or one whose draft has taken it off, for as long as viewers see it; with ABORTED, reason ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod

@@ -660,8 +660,11 @@ class WatchSharedDashboardResponse(_message.Message):
     REMOVED_WIDGET_IDS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_CHANGED_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
     """Where the stream can be taken up again, once this message has been applied. Empty on heartbeats and the end."""
+    annotations_changed: _builtins.bool
+    """As in `WatchDashboardResponse`; never where the link does not show annotations."""
     @_builtins.property
     def snapshot(self) -> _dashboard_service_pb2.WatchDashboardResponse.Snapshot:
         """The data of all widgets; the first message of a stream without a cursor."""
@@ -691,10 +694,11 @@ class WatchSharedDashboardResponse(_message.Message):
         removed_widget_ids: _abc.Iterable[_builtins.str] | None = ...,
         heartbeat: _dashboard_service_pb2.WatchDashboardResponse.Heartbeat | None = ...,
         end: _dashboard_service_pb2.WatchDashboardResponse.End | None = ...,
+        annotations_changed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "heartbeat", b"heartbeat", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "cursor", b"cursor", "end", b"end", "heartbeat", b"heartbeat", "removed_widget_ids", b"removed_widget_ids", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations_changed", b"annotations_changed", "changes", b"changes", "cursor", b"cursor", "end", b"end", "heartbeat", b"heartbeat", "removed_widget_ids", b"removed_widget_ids", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -196,6 +196,8 @@ class ShareServiceServicer:
         """Streams the data of all widgets of a shared dashboard, as `DashboardService.WatchDashboard` does. A link that ends, is
         paused, or gets another password ends its streams within two seconds, reason LINK_ENDED. Fails as
         `GetSharedDashboardData` does; with RESOURCE_EXHAUSTED, reason SHARE_LINK_BUSY.
+
+        As JSON it arrives as server-sent events; with `Accept: application/x-ndjson` as lines, a message each.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,6 +63,8 @@ class ShareServiceStub:
     """Streams the data of all widgets of a shared dashboard, as `DashboardService.WatchDashboard` does. A link that ends, is
     paused, or gets another password ends its streams within two seconds, reason LINK_ENDED. Fails as
     `GetSharedDashboardData` does; with RESOURCE_EXHAUSTED, reason SHARE_LINK_BUSY.
+
+    As JSON it arrives as server-sent events; with `Accept: application/x-ndjson` as lines, a message each.
     """
     UnlockSharedDashboard: _aio.UnaryUnaryMultiCallable[_share_service_pb2.UnlockSharedDashboardRequest, _share_service_pb2.UnlockSharedDashboardResponse]
     """Gives whoever knows the password of a link a ticket for the other methods.
@@ -188,6 +190,8 @@ class ShareServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the data of all widgets of a shared dashboard, as `DashboardService.WatchDashboard` does. A link that ends, is
         paused, or gets another password ends its streams within two seconds, reason LINK_ENDED. Fails as
         `GetSharedDashboardData` does; with RESOURCE_EXHAUSTED, reason SHARE_LINK_BUSY.
+
+        As JSON it arrives as server-sent events; with `Accept: application/x-ndjson` as lines, a message each.
         """
 
     @_abc_1.abstractmethod

@@ -318,14 +318,20 @@ class RestoreVersionResponse(_message.Message):
 
     @_typing.final
     class Problem(_message.Message):
-        """Why a widget cannot show anything."""
+        """Why a widget cannot show anything, a variable has no values, or an annotation query finds nothing."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
         WIDGET_ID_FIELD_NUMBER: _builtins.int
         ERROR_FIELD_NUMBER: _builtins.int
+        VARIABLE_FIELD_NUMBER: _builtins.int
+        ANNOTATION_QUERY_FIELD_NUMBER: _builtins.int
         widget_id: _builtins.str
-        """The widget."""
+        """The widget; empty: it is none."""
+        variable: _builtins.str
+        """The name of the variable; empty: it is none."""
+        annotation_query: _builtins.str
+        """The title of the annotation query; empty: it is none."""
         @_builtins.property
         def error(self) -> _status_pb2.Status:
             """What its query fails with."""
@@ -335,10 +341,12 @@ class RestoreVersionResponse(_message.Message):
             *,
             widget_id: _builtins.str = ...,
             error: _status_pb2.Status | None = ...,
+            variable: _builtins.str = ...,
+            annotation_query: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "widget_id", b"widget_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation_query", b"annotation_query", "error", b"error", "variable", b"variable", "widget_id", b"widget_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,7 +358,7 @@ class RestoreVersionResponse(_message.Message):
 
     @_builtins.property
     def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___RestoreVersionResponse.Problem]:
-        """The widgets that have come back but cannot show anything."""
+        """What has come back but cannot be asked."""
 
     def __init__(
         self,

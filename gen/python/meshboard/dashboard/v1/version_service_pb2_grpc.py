@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class VersionServiceStub:
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     def __init__(self, channel):
@@ -61,8 +62,9 @@ class VersionServiceStub:
 
 class VersionServiceServicer:
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     def ListVersions(self, request, context):
@@ -95,8 +97,9 @@ class VersionServiceServicer:
         `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
         When nothing differs, nothing happens.
 
-        A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
-        looks at a source that is there takes `sources.query` on it.
+        A widget, a variable or an annotation query whose source is gone comes back all the same, and is named in `problems`. One
+        that comes back, or changes, and looks at a source that is there takes `sources.query` on it, and the right to see the
+        cohorts that it filters by.
 
         Fails with NOT_FOUND, reason VERSION_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH; as `QueryService.ValidateQuery`
         does for a caller without that permission.
@@ -138,8 +141,9 @@ def add_VersionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class VersionService:
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     @staticmethod

@@ -14,8 +14,9 @@ GRPC_VERSION: str
 
 class VersionServiceStub:
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -36,8 +37,9 @@ class VersionServiceStub:
     `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
     When nothing differs, nothing happens.
 
-    A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
-    looks at a source that is there takes `sources.query` on it.
+    A widget, a variable or an annotation query whose source is gone comes back all the same, and is named in `problems`. One
+    that comes back, or changes, and looks at a source that is there takes `sources.query` on it, and the right to see the
+    cohorts that it filters by.
 
     Fails with NOT_FOUND, reason VERSION_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH; as `QueryService.ValidateQuery`
     does for a caller without that permission.
@@ -45,8 +47,9 @@ class VersionServiceStub:
 
 class VersionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps what dashboards were. Every change of a dashboard or its widgets makes a version; the changes that one user makes
-    within 10 minutes, without giving a reason, are put together into one. The newest 1,000 versions of a dashboard are kept.
-    While a dashboard has a draft, its changes make versions too, so versions are for who may edit it.
+    within 10 minutes, without giving a reason, are put together into one, up to where the dashboard is exported. The newest
+    1,000 versions of a dashboard are kept. While a dashboard has a draft, its changes make versions too, so versions are for
+    who may edit it.
     """
 
     @_abc_1.abstractmethod
@@ -89,8 +92,9 @@ class VersionServiceServicer(metaclass=_abc_1.ABCMeta):
         `VersionRestored`, besides `DashboardUpdated`, `WidgetCreated`, `WidgetUpdated` and `WidgetDeleted` for what it changes.
         When nothing differs, nothing happens.
 
-        A widget whose source is gone comes back all the same, and is named in `problems`. One that comes back, or changes, and
-        looks at a source that is there takes `sources.query` on it.
+        A widget, a variable or an annotation query whose source is gone comes back all the same, and is named in `problems`. One
+        that comes back, or changes, and looks at a source that is there takes `sources.query` on it, and the right to see the
+        cohorts that it filters by.
 
         Fails with NOT_FOUND, reason VERSION_NOT_FOUND; with ABORTED, reason ETAG_MISMATCH; as `QueryService.ValidateQuery`
         does for a caller without that permission.
