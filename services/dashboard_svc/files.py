@@ -24,7 +24,7 @@ from services.chassis.resources import visible
 from services.chassis.rights import Rights
 from services.dashboard_svc import layouts
 from services.dashboard_svc.boards import Boards, absent, locked
-from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_library, settle_layouts
+from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_uses, settle_layouts
 from services.dashboard_svc.contents import (
     FIELDS,
     MAX_CONTENT_BYTES,
@@ -34,6 +34,7 @@ from services.dashboard_svc.contents import (
     write_content,
 )
 from services.dashboard_svc.convert import dashboard_to_pb
+from services.dashboard_svc.custom_widgets import CustomWidgets, as_said
 from services.dashboard_svc.dashboards import DASHBOARD
 from services.dashboard_svc.definitions import clean
 from services.dashboard_svc.diffs import changes
@@ -60,6 +61,7 @@ class FileServicer(FileServiceServicer):
         boards: Boards,
         grants: Grants,
         checks: ContentChecks,
+        custom: CustomWidgets,
         *,
         now: Callable[[], datetime] = times.now,
     ) -> None:
@@ -67,6 +69,7 @@ class FileServicer(FileServiceServicer):
         self.boards = boards
         self.grants = grants
         self.checks = checks
+        self.custom = custom
         self.now = now
 
     async def ExportDashboard(
@@ -81,10 +84,9 @@ class FileServicer(FileServiceServicer):
             content = await shown_content(session, dashboard)
             folder = await self._titles(session, dashboard.folder_id)
         name_widgets(content)
+        content = as_said(content)
         for widget in content.widgets:
             widget.ClearField("widget_id")
-            if widget.HasField("custom"):
-                widget.custom.ClearField("spec")
         name = dashboard.name or name_from(content.title, "dashboard")
         file = pb.DashboardFile(name=name, folder=folder, content=content)
         return pb.ExportDashboardResponse(file=file, named=dashboard.name is not None)
@@ -116,6 +118,8 @@ class FileServicer(FileServiceServicer):
             raise errors.etag_mismatch()
         identify_widgets(content, nothing, nothing)
         settle_layouts(content)
+        said = _copy(content)
+        await self.custom.complete(caller.workspace_id, content, nothing)
         await self.checks.check(caller.workspace_id, content, nothing)
         answer = pb.ApplyDashboardResponse(
             outcome=pb.ApplyDashboardResponse.CREATED, changes=_told(nothing, content)
@@ -126,7 +130,7 @@ class FileServicer(FileServiceServicer):
                     raise name_taken(request.file.name)
             return answer
         async with self.db.begin() as session:
-            await hold_library(session, caller.workspace_id, content, nothing)
+            await hold_uses(session, caller.workspace_id, content, nothing)
             dashboard = await insert_dashboard(
                 session, self.grants, content, folder_id=folder_id, now=now, name=request.file.name
             )
@@ -136,7 +140,7 @@ class FileServicer(FileServiceServicer):
             outbox.add(session, created, workspace_id=caller.workspace_id)
             await write_content(session, dashboard, content, author_id=caller.user_id, now=now)
             await record(session, dashboard, caller.user_id, request.reason)
-            await _keep(session, dashboard, content)
+            await _keep(session, dashboard, said)
             answer.dashboard.CopyFrom(await for_caller(session, dashboard_to_pb(dashboard)))
         return answer
 
@@ -148,10 +152,14 @@ class FileServicer(FileServiceServicer):
         here: DashboardContent,
         base: DashboardContent,
     ) -> pb.ApplyDashboardResponse:
-        merged = _merged(base, here, theirs)
+        identify_widgets(theirs, base, here)
+        pinned = {widget.widget_id for widget in theirs.widgets if widget.custom.version}
+        said = as_said(here, pinned)
+        merged = _merged(base, said, theirs)
         refused = bool(merged.conflicts) and not request.force
         if refused and not request.dry_run:
             raise _conflict(merged.conflicts)
+        await self.custom.complete(auth.caller().workspace_id, merged.content, here)
         await self.checks.check(auth.caller().workspace_id, merged.content, here)
         told = _told(here, merged.content)
         if not request.dry_run and (told or theirs != base):
@@ -162,7 +170,7 @@ class FileServicer(FileServiceServicer):
             outcome=_outcome(refused=refused, changed=bool(told)),
             dashboard=answer,
             changes=told,
-            conflicts=_conflicts(merged, here, theirs),
+            conflicts=_conflicts(merged, said, theirs),
         )
 
     async def _write(
@@ -179,7 +187,7 @@ class FileServicer(FileServiceServicer):
             # What was judged is what is there, or nothing is done.
             etag = str(judged.version)
             dashboard = await locked(session, caller.workspace_id, judged.dashboard_id, etag)
-            await hold_library(session, caller.workspace_id, content, here)
+            await hold_uses(session, caller.workspace_id, content, here)
             if await write_content(session, dashboard, content, author_id=caller.user_id, now=self.now()):
                 await record(session, dashboard, caller.user_id, request.reason)
             await _keep(session, dashboard, theirs)
@@ -262,6 +270,7 @@ def _cleaned(content: DashboardContent) -> DashboardContent:
         for field in _MADE_HERE:
             widget.ClearField(field)  # type: ignore[arg-type]
         widget.library_widget_id = widget.library_widget_id.lower()
+    cleaned = as_said(cleaned, {widget.widget_id for widget in cleaned.widgets})
     _validate(cleaned)
     clean(cleaned, FIELDS, "content.")
     check_names(cleaned)
@@ -285,8 +294,7 @@ def _validate(content: DashboardContent) -> None:
 
 
 def _merged(base: DashboardContent, here: DashboardContent, theirs: DashboardContent) -> Merge:
-    """Matches the widgets of the file with those that are here, and puts both together."""
-    identify_widgets(theirs, base, here)
+    """Puts together what the file says and what is here; the widgets of the file have the ids of those they are."""
     # A widget whose place the file leaves open stays where it is; a new one stands below what is here.
     known = {widget.widget_id: widget.layout for content in (here, base) for widget in content.widgets}
     for widget in theirs.widgets:

@@ -32,8 +32,10 @@ from services.dashboard_svc.convert import (
     content_of_widget,
     copy_field,
     fields_of,
+    fill_kind,
     library_widget_to_pb,
 )
+from services.dashboard_svc.custom_widgets import CustomWidgets, hold
 from services.dashboard_svc.library import absent, show
 from services.dashboard_svc.models import Dashboard, LibraryWidget, Widget
 from services.dashboard_svc.validation import Validation
@@ -57,12 +59,14 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         boards: Boards,
         pages: Pages,
         validation: Validation,
+        custom: CustomWidgets,
         dashboards: Resource,
         now: Callable[[], datetime] = times.now,
     ) -> None:
         self.db = db
         self.pages = pages
         self.validation = validation
+        self.custom = custom
         self.dashboards = dashboards
         self.boards = boards
         self.now = now
@@ -74,6 +78,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         caller, now = auth.caller(), self.now()
         widget = fields_of(request, MUTABLE)
         widget.title = clean_name(request.title, "title")
+        await self.custom.fill(caller.workspace_id, widget)
         kinds.check(widget)
         await self.validation.check(caller.workspace_id, [widget])
         await markdown.prepare(widget.markdown)
@@ -81,6 +86,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
             await session.execute(
                 select(func.pg_advisory_xact_lock(_LIBRARY_LOCK, func.hashtext(caller.workspace_id)))
             )
+            await hold(session, caller.workspace_id, widget)
             row = await session.scalar(
                 insert(LibraryWidget)
                 .values(
@@ -89,6 +95,8 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
                     title=widget.title,
                     kind=widget.kind,
                     content=content_of_widget(widget),
+                    widget_kind_id=widget.custom.widget_kind_id or None,
+                    kind_number=widget.custom.version or None,
                     version=1,
                     creator_id=caller.user_id,
                     request_id=request.request_id or None,
@@ -151,6 +159,8 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         changes = fields_of(wanted, fields)
         if "title" in fields:
             changes.title = clean_name(wanted.title, "library_widget.title")
+        if await self.custom.fill(caller.workspace_id, changes):
+            fields.add("query")
         await self.validation.check(caller.workspace_id, [changes])
         await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
@@ -161,19 +171,13 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
                 copy_field(changes, widget, field)
             kinds.keep_to_kind(widget, fields)
             kinds.check(widget, "library_widget.")
+            kinds.check_made(widget, fields, "library_widget.")
+            await hold(session, caller.workspace_id, widget, [row.widget_kind_id])
             row.title, row.kind = widget.title, widget.kind
             row.content = content_of_widget(widget, row.content)
-            row.version += 1
-            row.update_time = self.now()
-            dashboard_ids = list(
-                await session.scalars(select(Widget.dashboard_id).distinct().where(_shows(row)))
-            )
+            fill_kind(row, widget)
+            dashboard_ids = await note_change(session, row, self.now())
             updated = library_widget_to_pb(row)
-            for at in range(0, max(1, len(dashboard_ids)), MAX_NAMED):
-                event = LibraryWidgetUpdated(
-                    library_widget=updated, dashboard_ids=dashboard_ids[at : at + MAX_NAMED]
-                )
-                outbox.add(session, event, workspace_id=caller.workspace_id)
         await asyncio.gather(*(self.boards.changed(caller.workspace_id, each) for each in dashboard_ids))
         return pb.UpdateLibraryWidgetResponse(library_widget=updated)
 
@@ -244,6 +248,18 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
             next_page_token=next_page_token,
             hidden_count=hidden or 0,
         )
+
+
+async def note_change(session: AsyncSession, row: LibraryWidget, now: datetime) -> list[str]:
+    """Gives a row that has changed a new version, and emits the events. Gives the dashboards that show it."""
+    row.version += 1
+    row.update_time = now
+    dashboard_ids = list(await session.scalars(select(Widget.dashboard_id).distinct().where(_shows(row))))
+    updated = library_widget_to_pb(row)
+    for at in range(0, max(1, len(dashboard_ids)), MAX_NAMED):
+        event = LibraryWidgetUpdated(library_widget=updated, dashboard_ids=dashboard_ids[at : at + MAX_NAMED])
+        outbox.add(session, event, workspace_id=row.workspace_id)
+    return dashboard_ids
 
 
 def _shows(row: LibraryWidget) -> ColumnElement[bool]:
