@@ -13,13 +13,15 @@ from typing import Any
 
 import jsonschema_rs
 
-from services.dashboard_svc.structs import Unfit, place_of
+from services.dashboard_svc.structs import Unfit, count_of, place_of
 
 Schema = dict[str, Any]
 Path = tuple[str | int, ...]
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 MAX_SCHEMAS = 1000
+# How often a part of a schema is held against a value, at most: an odd one takes two microseconds.
+MAX_LOOKS = 100_000
 MAX_DEPTH = 16
 MAX_PATTERNS = 50
 MAX_PATTERN = 200
@@ -50,7 +52,9 @@ class OptionSchema:
             raise Unfit(f"$schema: is not {DRAFT}")
         if schema.get("type") != "object":
             raise Unfit("type: is not 'object'")
-        patterns = list(_Tree(schema).patterns)
+        tree = _Tree(schema)
+        self._most_values = MAX_LOOKS // tree.count
+        patterns = tree.patterns
         if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN for pattern in patterns):
             raise Unfit(
                 f"has more than {MAX_PATTERNS} patterns, or one of more than {MAX_PATTERN} characters"
@@ -66,7 +70,11 @@ class OptionSchema:
             raise Unfit(f"{place_of(tuple(error.instance_path))}: {_short(error.message)}") from None
 
     def check(self, options: dict[str, Any]) -> None:
-        """Raises Unfit when the options are not as the schema says."""
+        """Raises Unfit when the options are not as the schema says, or too many values for it."""
+        if count_of(options) > self._most_values:
+            raise Unfit(
+                f"options: have more than {self._most_values} values, which is what the schema is judged with"
+            )
         try:
             self._validator.validate(options)
         except jsonschema_rs.ValidationError as error:
@@ -114,12 +122,12 @@ class _Tree:
 
     def __init__(self, root: Schema) -> None:
         self._root = root
-        self._count = 0
-        self.patterns = set(self._walk(root, (), ()))
+        self.count = 0
+        self.patterns = list(self._walk(root, (), ()))
 
     def _walk(self, schema: Any, path: Path, references: tuple[str, ...]) -> Iterator[str]:
-        self._count += 1
-        if self._count > MAX_SCHEMAS:
+        self.count += 1
+        if self.count > MAX_SCHEMAS:
             raise Unfit(f"has more than {MAX_SCHEMAS} schemas, when its references are followed")
         if isinstance(schema, bool):
             return

@@ -42,6 +42,15 @@ def size_of(json: Json) -> int:
     return len(orjson.dumps(json))
 
 
+def count_of(json: Json) -> int:
+    """How many values there are in a value, itself included."""
+    if isinstance(json, dict):
+        return 1 + sum(map(count_of, json.values()))
+    if isinstance(json, list):
+        return 1 + sum(map(count_of, json))
+    return 1
+
+
 def place_of(path: tuple[str | int, ...]) -> str:
     """`encoding.x[2]`: where in a value something stands."""
     place = ""

@@ -78,7 +78,7 @@ NAMES = frozenset(
 _CONDITIONS = {"filter", "test", "and", "or", "not"}
 # Where a text names a column.
 _COLUMNS = {"field", "as", "groupby", "fold", "flatten", "pivot", "stack", "argmin", "argmax"}
-_COLUMN = re.compile(r"(?:[^\\.\[\]'\"`]|\\[\\.\[\]'\"]){1,512}")
+_COLUMN = re.compile(r"(?:[^\\.\[\]'\"]|\\[\\.\[\]'\"]){1,512}")
 # Where a text is shown, compared with, or says how a number or a time is written: any text. So is a `value` in `_SAID`.
 _TEXTS = {
     *(

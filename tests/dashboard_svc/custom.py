@@ -70,7 +70,9 @@ async def change_kind(
     mesh: Mesh, member: Member, kind: WidgetKind, etag: str = "", **parts: Any
 ) -> WidgetKind:
     """The kind with these parts."""
-    fields = {key: struct(part) if isinstance(part, dict) else part for key, part in parts.items()}
+    fields: dict[str, Any] = {
+        key: struct(part) if isinstance(part, dict) else part for key, part in parts.items()
+    }
     request = pb.UpdateWidgetKindRequest(
         widget_kind=WidgetKind(widget_kind_id=kind.widget_kind_id, etag=etag, **fields),
         update_mask=FieldMask(paths=fields),

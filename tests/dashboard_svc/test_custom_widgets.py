@@ -6,7 +6,8 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
-from meshboard.analytics.v1.query_pb2 import Query
+from google.protobuf.struct_pb2 import Value
+from meshboard.analytics.v1.query_pb2 import Breakdown, Filter, Measure, Query
 from meshboard.dashboard.v1 import library_service_pb2, widget_service_pb2
 from meshboard.dashboard.v1.dashboard_pb2 import CustomWidget, Dashboard, Widget
 from meshboard.dashboard.v1.dashboard_service_pb2 import GetDashboardDataRequest
@@ -52,9 +53,9 @@ async def test_shows_what_the_kind_makes_of_the_options(mesh: Mesh) -> None:
     )
     assert widget.query == Query(
         source_ids=[source_id],
-        measures=[{"aggregation": "COUNT"}],
-        breakdowns=[{"property": "properties.plan"}],
-        filters=[{"property": "properties.plan", "values": [{"string_value": "pro"}]}],
+        measures=[Measure(aggregation=Measure.COUNT)],
+        breakdowns=[Breakdown(property="properties.plan")],
+        filters=[Filter(property="properties.plan", values=[Value(string_value="pro")])],
         limit=10,
     )
     assert (widget.custom.widget_kind_id, widget.custom.kind_name, widget.custom.version) == (
