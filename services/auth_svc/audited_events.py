@@ -37,6 +37,9 @@ from meshboard.dashboard.v1.events_pb2 import (
     ShareLinkDeleted,
     ShareLinkUpdated,
     VersionRestored,
+    WidgetKindCreated,
+    WidgetKindDeleted,
+    WidgetKindUpdated,
 )
 from meshboard.user.v1.events_pb2 import (
     InvitationAccepted,
@@ -93,6 +96,11 @@ _SHARE_LINK = {
     "title": "share_link.title",
     "has_password": "share_link.has_password",
     "paused": "share_link.paused",
+}
+_WIDGET_KIND = {
+    "widget_kind_id": "widget_kind.widget_kind_id",
+    "name": "widget_kind.name",
+    "version": "widget_kind.version",
 }
 _WRITE_KEY = {"source_id": "write_key.source_id", "write_key_id": "write_key.write_key_id"}
 
@@ -163,6 +171,9 @@ AUDITED: Mapping[type[Message], Rule] = {
     VersionRestored: Rule(
         "dashboard.restored", "", {"dashboard_id": "dashboard_id", "version_id": "version_id"}
     ),
+    WidgetKindCreated: Rule("widget_kind.created", "", _WIDGET_KIND),
+    WidgetKindUpdated: Rule("widget_kind.updated", "", _WIDGET_KIND),
+    WidgetKindDeleted: Rule("widget_kind.deleted", "", {"widget_kind_id": "widget_kind_id", "name": "name"}),
     ShareLinkCreated: Rule("share_link.created", "", _SHARE_LINK),
     ShareLinkUpdated: Rule("share_link.updated", "", {**_SHARE_LINK, "fields": "fields"}),
     ShareLinkDeleted: Rule(

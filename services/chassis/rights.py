@@ -42,6 +42,8 @@ _VIEWER = frozenset(
         "folders.view",
         "library_widgets.list",
         "library_widgets.view",
+        "widget_kinds.list",
+        "widget_kinds.view",
         "roles.view",
     }
 )
@@ -73,6 +75,7 @@ _ADMIN = _EDITOR | {
     "dashboards.share",
     "folders.delete",
     "folders.grant",
+    "widget_kinds.edit",
     "service_accounts.view",
     "service_accounts.edit",
     "members.impersonate",

@@ -15,6 +15,7 @@ from meshboard.dashboard.v1.share_service_pb2_grpc import add_ShareServiceServic
 from meshboard.dashboard.v1.template_service_pb2_grpc import add_TemplateServiceServicer_to_server
 from meshboard.dashboard.v1.variable_service_pb2_grpc import add_VariableServiceServicer_to_server
 from meshboard.dashboard.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
+from meshboard.dashboard.v1.widget_kind_service_pb2_grpc import add_WidgetKindServiceServicer_to_server
 from meshboard.dashboard.v1.widget_service_pb2_grpc import add_WidgetServiceServicer_to_server
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamDeleted, UserErasureRequested, WorkspaceDeleted
 from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantServiceServicer_to_server
@@ -44,6 +45,7 @@ from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.consumers import on_workspace_deleted
 from services.dashboard_svc.content_checks import ContentChecks
+from services.dashboard_svc.custom_widgets import CustomWidgets
 from services.dashboard_svc.dashboard_search import CORPUS, DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.drafts import DraftServicer
@@ -61,6 +63,8 @@ from services.dashboard_svc.templates import TemplateServicer
 from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.versions import VersionServicer
+from services.dashboard_svc.widget_kinds import WidgetKindServicer
+from services.dashboard_svc.widget_upgrades import WidgetUpgrades
 from services.dashboard_svc.widgets import WidgetServicer
 
 
@@ -122,10 +126,13 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
     folders = FolderServicer(db=sessions, pages=pages, grants=folder_grants)
     internal_grants = InternalGrantServicer(sessions, [DASHBOARD, FOLDER], pages, times.now)
     validation = Validation(sessions, sources)
-    widgets = WidgetServicer(sessions, boards, pages, validation)
+    custom = CustomWidgets(sessions)
+    widgets = WidgetServicer(sessions, boards, pages, validation, custom)
     library = LibraryWidgetServicer(
-        db=sessions, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
+        db=sessions, boards=boards, pages=pages, validation=validation, custom=custom, dashboards=DASHBOARD
     )
+    upgrades = WidgetUpgrades(db=sessions, boards=boards, pages=pages, sources=sources, dashboards=DASHBOARD)
+    widget_kinds = WidgetKindServicer(sessions, pages, upgrades)
     annotations = AnnotationServicer(sessions, boards, pages, Annotations(sessions, answers))
     variables = VariableServicer(boards, pages, answers)
     passwords = Passwords(settings)
@@ -145,7 +152,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         span=Span(settings.heartbeat_seconds, settings.watch_seconds),
         draining=lambda: server.draining.is_set(),  # noqa: PLW0108 - the server is made below
     )
-    files = FileServicer(sessions, boards, grants, ContentChecks(validation, sources))
+    files = FileServicer(sessions, boards, grants, ContentChecks(validation, sources), custom)
     templates = TemplateServicer(sessions, pages, grants, sources)
     searches = SearchServicer(sessions, search, user_peer, pages)
 
@@ -170,6 +177,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
             lambda s: add_FolderServiceServicer_to_server(folders, s),
             lambda s: add_WidgetServiceServicer_to_server(widgets, s),
             lambda s: add_LibraryWidgetServiceServicer_to_server(library, s),
+            lambda s: add_WidgetKindServiceServicer_to_server(widget_kinds, s),
             lambda s: add_AnnotationServiceServicer_to_server(annotations, s),
             lambda s: add_VariableServiceServicer_to_server(variables, s),
             lambda s: add_FileServiceServicer_to_server(files, s),

@@ -5,14 +5,20 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis.db import GrantRow
-from services.dashboard_svc.models import Dashboard, Folder, LibraryWidget
+from services.dashboard_svc.models import Dashboard, Folder, LibraryWidget, WidgetKind
 
 
 async def on_workspace_deleted(session: AsyncSession, event: WorkspaceDeleted) -> None:
-    """Deletes the dashboards and folders of a workspace, their widgets, its library and the grants.
+    """Deletes the dashboards and folders of a workspace, their widgets, its library, its kinds and the grants.
 
     There is no event for each of them. What is remembered of them ends by itself within a minute: nobody has had rights
     in the workspace since it was deleted, so that nobody is shown it.
     """
-    for table in (GrantRow, Dashboard, Folder, LibraryWidget):  # the widgets go with their dashboards
+    for table in (
+        GrantRow,
+        Dashboard,
+        Folder,
+        LibraryWidget,
+        WidgetKind,
+    ):  # the widgets go with their dashboards
         await session.execute(delete(table).where(table.workspace_id == event.workspace_id))

@@ -6,7 +6,7 @@ from meshboard.dashboard.v1.dashboard_pb2 import DashboardContent, Layout, Widge
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.chassis import errors
-from services.dashboard_svc import kinds, layouts, library
+from services.dashboard_svc import custom_widgets, kinds, layouts, library
 from services.dashboard_svc.contents import FIELDS
 from services.dashboard_svc.definitions import clean, questions_of
 from services.dashboard_svc.sources import Sources, question_of
@@ -37,15 +37,18 @@ class ContentChecks:
             await self._validation.check(workspace_id, asking)
 
 
-async def hold_library(
+async def hold_uses(
     session: AsyncSession, workspace_id: str, content: DashboardContent, present: DashboardContent
 ) -> None:
-    """Keeps the library widgets that the content newly shows from being deleted meanwhile. Raises NOT_FOUND."""
+    """Keeps the library widgets and kinds that the content newly has from being deleted meanwhile. Raises NOT_FOUND."""
     known = {widget.library_widget_id for widget in present.widgets}
     wanted = {widget.library_widget_id for widget in content.widgets} - known - {""}
     # In an order that all keep, so that two calls do not wait for each other.
     for library_widget_id in sorted(wanted):
         await library.held(session, workspace_id, library_widget_id)
+    known = {widget.custom.widget_kind_id for widget in present.widgets}
+    for widget in sorted(content.widgets, key=lambda widget: widget.custom.widget_kind_id):
+        await custom_widgets.hold(session, workspace_id, widget, known)
 
 
 def changed_widgets(content: DashboardContent, present: DashboardContent) -> list[tuple[int, Widget]]:

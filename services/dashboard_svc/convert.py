@@ -13,6 +13,7 @@ from meshboard.dashboard.v1 import (
     library_pb2,
     share_link_pb2,
     version_service_pb2,
+    widget_kind_pb2,
 )
 
 from services.chassis.times import timestamp_of
@@ -25,6 +26,8 @@ from services.dashboard_svc.models import (
     ShareLink,
     Version,
     Widget,
+    WidgetKind,
+    WidgetKindVersion,
 )
 
 # What a widget says of itself or a library widget of it, beside title and kind.
@@ -145,10 +148,37 @@ def fill_widget(row: Widget, widget: dashboard_pb2.Widget) -> None:
         time_range_variable=widget.time_range_variable,
     )
     row.query = shown.query.SerializeToString()
+    fill_kind(row, shown)
     row.library_widget_id = widget.library_widget_id.lower() or None
     row.name = widget.name or None
     layout = widget.layout
     row.x, row.y, row.width, row.height = layout.x, layout.y, layout.width, layout.height
+
+
+def fill_kind(row: Widget | LibraryWidget, widget: dashboard_pb2.Widget) -> None:
+    """Makes the row say of which kind of the workspace's own the widget is."""
+    row.widget_kind_id = widget.custom.widget_kind_id or None
+    row.kind_number = widget.custom.version or None
+
+
+def widget_kind_to_pb(
+    row: WidgetKind, version: WidgetKindVersion | None = None
+) -> widget_kind_pb2.WidgetKind:
+    """A kind of widgets; without a `version` it lacks schema, template and spec."""
+    kind = widget_kind_pb2.WidgetKind(
+        widget_kind_id=row.widget_kind_id,
+        workspace_id=row.workspace_id,
+        name=row.name,
+        title=row.title,
+        description=row.description,
+        version=version.number if version else row.number,
+        creator_id=row.creator_id,
+        create_time=timestamp_of(row.create_time),
+        update_time=timestamp_of(row.update_time),
+        etag=str(row.version),
+    )
+    kind.MergeFromString(version.content if version else b"")
+    return kind
 
 
 def library_widget_to_pb(row: LibraryWidget) -> library_pb2.LibraryWidget:

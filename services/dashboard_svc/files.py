@@ -25,7 +25,7 @@ from services.chassis.rights import Rights
 from services.dashboard_svc import bases, layouts, library
 from services.dashboard_svc.bases import Base
 from services.dashboard_svc.boards import Boards, absent, locked
-from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_library, settle_layouts
+from services.dashboard_svc.content_checks import ContentChecks, check_names, hold_uses, settle_layouts
 from services.dashboard_svc.contents import (
     FIELDS,
     MAX_CONTENT_BYTES,
@@ -35,6 +35,7 @@ from services.dashboard_svc.contents import (
     write_content,
 )
 from services.dashboard_svc.convert import dashboard_to_pb
+from services.dashboard_svc.custom_widgets import CustomWidgets, as_said
 from services.dashboard_svc.dashboards import DASHBOARD
 from services.dashboard_svc.definitions import clean
 from services.dashboard_svc.diffs import changes
@@ -72,6 +73,7 @@ class FileServicer(FileServiceServicer):
         boards: Boards,
         grants: Grants,
         checks: ContentChecks,
+        custom: CustomWidgets,
         *,
         now: Callable[[], datetime] = times.now,
     ) -> None:
@@ -79,6 +81,7 @@ class FileServicer(FileServiceServicer):
         self.boards = boards
         self.grants = grants
         self.checks = checks
+        self.custom = custom
         self.now = now
 
     async def ExportDashboard(
@@ -95,10 +98,9 @@ class FileServicer(FileServiceServicer):
             base_version = await bases.exported(session, dashboard, content, folder)
             await library.name_in_file(session, dashboard.workspace_id, content)
         name_widgets(content)
+        content = as_said(content)
         for widget in content.widgets:
             widget.ClearField("widget_id")
-            if widget.HasField("custom"):
-                widget.custom.ClearField("spec")
         name = dashboard.name or name_from(content.title, "dashboard")
         file = pb.DashboardFile(name=name, folder=folder, content=content, base_version=base_version)
         return pb.ExportDashboardResponse(file=file, named=dashboard.name is not None)
@@ -131,6 +133,8 @@ class FileServicer(FileServiceServicer):
             raise errors.etag_mismatch()
         identify_widgets(content, nothing, nothing)
         settle_layouts(content)
+        said = _copy(content)
+        await self.custom.complete(caller.workspace_id, content, nothing)
         await self.checks.check(caller.workspace_id, content, nothing)
         answer = pb.ApplyDashboardResponse(
             outcome=pb.ApplyDashboardResponse.CREATED, changes=_told(nothing, content)
@@ -141,7 +145,7 @@ class FileServicer(FileServiceServicer):
                     raise name_taken(request.file.name)
             return answer
         async with self.db.begin() as session:
-            await hold_library(session, caller.workspace_id, content, nothing)
+            await hold_uses(session, caller.workspace_id, content, nothing)
             dashboard = await insert_dashboard(
                 session, self.grants, content, folder_id=folder_id, now=now, name=request.file.name
             )
@@ -151,7 +155,7 @@ class FileServicer(FileServiceServicer):
             outbox.add(session, created, workspace_id=caller.workspace_id)
             await write_content(session, dashboard, content, author_id=caller.user_id, now=now)
             await record(session, dashboard, caller.user_id, request.reason)
-            await bases.keep(session, dashboard, content, request.file.folder)
+            await bases.keep(session, dashboard, said, request.file.folder)
             answer.dashboard.CopyFrom(await for_caller(session, dashboard_to_pb(dashboard)))
         return answer
 
@@ -163,19 +167,23 @@ class FileServicer(FileServiceServicer):
         here: DashboardContent,
         base: Base,
     ) -> pb.ApplyDashboardResponse:
-        merged = _merged(base.content, here, theirs)
+        identify_widgets(theirs, base.content, here)
+        pinned = {widget.widget_id for widget in theirs.widgets if widget.custom.version}
+        before, said = as_said(base.content, pinned), as_said(here, pinned)
+        merged = _merged(before, said, theirs)
         moved = await self._move(request.file.folder, dashboard, base)
         if moved is not None and moved.is_conflict:
             merged.conflicts.insert(0, "folder")
         refused = bool(merged.conflicts) and not request.force
         if refused and not request.dry_run:
             raise _conflict(merged.conflicts)
+        await self.custom.complete(auth.caller().workspace_id, merged.content, here)
         await self.checks.check(auth.caller().workspace_id, merged.content, here)
         async with self.db() as session:
             asking = await library.resolved(session, dashboard.workspace_id, merged.content)
         require_unused(here.variables, asking)
         told = _told(here, merged.content, moved)
-        is_new = theirs != base.content or not base.said(request.file.folder)
+        is_new = theirs != before or not base.said(request.file.folder)
         if not request.dry_run and (told or is_new):
             dashboard = await self._write(
                 request, dashboard, merged.content, here=here, theirs=theirs, moved=moved
@@ -186,7 +194,7 @@ class FileServicer(FileServiceServicer):
             outcome=_outcome(refused=refused, changed=bool(told)),
             dashboard=answer,
             changes=told,
-            conflicts=_conflicts(merged, here, theirs, moved),
+            conflicts=_conflicts(merged, said, theirs, moved),
         )
 
     async def _move(self, titles: Sequence[str], dashboard: Dashboard, base: Base) -> _Move | None:
@@ -221,7 +229,7 @@ class FileServicer(FileServiceServicer):
             # What was judged is what is there, or nothing is done.
             etag = str(judged.version)
             dashboard = await locked(session, caller.workspace_id, judged.dashboard_id, etag)
-            await hold_library(session, caller.workspace_id, content, here)
+            await hold_uses(session, caller.workspace_id, content, here)
             if moved is not None:
                 await move(session, dashboard, moved.folder_id, now)
             if await write_content(session, dashboard, content, author_id=caller.user_id, now=now):
@@ -306,6 +314,7 @@ def _cleaned(content: DashboardContent) -> DashboardContent:
         for field in _MADE_HERE:
             widget.ClearField(field)  # type: ignore[arg-type]
         widget.library_widget_id = widget.library_widget_id.lower()
+    cleaned = as_said(cleaned, {widget.widget_id for widget in cleaned.widgets})
     _validate(cleaned)
     clean(cleaned, FIELDS, "content.")
     check_names(cleaned)
@@ -329,8 +338,7 @@ def _validate(content: DashboardContent) -> None:
 
 
 def _merged(base: DashboardContent, here: DashboardContent, theirs: DashboardContent) -> Merge:
-    """Matches the widgets of the file with those that are here, and puts both together."""
-    identify_widgets(theirs, base, here)
+    """Puts together what the file says and what is here; the widgets of the file have the ids of those they are."""
     # A widget whose place the file leaves open stays where it is; a new one stands below what is here.
     known = {widget.widget_id: widget.layout for content in (here, base) for widget in content.widgets}
     for widget in theirs.widgets:

@@ -29,7 +29,7 @@ _SUBJECT_OF = {
 def keep_to_kind(widget: Widget, wanted: set[str]) -> None:
     """Clears what the widget's kind does not show, but for the `wanted` fields: what is wrong with these is said."""
     for subject in SUBJECTS:
-        if subject != subject_of(widget.kind) and subject not in wanted:
+        if subject not in _subjects_of(widget.kind) and subject not in wanted:
             copy_field(Widget(), widget, subject)
     if widget.kind != Widget.NUMBER and widget.display.sparkline and "display" not in wanted:
         widget.display.ClearField("sparkline")
@@ -38,6 +38,17 @@ def keep_to_kind(widget: Widget, wanted: set[str]) -> None:
 def subject_of(kind: Widget.Kind.ValueType) -> str:
     """The field that says what a widget of this kind shows."""
     return _SUBJECT_OF.get(kind, "query")
+
+
+def _subjects_of(kind: Widget.Kind.ValueType) -> set[str]:
+    """The fields that a widget of this kind may have: a CUSTOM has what it asks beside what that is made of."""
+    return {"custom", "query"} if kind == Widget.CUSTOM else {subject_of(kind)}
+
+
+def check_made(widget: Widget, changed: set[str], at: str) -> None:
+    """Raises INVALID_ARGUMENT when a CUSTOM is to be given another query than its kind makes of its options."""
+    if widget.kind == Widget.CUSTOM and "query" in changed and "custom" not in changed:
+        raise errors.invalid_fields([(f"{at}query", "is what the kind makes of the options")])
 
 
 def check(widget: Widget, at: str = "") -> None:
@@ -53,8 +64,6 @@ def check(widget: Widget, at: str = "") -> None:
         return
     if not widget.kind:
         raise errors.invalid_fields([(f"{at}kind", "is not set")])
-    if widget.kind == Widget.CUSTOM:
-        raise errors.invalid_fields([(f"{at}kind", "the workspace has no kinds of its own")])
     _raise(_subjects(widget) + _display(widget.display, widget.kind) + _time(widget), at)
     if problem := _problem(widget.kind, widget.query):
         name = Widget.Kind.Name(widget.kind)
@@ -75,13 +84,14 @@ def _bare(widget: Widget) -> list[tuple[str, str]]:
 
 def _subjects(widget: Widget) -> list[tuple[str, str]]:
     needed, name = subject_of(widget.kind), Widget.Kind.Name(widget.kind)
+    fitting = _subjects_of(widget.kind)
     given = {field.name: value for field, value in widget.ListFields()}
     violations = []
     for subject in SUBJECTS:
         value = given.get(subject)
         if subject == needed and value is None:
             violations.append((subject, f"is not set, and a {name} shows it"))
-        if subject != needed and value is not None:
+        if subject not in fitting and value is not None:
             violations.append((subject, f"is not what a {name} shows"))
         if isinstance(value, Message) and value.ByteSize() > MAX_QUESTION_BYTES:
             violations.append((subject, f"is larger than {MAX_QUESTION_BYTES} bytes"))

@@ -32,8 +32,10 @@ from services.dashboard_svc.convert import (
     content_of_widget,
     copy_field,
     fields_of,
+    fill_kind,
     library_widget_to_pb,
 )
+from services.dashboard_svc.custom_widgets import CustomWidgets, hold
 from services.dashboard_svc.file_names import free_name
 from services.dashboard_svc.library import absent, show
 from services.dashboard_svc.models import Dashboard, LibraryWidget, Version, Widget
@@ -58,12 +60,14 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         boards: Boards,
         pages: Pages,
         validation: Validation,
+        custom: CustomWidgets,
         dashboards: Resource,
         now: Callable[[], datetime] = times.now,
     ) -> None:
         self.db = db
         self.pages = pages
         self.validation = validation
+        self.custom = custom
         self.dashboards = dashboards
         self.boards = boards
         self.now = now
@@ -75,11 +79,13 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         caller, now = auth.caller(), self.now()
         widget = fields_of(request, MUTABLE)
         widget.title = clean_name(request.title, "title")
+        await self.custom.fill(caller.workspace_id, widget)
         kinds.check(widget)
         await self.validation.check(caller.workspace_id, [widget])
         await markdown.prepare(widget.markdown)
         async with self.db.begin() as session:
             await _lock_library(session, caller.workspace_id)
+            await hold(session, caller.workspace_id, widget)
             widget.name = widget.name or await _free_name(session, caller.workspace_id, widget)
             row = await session.scalar(
                 insert(LibraryWidget)
@@ -90,6 +96,8 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
                     name=widget.name,
                     kind=widget.kind,
                     content=content_of_widget(widget),
+                    widget_kind_id=widget.custom.widget_kind_id or None,
+                    kind_number=widget.custom.version or None,
                     version=1,
                     creator_id=caller.user_id,
                     request_id=request.request_id or None,
@@ -153,6 +161,8 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         changes = fields_of(wanted, fields)
         if "title" in fields:
             changes.title = clean_name(wanted.title, "library_widget.title")
+        if await self.custom.fill(caller.workspace_id, changes):
+            fields.add("query")
         await self.validation.check(caller.workspace_id, [changes])
         await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
@@ -164,18 +174,14 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
                 copy_field(changes, widget, field)
             kinds.keep_to_kind(widget, fields)
             kinds.check(widget, "library_widget.")
+            kinds.check_made(widget, fields, "library_widget.")
+            await hold(session, caller.workspace_id, widget, [row.widget_kind_id])
             await _rename(session, row, widget)
             row.title, row.kind = widget.title, widget.kind
             row.content = content_of_widget(widget, row.content)
-            row.version += 1
-            row.update_time = self.now()
-            dashboard_ids = list(await session.scalars(_shown_on(row)))
+            fill_kind(row, widget)
+            dashboard_ids = await note_change(session, row, self.now())
             updated = library_widget_to_pb(row)
-            for at in range(0, max(1, len(dashboard_ids)), MAX_NAMED):
-                event = LibraryWidgetUpdated(
-                    library_widget=updated, dashboard_ids=dashboard_ids[at : at + MAX_NAMED]
-                )
-                outbox.add(session, event, workspace_id=caller.workspace_id)
         await asyncio.gather(*(self.boards.changed(caller.workspace_id, each) for each in dashboard_ids))
         return pb.UpdateLibraryWidgetResponse(library_widget=updated)
 
@@ -244,6 +250,18 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
             next_page_token=next_page_token,
             hidden_count=hidden or 0,
         )
+
+
+async def note_change(session: AsyncSession, row: LibraryWidget, now: datetime) -> list[str]:
+    """Gives a row that has changed a new version, and emits the events. Gives the dashboards that show it."""
+    row.version += 1
+    row.update_time = now
+    dashboard_ids = list(await session.scalars(_shown_on(row)))
+    updated = library_widget_to_pb(row)
+    for at in range(0, max(1, len(dashboard_ids)), MAX_NAMED):
+        event = LibraryWidgetUpdated(library_widget=updated, dashboard_ids=dashboard_ids[at : at + MAX_NAMED])
+        outbox.add(session, event, workspace_id=row.workspace_id)
+    return dashboard_ids
 
 
 def _shows(row: LibraryWidget) -> ColumnElement[bool]:

@@ -213,6 +213,48 @@ class AppliedFile(Base):
     folder: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
 
 
+class WidgetKind(Base):
+    """A kind of widgets; `number` is that of its newest version."""
+
+    __tablename__ = "widget_kinds"
+    __table_args__ = (
+        UniqueConstraint("workspace_id", "name", name="widget_kinds_name_once"),
+        UniqueConstraint("workspace_id", "creator_id", "request_id", name="widget_kinds_request_once"),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    widget_kind_id: Mapped[Id] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    title: Mapped[str] = mapped_column(Text)
+    description: Mapped[str] = mapped_column(Text)
+    number: Mapped[int]
+    version: Mapped[int] = mapped_column(BigInteger)
+    creator_id: Mapped[Id]
+    request_id: Mapped[str | None] = mapped_column(Text)
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
+class WidgetKindVersion(Base):
+    """What a kind makes of options: `content`, a serialized WidgetKind of the contract with nothing else."""
+
+    __tablename__ = "widget_kind_versions"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workspace_id", "widget_kind_id"],
+            ["widget_kinds.workspace_id", "widget_kinds.widget_kind_id"],
+            ondelete="CASCADE",
+        ),
+    )
+
+    workspace_id: Mapped[Id] = mapped_column(primary_key=True)
+    widget_kind_id: Mapped[Id] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+    creator_id: Mapped[Id]
+    create_time: Mapped[Time]
+
+
 class LibraryWidget(Base):
     """A widget of the library; `content` as in `Widget`. One that the release before this has made has no name."""
 
@@ -220,6 +262,13 @@ class LibraryWidget(Base):
     __table_args__ = (
         UniqueConstraint("workspace_id", "creator_id", "request_id", name="library_widgets_request_once"),
         Index("library_widgets_name_once", "workspace_id", "name", unique=True),
+        Index(
+            "library_widgets_by_kind",
+            "workspace_id",
+            "widget_kind_id",
+            "kind_number",
+            postgresql_where=text("widget_kind_id IS NOT NULL"),
+        ),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
@@ -228,6 +277,8 @@ class LibraryWidget(Base):
     name: Mapped[str | None] = mapped_column(Text)
     kind: Mapped[int] = mapped_column(SmallInteger)
     content: Mapped[bytes] = mapped_column(LargeBinary)
+    widget_kind_id: Mapped[Id | None]
+    kind_number: Mapped[int | None]
     version: Mapped[int] = mapped_column(BigInteger)
     creator_id: Mapped[Id]
     request_id: Mapped[str | None] = mapped_column(Text)
@@ -239,7 +290,8 @@ class Widget(Base):
     """A widget. `kind` is the contract's number, `content` a serialized Widget of the contract.
 
     The content lacks what has a column of its own. A widget that shows one of the library has no title, kind 0, and
-    nothing in its content that the library says. `query` is what the release before this one reads and writes.
+    nothing in its content that the library says. One of a kind that the workspace has made has its id and version as
+    `widget_kind_id` and `kind_number` too. `query` is what the release before this one reads and writes.
     """
 
     __tablename__ = "widgets"
@@ -268,6 +320,13 @@ class Widget(Base):
             "dashboard_id",
             postgresql_where=text("library_widget_id IS NOT NULL"),
         ),
+        Index(
+            "widgets_by_kind",
+            "workspace_id",
+            "widget_kind_id",
+            "kind_number",
+            postgresql_where=text("widget_kind_id IS NOT NULL"),
+        ),
     )
 
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
@@ -278,6 +337,8 @@ class Widget(Base):
     query: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
     content: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
     library_widget_id: Mapped[Id | None]
+    widget_kind_id: Mapped[Id | None]
+    kind_number: Mapped[int | None]
     name: Mapped[str | None] = mapped_column(Text)
     x: Mapped[int]
     y: Mapped[int]

@@ -32,7 +32,8 @@ def filters_of(question: Message) -> Iterator[Filter]:
         yield question
         return
     for field, value in question.ListFields():
-        if field.message_type is not None:
+        # What is not ours holds no filter, and options of widgets of their own kind are maps.
+        if field.message_type is not None and field.message_type.full_name.startswith("meshboard."):
             for part in value if field.is_repeated else [value]:
                 yield from filters_of(part)
 

@@ -21,6 +21,7 @@ from services.dashboard_svc import kinds, layouts, library, markdown
 from services.dashboard_svc.boards import Boards, locked
 from services.dashboard_svc.contents import MAX_WIDGETS, record, touch
 from services.dashboard_svc.convert import copy_field, dashboard_to_pb, fields_of, fill_widget, widget_to_pb
+from services.dashboard_svc.custom_widgets import CustomWidgets, hold
 from services.dashboard_svc.library import shown_widgets
 from services.dashboard_svc.models import Dashboard, Widget
 from services.dashboard_svc.validation import Validation, check_variables
@@ -45,6 +46,7 @@ class WidgetServicer(WidgetServiceServicer):
         boards: Boards,
         pages: Pages,
         validation: Validation,
+        custom: CustomWidgets,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         new_id: Callable[[], str] = lambda: str(uuid7()),
@@ -53,6 +55,7 @@ class WidgetServicer(WidgetServiceServicer):
         self.boards = boards
         self.pages = pages
         self.validation = validation
+        self.custom = custom
         self.now = now
         self.new_id = new_id
 
@@ -62,6 +65,7 @@ class WidgetServicer(WidgetServiceServicer):
         """Adds the widget."""
         caller = auth.caller()
         widget = fields_of(request, MUTABLE)
+        await self.custom.fill(caller.workspace_id, widget)
         kinds.check(widget)
         await self.validation.check(caller.workspace_id, [widget])
         await markdown.prepare(widget.markdown)
@@ -89,6 +93,7 @@ class WidgetServicer(WidgetServiceServicer):
                 update_time=self.now(),
             )
             await _check_variables(session, dashboard, row, widget)
+            await hold(session, caller.workspace_id, widget)
             _fit_in(row, widget, others)
             session.add(row)
             await self._touch(session, dashboard)
@@ -124,6 +129,8 @@ class WidgetServicer(WidgetServiceServicer):
         caller, wanted = auth.caller(), request.widget
         fields = changed_fields(wanted, request.update_mask, MUTABLE)
         changes = fields_of(wanted, fields)
+        if await self.custom.fill(caller.workspace_id, changes):
+            fields.add("query")
         await self.validation.check(caller.workspace_id, [changes])
         await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
@@ -134,6 +141,7 @@ class WidgetServicer(WidgetServiceServicer):
                 raise errors.etag_mismatch()
             widget = await _changed(session, row, changes, fields)
             await _check_variables(session, dashboard, row, changes)
+            await hold(session, caller.workspace_id, widget, [row.widget_kind_id])
             _fit_in(row, widget, [other for other in rows if other is not row])
             updated = await self._update(session, dashboard, [row])
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
@@ -212,6 +220,7 @@ async def _changed(
     if not widget.library_widget_id:
         kinds.keep_to_kind(widget, fields)
     kinds.check(widget, "widget.")
+    kinds.check_made(widget, fields, "widget.")
     return widget
 
 

@@ -62,6 +62,10 @@ from meshboard.dashboard.v1.version_service_pb2_grpc import (
     VersionServiceStub,
     add_VersionServiceServicer_to_server,
 )
+from meshboard.dashboard.v1.widget_kind_service_pb2_grpc import (
+    WidgetKindServiceStub,
+    add_WidgetKindServiceServicer_to_server,
+)
 from meshboard.dashboard.v1.widget_service_pb2 import CreateWidgetRequest
 from meshboard.dashboard.v1.widget_service_pb2_grpc import (
     WidgetServiceStub,
@@ -93,6 +97,7 @@ from services.dashboard_svc.annotations import Annotations, AnnotationServicer
 from services.dashboard_svc.answers import Answers
 from services.dashboard_svc.boards import Boards
 from services.dashboard_svc.content_checks import ContentChecks
+from services.dashboard_svc.custom_widgets import CustomWidgets
 from services.dashboard_svc.dashboard_search import DashboardSearch
 from services.dashboard_svc.dashboards import DASHBOARD, DashboardServicer, grants_on_dashboards
 from services.dashboard_svc.drafts import DraftServicer
@@ -110,6 +115,8 @@ from services.dashboard_svc.templates import TemplateServicer
 from services.dashboard_svc.validation import Validation
 from services.dashboard_svc.variables import VariableServicer
 from services.dashboard_svc.versions import VersionServicer
+from services.dashboard_svc.widget_kinds import WidgetKindServicer
+from services.dashboard_svc.widget_upgrades import WidgetUpgrades
 from services.dashboard_svc.widgets import WidgetServicer
 from tests.dashboard_svc.stand_ins import StandInAnalytics, StandInUsers, serving_stand_ins
 from tests.harness import Identity, Member, make_keys, make_settings, new_id, serving
@@ -136,6 +143,7 @@ class Mesh:
     folders: Any
     widgets: Any
     library: Any
+    kinds: Any
     files: Any
     templates: Any
     internal_grants: Any
@@ -272,16 +280,25 @@ async def mesh(
                 bin_days=settings.bin_days,
             )
             files = FileServicer(
-                db, boards, dashboards.grants, ContentChecks(Validation(db, sources), sources)
+                db,
+                boards,
+                dashboards.grants,
+                ContentChecks(Validation(db, sources), sources),
+                CustomWidgets(db),
             )
             templates = TemplateServicer(db, pages, dashboards.grants, sources)
             drafts = DraftServicer(db, boards, answers)
             versions = VersionServicer(db, boards, sources, pages)
             validation = Validation(db, sources)
-            widgets = WidgetServicer(db, boards, pages, validation)
+            custom = CustomWidgets(db)
+            widgets = WidgetServicer(db, boards, pages, validation, custom)
             library = LibraryWidgetServicer(
-                db=db, boards=boards, pages=pages, validation=validation, dashboards=DASHBOARD
+                db=db, boards=boards, pages=pages, validation=validation, custom=custom, dashboards=DASHBOARD
             )
+            upgrades = WidgetUpgrades(
+                db=db, boards=boards, pages=pages, sources=sources, dashboards=DASHBOARD
+            )
+            widget_kinds = WidgetKindServicer(db, pages, upgrades)
             folders = FolderServicer(db=db, pages=pages, grants=grants_on_folders(db, peers[0], pages))
             internal_grants = InternalGrantServicer(db, [DASHBOARD, FOLDER], pages, times.now)
             tickets = Tickets(
@@ -324,6 +341,7 @@ async def mesh(
                 lambda server: add_FolderServiceServicer_to_server(folders, server),
                 lambda server: add_WidgetServiceServicer_to_server(widgets, server),
                 lambda server: add_LibraryWidgetServiceServicer_to_server(library, server),
+                lambda server: add_WidgetKindServiceServicer_to_server(widget_kinds, server),
                 lambda server: add_FileServiceServicer_to_server(files, server),
                 lambda server: add_TemplateServiceServicer_to_server(templates, server),
                 lambda server: add_InternalGrantServiceServicer_to_server(internal_grants, server),
@@ -360,6 +378,7 @@ async def mesh(
                 internal_grants=InternalGrantServiceStub(channel),
                 widgets=WidgetServiceStub(channel),
                 library=LibraryWidgetServiceStub(channel),
+                kinds=WidgetKindServiceStub(channel),
                 files=FileServiceStub(channel),
                 templates=TemplateServiceStub(channel),
                 searches=SearchServiceStub(channel),

@@ -590,6 +590,53 @@ MATRIX: Mapping[str, Row] = {
         ("LIBRARY_WIDGET_NOT_FOUND",),
         absent="LIBRARY_WIDGET_NOT_FOUND",
     ),
+    "dashboard.v1.WidgetKindService.CreateWidgetKind": In(
+        {
+            "name": "bars",
+            "title": "t",
+            "options_schema": {"type": "object"},
+            "query_template": {"source_ids": ["{source}"]},
+            "request_id": "once",
+        },
+        "---++",
+    ),
+    "dashboard.v1.WidgetKindService.GetWidgetKind": In(
+        {"widget_kind_id": "{absent}"},
+        "-++++",
+        ("WIDGET_KIND_NOT_FOUND",),
+        absent="WIDGET_KIND_NOT_FOUND",
+    ),
+    "dashboard.v1.WidgetKindService.ListWidgetKinds": In({}, "-++++"),
+    "dashboard.v1.WidgetKindService.UpdateWidgetKind": In(
+        {"widget_kind": {"widget_kind_id": "{absent}", "title": "t"}, "update_mask": "title"},
+        "---++",
+        ("WIDGET_KIND_NOT_FOUND",),
+        absent="WIDGET_KIND_NOT_FOUND",
+    ),
+    "dashboard.v1.WidgetKindService.DeleteWidgetKind": In(
+        {"widget_kind_id": "{absent}"},
+        "---++",
+        ("WIDGET_KIND_NOT_FOUND",),
+        absent="WIDGET_KIND_NOT_FOUND",
+    ),
+    "dashboard.v1.WidgetKindService.ListWidgetKindVersions": In(
+        {"widget_kind_id": "{absent}"},
+        "-++++",
+        ("WIDGET_KIND_NOT_FOUND",),
+        absent="WIDGET_KIND_NOT_FOUND",
+    ),
+    "dashboard.v1.WidgetKindService.CheckWidgetKindUpgrade": In(
+        {"widget_kind_id": "{absent}"},
+        "---++",
+        ("WIDGET_KIND_NOT_FOUND",),
+        absent="WIDGET_KIND_NOT_FOUND",
+    ),
+    "dashboard.v1.WidgetKindService.UpgradeWidgets": In(
+        {"widget_kind_id": "{absent}"},
+        "---++",
+        ("WIDGET_KIND_NOT_FOUND",),
+        absent="WIDGET_KIND_NOT_FOUND",
+    ),
     "dashboard.v1.AnnotationService.CreateAnnotation": On(
         {**_BOARD, "text": "t", "request_id": "once"}, "0-+++", "DASHBOARD_NOT_FOUND"
     ),

@@ -468,7 +468,7 @@ class Widget(_message.Message):
         TEXT: Widget._Kind.ValueType  # 10
         """A text."""
         CUSTOM: Widget._Kind.ValueType  # 11
-        """A kind that the workspace has made. There are none yet: refused with INVALID_ARGUMENT, reason VALIDATION_FAILED."""
+        """A kind that the workspace has made."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """How to draw a result."""
@@ -498,7 +498,7 @@ class Widget(_message.Message):
     TEXT: Widget.Kind.ValueType  # 10
     """A text."""
     CUSTOM: Widget.Kind.ValueType  # 11
-    """A kind that the workspace has made. There are none yet: refused with INVALID_ARGUMENT, reason VALIDATION_FAILED."""
+    """A kind that the workspace has made."""
 
     WIDGET_ID_FIELD_NUMBER: _builtins.int
     DASHBOARD_ID_FIELD_NUMBER: _builtins.int
@@ -553,7 +553,7 @@ class Widget(_message.Message):
     """Only in files, in place of `library_widget_id`: the `name` of the library widget."""
     @_builtins.property
     def query(self) -> _query_pb2.Query:
-        """What it shows."""
+        """What it shows; of a CUSTOM what its kind makes of the options, and then not read."""
 
     @_builtins.property
     def layout(self) -> Global___Layout:
@@ -577,7 +577,7 @@ class Widget(_message.Message):
 
     @_builtins.property
     def custom(self) -> Global___CustomWidget:
-        """What a CUSTOM shows; not in use yet."""
+        """What a CUSTOM shows."""
 
     @_builtins.property
     def display(self) -> Global___Display:
@@ -618,7 +618,7 @@ Global___Widget: _TypeAlias = Widget  # noqa: Y015
 
 @_typing.final
 class CustomWidget(_message.Message):
-    """A widget of a kind that the workspace has made; not in use yet."""
+    """A widget of a kind that the workspace has made."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -626,17 +626,22 @@ class CustomWidget(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    KIND_NAME_FIELD_NUMBER: _builtins.int
     widget_kind_id: _builtins.str
-    """The kind."""
+    """The kind. Empty: `kind_name` says which; in files nothing else does."""
     version: _builtins.int
-    """The version of the kind; 0: the newest, when the widget is written."""
+    """The version of the kind; 0: the newest, when the widget is written. In files: the one that the widget has, and for a new
+    one the newest.
+    """
+    kind_name: _builtins.str
+    """The name of the kind; read when `widget_kind_id` is empty."""
     @_builtins.property
     def options(self) -> _struct_pb2.Struct:
-        """What the schema of the kind asks for, at most 64 KiB as JSON."""
+        """What the schema of the kind asks for, at most 32 KiB as JSON."""
 
     @_builtins.property
     def spec(self) -> _struct_pb2.Struct:
-        """The kind's Vega-Lite with the options in it; never read."""
+        """The kind's Vega-Lite with the options in it; never read. Absent: the kind has none, and a table shows the rows."""
 
     def __init__(
         self,
@@ -645,10 +650,11 @@ class CustomWidget(_message.Message):
         version: _builtins.int = ...,
         options: _struct_pb2.Struct | None = ...,
         spec: _struct_pb2.Struct | None = ...,
+        kind_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "spec", b"spec", "version", b"version", "widget_kind_id", b"widget_kind_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind_name", b"kind_name", "options", b"options", "spec", b"spec", "version", b"version", "widget_kind_id", b"widget_kind_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,6 +74,22 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
     TOO_MANY_LIBRARY_WIDGETS: _ErrorReason.ValueType  # 35
     """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
+    WIDGET_KIND_NOT_FOUND: _ErrorReason.ValueType  # 40
+    """NOT_FOUND: the workspace has no such kind of widgets."""
+    WIDGET_KIND_VERSION_NOT_FOUND: _ErrorReason.ValueType  # 41
+    """NOT_FOUND: the kind has no such version."""
+    WIDGET_KIND_NAME_TAKEN: _ErrorReason.ValueType  # 42
+    """ALREADY_EXISTS: another kind of the workspace has this name."""
+    WIDGET_KIND_IN_USE: _ErrorReason.ValueType  # 43
+    """FAILED_PRECONDITION: widgets have the kind. Give them another one, or delete them; what is in the bin, purge."""
+    TOO_MANY_WIDGET_KINDS: _ErrorReason.ValueType  # 44
+    """FAILED_PRECONDITION: a workspace has at most 100 kinds, and a kind 1,000 versions."""
+    WIDGET_KIND_INVALID: _ErrorReason.ValueType  # 45
+    """INVALID_ARGUMENT: the schema, template or spec of the kind is too large, or holds what it may not; the message says where."""
+    WIDGET_OPTIONS_INVALID: _ErrorReason.ValueType  # 46
+    """INVALID_ARGUMENT: the options of the widget are not what its kind asks for, or no query becomes of them; the message says
+    what is wrong with which.
+    """
     VARIABLE_UNKNOWN: _ErrorReason.ValueType  # 50
     """INVALID_ARGUMENT: a condition or a time range of the widget names a variable that the dashboard does not have. A plain
     `$` is written `$$`.
@@ -181,6 +197,22 @@ LIBRARY_WIDGET_IN_USE: ErrorReason.ValueType  # 34
 """FAILED_PRECONDITION: widgets of dashboards show the library widget. Take it off them first."""
 TOO_MANY_LIBRARY_WIDGETS: ErrorReason.ValueType  # 35
 """FAILED_PRECONDITION: a workspace has at most 1,000 library widgets."""
+WIDGET_KIND_NOT_FOUND: ErrorReason.ValueType  # 40
+"""NOT_FOUND: the workspace has no such kind of widgets."""
+WIDGET_KIND_VERSION_NOT_FOUND: ErrorReason.ValueType  # 41
+"""NOT_FOUND: the kind has no such version."""
+WIDGET_KIND_NAME_TAKEN: ErrorReason.ValueType  # 42
+"""ALREADY_EXISTS: another kind of the workspace has this name."""
+WIDGET_KIND_IN_USE: ErrorReason.ValueType  # 43
+"""FAILED_PRECONDITION: widgets have the kind. Give them another one, or delete them; what is in the bin, purge."""
+TOO_MANY_WIDGET_KINDS: ErrorReason.ValueType  # 44
+"""FAILED_PRECONDITION: a workspace has at most 100 kinds, and a kind 1,000 versions."""
+WIDGET_KIND_INVALID: ErrorReason.ValueType  # 45
+"""INVALID_ARGUMENT: the schema, template or spec of the kind is too large, or holds what it may not; the message says where."""
+WIDGET_OPTIONS_INVALID: ErrorReason.ValueType  # 46
+"""INVALID_ARGUMENT: the options of the widget are not what its kind asks for, or no query becomes of them; the message says
+what is wrong with which.
+"""
 VARIABLE_UNKNOWN: ErrorReason.ValueType  # 50
 """INVALID_ARGUMENT: a condition or a time range of the widget names a variable that the dashboard does not have. A plain
 `$` is written `$$`.

@@ -12,6 +12,7 @@ from meshboard.dashboard.v1 import dashboard_pb2 as _dashboard_pb2
 from meshboard.dashboard.v1 import folder_pb2 as _folder_pb2
 from meshboard.dashboard.v1 import library_pb2 as _library_pb2
 from meshboard.dashboard.v1 import share_link_pb2 as _share_link_pb2
+from meshboard.dashboard.v1 import widget_kind_pb2 as _widget_kind_pb2
 from meshboard.user.v1 import grant_pb2 as _grant_pb2
 import builtins as _builtins
 import sys
@@ -905,3 +906,81 @@ class ShareLinkDeleted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ShareLinkDeleted: _TypeAlias = ShareLinkDeleted  # noqa: Y015
+
+@_typing.final
+class WidgetKindCreated(_message.Message):
+    """A kind of widgets was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDGET_KIND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def widget_kind(self) -> _widget_kind_pb2.WidgetKind:
+        """The kind."""
+
+    def __init__(
+        self,
+        *,
+        widget_kind: _widget_kind_pb2.WidgetKind | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["widget_kind", b"widget_kind"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["widget_kind", b"widget_kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WidgetKindCreated: _TypeAlias = WidgetKindCreated  # noqa: Y015
+
+@_typing.final
+class WidgetKindUpdated(_message.Message):
+    """A kind of widgets was changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDGET_KIND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def widget_kind(self) -> _widget_kind_pb2.WidgetKind:
+        """The kind after the change."""
+
+    def __init__(
+        self,
+        *,
+        widget_kind: _widget_kind_pb2.WidgetKind | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["widget_kind", b"widget_kind"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["widget_kind", b"widget_kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WidgetKindUpdated: _TypeAlias = WidgetKindUpdated  # noqa: Y015
+
+@_typing.final
+class WidgetKindDeleted(_message.Message):
+    """A kind of widgets was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    WIDGET_KIND_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace."""
+    widget_kind_id: _builtins.str
+    """The kind."""
+    name: _builtins.str
+    """What files called it."""
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        widget_kind_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "widget_kind_id", b"widget_kind_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WidgetKindDeleted: _TypeAlias = WidgetKindDeleted  # noqa: Y015

@@ -79,7 +79,7 @@ class LibraryWidget(_message.Message):
 
     @_builtins.property
     def custom(self) -> _dashboard_pb2.CustomWidget:
-        """What a CUSTOM shows; not in use yet."""
+        """What a CUSTOM shows."""
 
     @_builtins.property
     def display(self) -> _dashboard_pb2.Display:

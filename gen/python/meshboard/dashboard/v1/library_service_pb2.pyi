@@ -98,7 +98,7 @@ class CreateLibraryWidgetRequest(_message.Message):
 
     @_builtins.property
     def custom(self) -> _dashboard_pb2.CustomWidget:
-        """What a CUSTOM shows; not in use yet."""
+        """What a CUSTOM shows."""
 
     @_builtins.property
     def display(self) -> _dashboard_pb2.Display:

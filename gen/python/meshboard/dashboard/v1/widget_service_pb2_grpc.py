@@ -30,7 +30,7 @@ class WidgetServiceStub:
     `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
 
     TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
-    a `markdown`; each has nothing else of these.
+    a `markdown`, CUSTOM a `custom`; each has nothing else of these, but that what a CUSTOM asks can be read as its `query`.
     """
 
     def __init__(self, channel):
@@ -76,7 +76,7 @@ class WidgetServiceServicer:
     `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
 
     TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
-    a `markdown`; each has nothing else of these.
+    a `markdown`, CUSTOM a `custom`; each has nothing else of these, but that what a CUSTOM asks can be read as its `query`.
     """
 
     def CreateWidget(self, request, context):
@@ -84,7 +84,8 @@ class WidgetServiceServicer:
 
         Fails as `QueryService.ValidateQuery` does, for a funnel or retention as those do; with INVALID_ARGUMENT, reason
         VALIDATION_FAILED, when it lacks what its kind needs or has what another kind needs; WIDGET_QUERY_UNFIT, when the kind
-        cannot draw what the query answers; VARIABLE_UNKNOWN; with NOT_FOUND, reason LIBRARY_WIDGET_NOT_FOUND; with
+        cannot draw what the query answers; VARIABLE_UNKNOWN; for a CUSTOM, WIDGET_OPTIONS_INVALID; with NOT_FOUND, reason
+        LIBRARY_WIDGET_NOT_FOUND, WIDGET_KIND_NOT_FOUND or WIDGET_KIND_VERSION_NOT_FOUND; with
         ALREADY_EXISTS, reason WIDGET_NAME_TAKEN; with FAILED_PRECONDITION, reason TOO_MANY_WIDGETS, LAYOUT_OVERLAP (the
         metadata have the `widget_id` of the one that stands there) or LAYOUT_FULL.
         """
@@ -182,7 +183,7 @@ class WidgetService:
     `sources.query` on each of its sources; whoever puts a library widget on a dashboard, on those of the library widget.
 
     TIMESERIES, BAR, NUMBER, TABLE, PIE, STACKED and HEATMAP have a `query`, FUNNEL a `funnel`, RETENTION a `retention`, TEXT
-    a `markdown`; each has nothing else of these.
+    a `markdown`, CUSTOM a `custom`; each has nothing else of these, but that what a CUSTOM asks can be read as its `query`.
     """
 
     @staticmethod
