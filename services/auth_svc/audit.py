@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any, NamedTuple
 
 import structlog
 from meshboard.auth.v1.audit_pb2 import AuditEntry
@@ -17,6 +18,23 @@ from services.chassis.times import timestamp_of
 log = structlog.get_logger("audit", log="audit")
 
 DONE, REFUSED = "DONE", "REFUSED"
+
+
+class Entry(NamedTuple):
+    """An entry that is read past the ORM; the fields are the columns of `AuditEntryRow`."""
+
+    audit_entry_id: str
+    time: datetime
+    kind: str
+    outcome: str
+    reason: str
+    actor_id: str
+    impersonator_id: str
+    subject_id: str
+    workspace_id: str | None
+    session_id: str
+    address: str
+    details: dict[str, Any]
 
 
 def record(
@@ -86,7 +104,7 @@ def to_log(entry: AuditEntryRow) -> None:
     )
 
 
-def entry_to_pb(row: AuditEntryRow, position: int | None) -> AuditEntry:
+def entry_to_pb(row: AuditEntryRow | Entry, position: int | None) -> AuditEntry:
     """The entry at its position in the chain; None when it has none yet."""
     entry = AuditEntry(
         audit_entry_id=row.audit_entry_id,

@@ -38,11 +38,10 @@ from sqlalchemy import (
     event,
     exc,
     func,
-    insert,
     make_url,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, dialect
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -75,6 +74,8 @@ _pool_used = Gauge(
 # Ids are strings in the contracts and uuid columns in Postgres; they are converted here, in the driver.
 Id = Annotated[str, mapped_column(Uuid(as_uuid=False))]
 Time = Annotated[datetime, mapped_column(DateTime(timezone=True))]
+
+_DIALECT = dialect()  # type: ignore[no-untyped-call]
 
 # "mesh" in ASCII: the advisory lock of whoever migrates this database.
 _MIGRATION_LOCK = 0x6D657368
@@ -392,19 +393,28 @@ async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *argumen
     ConnectionError while Postgres is away.
     """
     with telemetry.span(f"sql {sql.split(None, 1)[0]}", "CLIENT", sql=sql):
-        # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
-        pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
-        try:
-            assert pooled.driver_connection is not None
-            rows: Sequence[Any] = await pooled.driver_connection.fetch(sql, *arguments)
-        except asyncpg.CharacterNotInRepertoireError:
-            raise
-        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            # No other input makes such a statement fail: it is the database's trouble, and passes.
-            raise ConnectionError("the database cannot do it now") from error
-        finally:
-            await greenlet_spawn(pooled.close)
+        async with driver_connection(db) as connection:
+            rows: Sequence[Any] = await connection.fetch(sql, *arguments)
         return rows
+
+
+@asynccontextmanager
+async def driver_connection(db: async_sessionmaker[AsyncSession]) -> AsyncIterator[asyncpg.Connection]:
+    """A connection of the pool as asyncpg has it, for statements that the ORM would make slow.
+
+    Raises ConnectionError while Postgres is away.
+    """
+    # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
+    pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
+    try:
+        yield pooled.driver_connection
+    except asyncpg.CharacterNotInRepertoireError:
+        raise
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        # No other input makes such a statement fail: it is the database's trouble, and passes.
+        raise ConnectionError("the database cannot do it now") from error
+    finally:
+        await greenlet_spawn(pooled.close)
 
 
 class Adds(Protocol):
@@ -424,13 +434,17 @@ class Rows:
         """Takes a row; what is not set in it gets the default of its column."""
         self._rows.append(row)
 
-    async def insert(self, session: AsyncSession) -> None:
-        """Inserts the rows in the session's transaction, those of a table by one statement."""
-        by_table: dict[Any, list[dict[str, Any]]] = {}
+    async def insert(self, connection: asyncpg.Connection) -> None:
+        """Inserts the rows on a `driver_connection`, those of a table by one statement.
+
+        Rows of a table have the same columns set, and no arrays.
+        """
+        by_table: dict[type[DeclarativeBase], list[dict[str, Any]]] = {}
         for row in self._rows:
-            by_table.setdefault(row.__table__, []).append(_columns(row))
+            by_table.setdefault(type(row), []).append(_columns(row))
         for table, rows in by_table.items():
-            await session.execute(insert(table), rows)
+            columns = [[_value(row[name]) for row in rows] for name in rows[0]]
+            await connection.execute(_insert_all(table, tuple(rows[0])), *columns)
 
     async def insert_if(
         self, db: async_sessionmaker[AsyncSession], condition: str, *arguments: object
@@ -444,13 +458,25 @@ class Rows:
         for row in self._rows:
             columns = _columns(row)
             shapes.append((row.__tablename__, tuple(columns)))
-            values += [json.dumps(value) if isinstance(value, dict) else value for value in columns.values()]
+            values += map(_value, columns.values())
         found = await fetch_at_once(db, _insert_if(condition, len(arguments), tuple(shapes)), *values)
         return found[0][0] if found else None
 
 
 def _columns(row: DeclarativeBase) -> dict[str, Any]:
     return {name: value for name, value in vars(row).items() if not name.startswith("_")}
+
+
+def _value(value: object) -> object:
+    """As the driver wants it, in which SQLAlchemy has JSON pass as text."""
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+@lru_cache(maxsize=64)
+def _insert_all(table: type[DeclarativeBase], columns: tuple[str, ...]) -> str:
+    types = [table.__table__.c[name].type.compile(_DIALECT) for name in columns]
+    arrays = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(types, 1))
+    return f"INSERT INTO {table.__tablename__} ({', '.join(columns)}) SELECT * FROM unnest({arrays})"  # noqa: S608 - ours
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ The gateway removes `x-meshboard-…` from what comes in and sets it anew, so th
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,10 +23,17 @@ def headers_of(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
 
 def address_of(context: grpc.aio.ServicerContext[Any, Any], headers: Mapping[str, str]) -> str:
     """An IPv4 address or, because one subscriber has that many, an IPv6 network of 64 bits; "" when it is neither."""
-    # "ipv4:127.0.0.1:50051", "ipv6:%5B::1%5D:50051" or "unix:…"
-    peer = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
+    told = headers.get(ADDRESS_HEADER)
+    if told is None:
+        # "ipv4:127.0.0.1:50051", "ipv6:%5B::1%5D:50051" or "unix:…"
+        told = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
+    return _shortened(told)
+
+
+@lru_cache(maxsize=1024)
+def _shortened(told: str) -> str:
     try:
-        address = ipaddress.ip_address(headers.get(ADDRESS_HEADER, peer))
+        address = ipaddress.ip_address(told)
     except ValueError:
         return ""
     if address.version == 4:

@@ -250,13 +250,24 @@ async def test_rows_go_in_together_or_not_at_all(db: Sessions) -> None:
         assert await session.get(OutboxRow, event_id) is None
 
 
-async def test_many_rows_go_in_with_the_session(db: Sessions) -> None:
+async def test_many_rows_go_in_with_the_transaction(db: Sessions) -> None:
     rows, ids = Rows(), [str(uuid7()) for _ in range(40)]
-    for event_id in ids:
+    for number, event_id in enumerate(ids):
         rows.add(InboxRow(consumer="d", event_id=event_id))
-        rows.add(OutboxRow(id=event_id, subject="a", payload=b"", headers={}))
-    async with db.begin() as session:
-        await rows.insert(session)
+        rows.add(OutboxRow(id=event_id, subject="a", payload=b"\x00", headers={"n": f'"{number}\\'}))
+    async with chassis_db.driver_connection(db) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await rows.insert(connection)
+        await transaction.rollback()
+        async with db() as session:
+            assert list(await session.scalars(select(InboxRow.event_id))) == []
+        async with connection.transaction():
+            await rows.insert(connection)
     async with db() as session:
         assert set(await session.scalars(select(InboxRow.event_id))) == set(ids)
-        assert set(await session.scalars(select(OutboxRow.id))) == set(ids)
+        events = {event.id: event for event in await session.scalars(select(OutboxRow))}
+    assert [events[event_id].headers for event_id in ids] == [
+        {"n": f'"{number}\\'} for number in range(len(ids))
+    ]
+    assert {event.payload for event in events.values()} == {b"\x00"}

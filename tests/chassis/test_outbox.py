@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 from uuid import UUID, uuid4
 
 import pytest
@@ -251,3 +252,17 @@ async def test_refuses_a_message_that_is_too_large(db: Sessions) -> None:
     with pytest.raises(ValueError, match="MemberRemoved has"):
         async with db.begin() as session:
             outbox.add(session, MemberRemoved(user_id="x" * outbox.MAX_EVENT_BYTES))
+
+
+async def test_what_comes_in_company_leaves_together(database_url: str, db: Sessions, bus: Bus) -> None:
+    async with relaying(database_url, bus):
+        for _ in range(20):
+            await write(db, 1)
+        await eventually(lambda: settled(db))
+    async with db() as session:
+        marked = await session.scalars(
+            select(OutboxRow.publish_time).distinct().order_by(OutboxRow.publish_time)
+        )
+        rounds = [time.timestamp() for time in marked if time]
+    # However slow the machine is: between two rounds there is a rest.
+    assert all(later - earlier > 0.09 for earlier, later in pairwise(rounds))

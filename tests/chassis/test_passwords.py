@@ -1,11 +1,16 @@
 import asyncio
+import os
+import platform
+import re
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from services.chassis import errors
-from services.chassis.passwords import Passwords
+from services.chassis.passwords import Passwords, _has_slices
 from services.chassis.settings import PasswordSettings
 from tests.harness import make_keys
 
@@ -87,3 +92,17 @@ async def test_refuses_when_too_many_wait_and_recovers(tmp_path: Path):
             if not any(isinstance(outcome, errors.Error) for outcome in outcomes):
                 break
     pool.close()
+
+
+async def test_its_threads_make_way_for_others(passwords: Passwords):
+    await passwords.hash("correct horse")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("argon2"))
+    if sys.platform == "linux":
+        assert thread.native_id is not None
+        nice = os.getpriority(os.PRIO_PROCESS, thread.native_id)
+        assert nice > os.getpriority(os.PRIO_PROCESS, 0)
+        shown = Path(f"/proc/self/task/{thread.native_id}/sched")
+        slices = re.search(r"^se.slice\D+(\d+)", shown.read_text() if shown.exists() else "", re.MULTILINE)
+        if nice == 5 and slices:
+            assert slices[1] == "100000000"
+        assert nice == (5 if _has_slices() and platform.machine() == "x86_64" else 10)
