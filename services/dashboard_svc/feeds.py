@@ -139,6 +139,7 @@ class Feed:
         self._tiles: dict[str, _Shown] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
+        self._news_by_id: dict[int, tuple[cursors.Digests | None, News | None]] = {}
         self._complete = False  # whether there has been data for all widgets
         self._gathering: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
@@ -167,12 +168,20 @@ class Feed:
     def news(self, has: cursors.Digests | None) -> News | None:
         """What leads a client that has this data (None: nothing) to the present state; None when nothing is new."""
         self._check()
-        key = None if has is None else tuple(has.items())
-        if key not in self._news:
-            if len(self._news) >= _NEWS_KEPT:
-                self._news.clear()
-            self._news[key] = self._make_news(has)
-        return self._news[key]
+        # Those who were sent the same have the very same digests: to compare them would cost more than the rest.
+        found = self._news_by_id.get(id(has))
+        if found is None:
+            key = None if has is None else tuple(has.items())
+            if key not in self._news:
+                if len(self._news) >= _NEWS_KEPT:
+                    self._forget_news()
+                self._news[key] = self._make_news(has)
+            found = self._news_by_id[id(has)] = (has, self._news[key])
+        return found[1]
+
+    def _forget_news(self) -> None:
+        self._news.clear()
+        self._news_by_id.clear()
 
     def _make_news(self, has: cursors.Digests | None) -> News | None:
         known = has or {}
@@ -282,7 +291,7 @@ class Feed:
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
-        self._news.clear()
+        self._forget_news()
         self.changes += 1
         self.wake()
 

@@ -19,7 +19,7 @@ from services.dashboard_svc.snapshots import Frozen
 End = WatchDashboardResponse.End
 
 _guards = Guards()
-_rounds = Rounds()
+_rounds = Rounds(LEAST_SECONDS)
 
 # What a message is sent as: what the servicer gives to gRPC.
 Form = Callable[[WatchDashboardResponse], Any]
@@ -112,7 +112,7 @@ class _Watcher:
     def _news(self, now: float) -> Any:
         first, self.seen = self.seen is None, self.feed.changes
         if news := self.feed.news(self.has):
-            self.has, self.next_news = news.has, now + self.least_seconds
+            self.has, self.next_news = news.has, now + max(self.least_seconds, _rounds.pace)
             return news.formed(self.form)
         if first:
             # Nothing differs from the client's cursor: it learns that it is up to date.
