@@ -92,6 +92,9 @@ class Turn:
             if not self.over.done():
                 self.over.set_exception(failure)
         else:
+            if waits_for is None:  # it only lets others go first
+                asyncio.get_running_loop().call_soon(self._go_on, None, context=self._rounds.context)
+                return
             waits_for._asyncio_future_blocking = False  # the answer to what `Future.__await__` asks of a task
             waits_for.add_done_callback(self._go_on, context=self._rounds.context)
 
