@@ -8,8 +8,7 @@ states instead of queueing them. What those in the same state are sent is made o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +117,8 @@ class Feed:
     """The present state of one dashboard, in one scope.
 
     Those in `told` are called when the state has changed, and `changes` has grown. `doubts` grows when watchers have
-    reason to check at once whether they may still watch. `gone` says that the dashboard was deleted.
+    reason to check at once whether they may still watch. `gone` says that the dashboard was deleted. Each watcher
+    enters the feed, which ends when the last has left it.
     """
 
     def __init__(self, workspace_id: str, dashboard_id: str, scope: Scope, feeds: Feeds) -> None:
@@ -146,6 +146,18 @@ class Feed:
         # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
         self._task = asyncio.create_task(self._follow(), context=Context())
         self._task.add_done_callback(self._done)
+
+    def __enter__(self) -> Feed:
+        self.watchers += 1
+        _watchers.inc()
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        _watchers.dec()
+        self.watchers -= 1
+        if not self.watchers:
+            self._feeds.forget(self)
+            self.close()
 
     async def catch_up(self) -> None:
         """Returns when the feed has the widgets that were committed before the call; many callers share one load."""
@@ -323,24 +335,14 @@ class Feeds:
         await bus.listen("meshboard.dashboard.v1.>", self._happened)
         bus.on_gap(self.mistrust)
 
-    @contextmanager
-    def watch(self, workspace_id: str, dashboard_id: str, scope: Scope) -> Iterator[Feed]:
-        """The dashboard's feed in a scope, which lives as long as someone watches."""
+    def watch(self, workspace_id: str, dashboard_id: str, scope: Scope) -> Feed:
+        """The dashboard's feed in a scope, for a watcher to enter at once."""
         key = (workspace_id, dashboard_id, scope)
         feed = self._feeds.get(key)
         if feed is None:
             feed = self._feeds[key] = Feed(*key, self)
             _feeds.inc()
-        feed.watchers += 1
-        _watchers.inc()
-        try:
-            yield feed
-        finally:
-            _watchers.dec()
-            feed.watchers -= 1
-            if not feed.watchers:
-                self.forget(feed)
-                feed.close()
+        return feed
 
     def __len__(self) -> int:
         return len(self._feeds)

@@ -14,8 +14,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, NamedTuple
 
@@ -43,7 +42,10 @@ class Due(NamedTuple):
 
 
 class Turn:
-    """A stream in the rounds. `over` is done behind its last message, or when `due` has raised or it cannot be sent."""
+    """A stream, in the rounds from when it is entered until it is left.
+
+    `over` is done behind its last message, or when `due` has raised or it cannot be sent.
+    """
 
     __slots__ = ("_coroutine", "_due", "_rounds", "_write", "asked", "far", "last", "near", "over", "writing")
 
@@ -57,6 +59,15 @@ class Turn:
         self.writing = False
         self.last = False
         self.near = self.far = NEVER
+
+    def __enter__(self) -> Turn:
+        self._rounds.enter()
+        self.look()
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        self.over.cancel()
+        self._rounds.leave()
 
     def look(self) -> None:
         """Has the stream asked what it sends as soon as all those who wait have been."""
@@ -123,21 +134,21 @@ class Rounds:
         self._sent_seconds = 0.0
         self._measured_since = 0.0
 
-    @contextmanager
-    def turn(self, due: Callable[[float], Due], write: Write) -> Iterator[Turn]:
+    def turn(self, due: Callable[[float], Due], write: Write) -> Turn:
         """A stream that is asked by `due`, with the monotonic clock's time, what it sends by `write`."""
-        turn = Turn(self, due, write)
-        self._streams += 1
-        turn.look()
-        try:
-            yield turn
-        finally:
-            turn.over.cancel()
-            self._streams -= 1
-            if not self._streams:
-                self._rest()
+        return Turn(self, due, write)
 
     # Called by turns
+
+    def enter(self) -> None:
+        """Counts a stream in."""
+        self._streams += 1
+
+    def leave(self) -> None:
+        """Counts it out."""
+        self._streams -= 1
+        if not self._streams:
+            self._rest()
 
     def queue(self, turn: Turn) -> None:
         """Puts it behind those who wait."""
