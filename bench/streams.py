@@ -57,6 +57,12 @@ class Client:
         )
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def open(self) -> None:
         """Returns when each stream has had its first message."""
         self._pipe.recv()

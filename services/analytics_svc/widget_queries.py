@@ -23,7 +23,7 @@ from meshboard.analytics.v1.internal_query_service_pb2 import (
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
 from meshboard.analytics.v1.query_pb2 import Result
-from sqlalchemy import and_, select
+from sqlalchemy import and_, bindparam, select
 
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.funnels import compile_funnel, read_funnel
@@ -33,7 +33,7 @@ from services.analytics_svc.periods import until_now
 from services.analytics_svc.queries import Queries
 from services.analytics_svc.retention import compile_retention, read_retention
 from services.analytics_svc.selection import resolve_range
-from services.chassis import errors
+from services.chassis import db, errors
 from services.chassis.interceptor import error_of
 
 log = structlog.get_logger(__name__)
@@ -49,6 +49,20 @@ _PREPARED_BYTES = 16 << 20
 _DIGEST_BYTES = 16
 # A message with more than this is sent before there is more in it.
 _MESSAGE_BYTES = 1 << 20
+
+_sources, _watermarks = Source.__table__.c, Watermark.__table__.c
+# Made once, and of tables: this is asked for each look at a dashboard.
+_MARKS = (
+    select(_sources.source_id, _watermarks.watermark)
+    .outerjoin(
+        Watermark.__table__,
+        and_(_watermarks.workspace_id == _sources.workspace_id, _watermarks.source_id == _sources.source_id),
+    )
+    .where(
+        _sources.workspace_id == bindparam("asked_workspace_id"),
+        _sources.source_id.in_(bindparam("asked_source_ids", expanding=True)),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +194,9 @@ class InternalQueryServicer(InternalQueryServiceServicer):
         """The sources of the questions that are of the workspace, in one statement for all."""
         source_ids = sorted({source_id for question in questions for source_id in _source_ids(question)})
         async with self.queries.db() as session:
-            rows = await session.execute(
-                select(Source.source_id, Watermark.watermark)
-                .outerjoin(
-                    Watermark,
-                    and_(
-                        Watermark.workspace_id == Source.workspace_id,
-                        Watermark.source_id == Source.source_id,
-                    ),
-                )
-                .where(Source.workspace_id == workspace_id, Source.source_id.in_(source_ids))
+            connection = await session.connection(execution_options=db.ONE_READ)
+            rows = await connection.execute(
+                _MARKS, {"asked_workspace_id": workspace_id, "asked_source_ids": source_ids}
             )
         return {row.source_id: row.watermark for row in rows}
 

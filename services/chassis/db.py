@@ -353,6 +353,11 @@ def create_chassis_tables(op: Executes) -> None:
     create_grants(op)
 
 
+# For `session.connection(execution_options=…)` where there is one statement, which reads: without a transaction around
+# it, whose begin and end are each a way to Postgres and back.
+ONE_READ = {"isolation_level": "AUTOCOMMIT"}
+
+
 def connect(
     url: str, pool_size: int = 10, *, statement_timeout_seconds: float = 10
 ) -> async_sessionmaker[AsyncSession]:

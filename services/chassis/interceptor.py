@@ -8,9 +8,10 @@ access can rely on well-formed ids.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -49,9 +50,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._rules = rules
         self._access = access
-        self._max_calls = max_calls
+        self.admitted = _Door(max_calls)
         self._call_seconds = call_seconds
-        self._under_way = 0
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
 
     async def intercept_service(
@@ -87,21 +87,6 @@ class Interceptor(grpc.aio.ServerInterceptor):
             )
         raise TypeError(f"{path}: a stream of requests with one answer is not supported")
 
-    @contextmanager
-    def admitted(self) -> Any:
-        """Counts a call in, or refuses it at the door."""
-        if self._under_way >= self._max_calls:
-            raise errors.resource_exhausted(
-                "OVERLOADED", "The service has too many calls under way.", retry_seconds=1
-            )
-        self._under_way += 1
-        telemetry.UNDER_WAY.inc()
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            telemetry.UNDER_WAY.dec()
-
     @property
     def access(self) -> Access:
         """Who may call."""
@@ -111,6 +96,26 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def call_seconds(self) -> float:
         """How long a unary call without a deadline may take."""
         return self._call_seconds
+
+
+class _Door:
+    """Counts calls in, or refuses them. One for all: what each of thousands of streams holds adds up."""
+
+    def __init__(self, max_calls: int) -> None:
+        self._max_calls = max_calls
+        self._under_way = 0
+
+    def __enter__(self) -> None:
+        if self._under_way >= self._max_calls:
+            raise errors.resource_exhausted(
+                "OVERLOADED", "The service has too many calls under way.", retry_seconds=1
+            )
+        self._under_way += 1
+        telemetry.UNDER_WAY.inc()
+
+    def __exit__(self, *_failure: object) -> None:
+        self._under_way -= 1
+        telemetry.UNDER_WAY.dec()
 
 
 class _Stages:
@@ -133,7 +138,7 @@ class _Stages:
             metadata = _metadata(context)
             with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
                 try:
-                    with self._interceptor.admitted():
+                    with self._interceptor.admitted:
                         async with asyncio.timeout(self._deadline(context, self._interceptor.call_seconds)):
                             if reads:
                                 request = await context.read()
@@ -185,7 +190,7 @@ class _Stages:
             metadata = _metadata(context)
             with telemetry.span(self._path[1:], "SERVER", carrier=metadata):
                 try:
-                    with self._interceptor.admitted():
+                    with self._interceptor.admitted:
                         self._deadline(context, STREAM_SECONDS)
                         async with aclosing(method(await enter(arriving, metadata), context)) as responses:
                             async for response in responses:
@@ -275,7 +280,7 @@ def _metadata(context: Context) -> dict[str, str]:
             if key == "authorization":
                 pairs[key] = ""
         elif isinstance(value, str):
-            pairs[key] = value
+            pairs[sys.intern(key)] = value  # streams keep it
     return pairs
 
 

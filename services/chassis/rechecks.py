@@ -3,9 +3,10 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import grpc
@@ -81,11 +82,18 @@ class Rechecks:
 class Guard:
     """The checks of all streams that have the same right: one for all, and no stream wakes for it.
 
-    `told` is called when a doubt has been cleared up, and when the streams must end.
+    `told` is called when a doubt has been cleared up, and when the streams must end. Each stream enters it; when the
+    last has left, it ends and calls `left`.
     """
 
-    def __init__(self, recheck: Callable[[], Awaitable[None]], told: Callable[[], None]) -> None:
-        self.streams = 0
+    def __init__(
+        self,
+        recheck: Callable[[], Awaitable[None]],
+        told: Callable[[], None],
+        left: Callable[["Guard"], None],
+    ) -> None:
+        self._streams = 0
+        self._left = left
         self.settled = 0  # doubts that have been cleared up
         self._told = told
         self._checks = Rechecks(recheck)
@@ -113,9 +121,15 @@ class Guard:
             raise self._failure
         return self._reason
 
-    def close(self) -> None:
-        """Checks no more."""
-        self._task.cancel()
+    def __enter__(self) -> "Guard":
+        self._streams += 1
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        self._streams -= 1
+        if not self._streams:
+            self._task.cancel()
+            self._left(self)
 
     async def _run(self) -> None:
         set_deadline(math.inf)  # it runs for several calls, and has none's
@@ -146,23 +160,16 @@ class Guards:
     def __init__(self) -> None:
         self._guards: dict[Hashable, Guard] = {}
 
-    @contextmanager
-    def guard(
-        self, key: Hashable, recheck: Callable[[], Awaitable[None]], told: Callable[[], None]
-    ) -> Iterator[Guard]:
-        """The guard of a stream. Streams with equal keys have the same right, and share `recheck` and `told`."""
+    def guard(self, key: Hashable, recheck: Callable[[], Awaitable[None]], told: Callable[[], None]) -> Guard:
+        """For a stream to enter at once. Those with equal keys have the same right, and share what is given."""
         guard = self._guards.get(key)
         if guard is None or guard.over:  # the right may have come back
-            guard = self._guards[key] = Guard(recheck, told)
-        guard.streams += 1
-        try:
-            yield guard
-        finally:
-            guard.streams -= 1
-            if not guard.streams:
-                guard.close()
-                if self._guards.get(key) is guard:
-                    del self._guards[key]
+            guard = self._guards[key] = Guard(recheck, told, partial(self._forget, key))
+        return guard
+
+    def _forget(self, key: Hashable, guard: Guard) -> None:
+        if self._guards.get(key) is guard:
+            del self._guards[key]
 
 
 def _next_check(now: float) -> float:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +131,8 @@ class Feed:
     """The present state of one dashboard, in one scope.
 
     Those in `told` are called when the state has changed, and `changes` has grown. `doubts` grows when watchers have
-    reason to check at once whether they may still watch. `gone` says that the dashboard was deleted.
+    reason to check at once whether they may still watch. `gone` says that the dashboard was deleted. Each watcher
+    enters the feed, which ends when the last has left it.
     """
 
     def __init__(self, workspace_id: str, dashboard_id: str, scope: Scope, feeds: Feeds) -> None:
@@ -155,12 +155,25 @@ class Feed:
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
         # Differs wherever annotations may differ: a client is rather told once too often.
         self._annotations = os.urandom(cursors.DIGEST_BYTES)
+        self._news_by_id: dict[int, tuple[cursors.Digests | None, News | None]] = {}
         self._complete = False  # whether there has been data for all widgets
         self._gathering: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
         # In an empty context: the work belongs to no call, has no caller's token and no call's deadline.
         self._task = asyncio.create_task(self._follow(), context=Context())
         self._task.add_done_callback(self._done)
+
+    def __enter__(self) -> Feed:
+        self.watchers += 1
+        _watchers.inc()
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        _watchers.dec()
+        self.watchers -= 1
+        if not self.watchers:
+            self._feeds.forget(self)
+            self.close()
 
     async def catch_up(self) -> None:
         """Returns when the feed has the widgets that were committed before the call; many callers share one load."""
@@ -183,12 +196,20 @@ class Feed:
     def news(self, has: cursors.Digests | None) -> News | None:
         """What leads a client that has this data (None: nothing) to the present state; None when nothing is new."""
         self._check()
-        key = None if has is None else tuple(has.items())
-        if key not in self._news:
-            if len(self._news) >= _NEWS_KEPT:
-                self._news.clear()
-            self._news[key] = self._make_news(has)
-        return self._news[key]
+        # Those who were sent the same have the very same digests: to compare them would cost more than the rest.
+        found = self._news_by_id.get(id(has))
+        if found is None:
+            key = None if has is None else tuple(has.items())
+            if key not in self._news:
+                if len(self._news) >= _NEWS_KEPT:
+                    self._forget_news()
+                self._news[key] = self._make_news(has)
+            found = self._news_by_id[id(has)] = (has, self._news[key])
+        return found[1]
+
+    def _forget_news(self) -> None:
+        self._news.clear()
+        self._news_by_id.clear()
 
     def _make_news(self, has: cursors.Digests | None) -> News | None:
         known = has or {}
@@ -310,7 +331,7 @@ class Feed:
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
-        self._news.clear()
+        self._forget_news()
         self.changes += 1
         self.wake()
 
@@ -342,24 +363,14 @@ class Feeds:
         await bus.listen("meshboard.dashboard.v1.>", self._happened)
         bus.on_gap(self.mistrust)
 
-    @contextmanager
-    def watch(self, workspace_id: str, dashboard_id: str, scope: Scope) -> Iterator[Feed]:
-        """The dashboard's feed in a scope, which lives as long as someone watches."""
+    def watch(self, workspace_id: str, dashboard_id: str, scope: Scope) -> Feed:
+        """The dashboard's feed in a scope, for a watcher to enter at once."""
         key = (workspace_id, dashboard_id, scope)
         feed = self._feeds.get(key)
         if feed is None:
             feed = self._feeds[key] = Feed(*key, self)
             _feeds.inc()
-        feed.watchers += 1
-        _watchers.inc()
-        try:
-            yield feed
-        finally:
-            _watchers.dec()
-            feed.watchers -= 1
-            if not feed.watchers:
-                self.forget(feed)
-                feed.close()
+        return feed
 
     def __len__(self) -> int:
         return len(self._feeds)

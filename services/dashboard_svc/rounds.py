@@ -14,15 +14,18 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, NamedTuple
 
 from services.chassis.interceptor import Write
 
-# Others have their turn after so much time of sending, and are left as much.
-SLICE_SECONDS = 0.001
+# What else the process does has its turn after so much time of sending.
+SLICE_SECONDS = 0.002
+# The share of the time that sending may take, as measured over so many seconds.
+SHARE = 0.8
+MEASURED_SECONDS = 0.25
+MOST_SECONDS = 1.0
 NEVER = math.inf
 
 
@@ -39,7 +42,10 @@ class Due(NamedTuple):
 
 
 class Turn:
-    """A stream in the rounds. `over` is done behind its last message, or when `due` has raised or it cannot be sent."""
+    """A stream, in the rounds from when it is entered until it is left.
+
+    `over` is done behind its last message, or when `due` has raised or it cannot be sent.
+    """
 
     __slots__ = ("_coroutine", "_due", "_rounds", "_write", "asked", "far", "last", "near", "over", "writing")
 
@@ -53,6 +59,15 @@ class Turn:
         self.writing = False
         self.last = False
         self.near = self.far = NEVER
+
+    def __enter__(self) -> Turn:
+        self._rounds.enter()
+        self.look()
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        self.over.cancel()
+        self._rounds.leave()
 
     def look(self) -> None:
         """Has the stream asked what it sends as soon as all those who wait have been."""
@@ -88,6 +103,9 @@ class Turn:
             if not self.over.done():
                 self.over.set_exception(failure)
         else:
+            if waits_for is None:  # it only lets others go first
+                asyncio.get_running_loop().call_soon(self._go_on, None, context=self._rounds.context)
+                return
             waits_for._asyncio_future_blocking = False  # the answer to what `Future.__await__` asks of a task
             waits_for.add_done_callback(self._go_on, context=self._rounds.context)
 
@@ -102,36 +120,40 @@ class Turn:
 class Rounds:
     """The streams of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_seconds: float) -> None:
+        """The `pace`, seconds from one message of a stream to the next, is never below `least_seconds`."""
         self.context = Context()  # of none of the streams' calls
+        self.pace = self._least_seconds = least_seconds
         self._streams = 0
         self._waiting: deque[Turn] = deque()
         self._later: list[tuple[float, int, bool, Turn]] = []  # a heap; whether the time is a near one
         self._number = itertools.count()
         self._timer: asyncio.Handle | None = None
         self._timer_time = NEVER
-        self._free_time = 0.0
+        self._sending_since: float | None = None
+        self._sent_seconds = 0.0
+        self._measured_since = 0.0
 
-    @contextmanager
-    def turn(self, due: Callable[[float], Due], write: Write) -> Iterator[Turn]:
+    def turn(self, due: Callable[[float], Due], write: Write) -> Turn:
         """A stream that is asked by `due`, with the monotonic clock's time, what it sends by `write`."""
-        turn = Turn(self, due, write)
-        self._streams += 1
-        turn.look()
-        try:
-            yield turn
-        finally:
-            turn.over.cancel()
-            self._streams -= 1
-            if not self._streams:
-                self._rest()
+        return Turn(self, due, write)
 
     # Called by turns
+
+    def enter(self) -> None:
+        """Counts a stream in."""
+        self._streams += 1
+
+    def leave(self) -> None:
+        """Counts it out."""
+        self._streams -= 1
+        if not self._streams:
+            self._rest()
 
     def queue(self, turn: Turn) -> None:
         """Puts it behind those who wait."""
         self._waiting.append(turn)
-        self._go_on_at(self._free_time)
+        self._go_on_at(0.0)
 
     def wake_at(self, turn: Turn, near: float, far: float) -> None:
         """Has it look at these times."""
@@ -170,12 +192,25 @@ class Rounds:
         while self._waiting and now < start + SLICE_SECONDS:
             self._waiting.popleft().take(now)
             now = time.monotonic()
-        self._free_time = now + (now - start)
+        self._measure(start, now)
         self._timer_time = NEVER
         if self._waiting:
-            self._go_on_at(self._free_time)
+            self._go_on_at(0.0)
         elif self._later:
             self._go_on_at(self._later[0][0])
+
+    def _measure(self, start: float, now: float) -> None:
+        """Sets the pace by how much of the time has gone into sending: longer rounds are further apart."""
+        if self._sending_since is None:
+            self._sending_since = start
+        over = now >= self._measured_since + MEASURED_SECONDS
+        if over or not self._waiting:
+            self._sent_seconds += now - self._sending_since
+            self._sending_since = now if self._waiting else None
+        if over:
+            share = self._sent_seconds / (now - self._measured_since)
+            self.pace = min(MOST_SECONDS, max(self._least_seconds, self.pace * share / SHARE))
+            self._sent_seconds, self._measured_since = 0.0, now
 
     def _rest(self) -> None:
         if self._timer is not None:

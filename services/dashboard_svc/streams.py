@@ -19,7 +19,7 @@ from services.dashboard_svc.snapshots import Frozen
 End = WatchDashboardResponse.End
 
 _guards = Guards()
-_rounds = Rounds()
+_rounds = Rounds(LEAST_SECONDS)
 
 # What a message is sent as: what the servicer gives to gRPC.
 Form = Callable[[WatchDashboardResponse], Any]
@@ -46,23 +46,7 @@ async def stream(
     equal `key` have the same right, and are checked together. Raises UNAVAILABLE when that could not be told for a
     while. What it yields is for the interceptor, which has the messages sent in rounds over all streams.
     """
-
-    async def check() -> None:
-        if draining():
-            feed.wake()
-        await recheck()
-
-    async def send(write: Write) -> None:
-        with _guards.guard((feed, object() if key is None else key), check, feed.wake) as guard:
-            watcher = _Watcher(feed, has, span, guard, draining, least_seconds, form)
-            with _rounds.turn(watcher.due, write) as turn:
-                feed.told.add(turn.look)
-                try:
-                    await turn.over
-                finally:
-                    feed.told.discard(turn.look)
-
-    yield Handover(send)
+    yield Handover(_Watcher(feed, has, span, recheck, draining, least_seconds, form, key).watch)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,10 +56,12 @@ class _Watcher:
     feed: Feed | Frozen
     has: cursors.Digests | None
     span: Span
-    guard: Guard
+    recheck: Callable[[], Awaitable[None]]
     draining: Callable[[], bool]
     least_seconds: float
     form: Form
+    key: Hashable
+    guard: Guard = field(init=False)
     next_news: float = 0.0
     next_beat: float = field(init=False)
     end_time: float = field(init=False)
@@ -85,6 +71,24 @@ class _Watcher:
         start = time.monotonic()
         self.next_beat = start + self.span.heartbeat_seconds
         self.end_time = start + self.span.watch_seconds
+
+    async def watch(self, write: Write) -> None:
+        """Returns behind the last message."""
+        right = (self.feed, object() if self.key is None else self.key)
+        with (
+            _guards.guard(right, self._check, self.feed.wake) as self.guard,
+            _rounds.turn(self.due, write) as turn,
+        ):
+            self.feed.told.add(turn.look)
+            try:
+                await turn.over
+            finally:
+                self.feed.told.discard(turn.look)
+
+    async def _check(self) -> None:
+        if self.draining():
+            self.feed.wake()
+        await self.recheck()
 
     def due(self, now: float) -> Due:
         """What is sent now. Raises UNAVAILABLE when it could not be told for a while whether the client may watch."""
@@ -112,7 +116,7 @@ class _Watcher:
     def _news(self, now: float) -> Any:
         first, self.seen = self.seen is None, self.feed.changes
         if news := self.feed.news(self.has):
-            self.has, self.next_news = news.has, now + self.least_seconds
+            self.has, self.next_news = news.has, now + max(self.least_seconds, _rounds.pace)
             return news.formed(self.form)
         if first:
             # Nothing differs from the client's cursor: it learns that it is up to date.
