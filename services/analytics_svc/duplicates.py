@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import structlog
-import xxhash
-from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.event_columns_pb2 import WrittenBatch
+from meshboard.analytics.v1.event_log_pb2 import LoggedEvent
 
 from services.analytics_svc.event_store import EventStore, pieces
 
@@ -72,14 +72,6 @@ class SeenKeys:
         self._begun.append(time.monotonic())
 
 
-def key_of(source_id: str, insert_id: str) -> int:
-    """The same as xxh3(concat(source_id, insert_id)) in the store.
-
-    Who makes keys collide has theirs looked up, which costs what a repeated event costs; they count all the same.
-    """
-    return xxhash.xxh3_64_intdigest((source_id + insert_id).encode())
-
-
 class _Place(NamedTuple):
     """Where an event is: the number of its batch, and its number there."""
 
@@ -113,14 +105,12 @@ class Duplicates:
                 await asyncio.sleep(0)  # lets others run, such as the private HTTP port
         log.info("duplicates_remembered", events=count, seconds=round(time.monotonic() - start, 2))
 
-    def suspects(self, batch: LoggedBatch) -> list[int]:
+    def suspects(self, batch: WrittenBatch) -> list[int]:
         """The places of events that may have been there before; the others are surely new. Call it once for a batch."""
-        source_id = batch.source_id
-        keys = np.array([key_of(source_id, event.insert_id) for event in batch.events], np.uint64)
-        suspects: list[int] = np.flatnonzero(self._seen.add(keys)).tolist()
+        suspects: list[int] = np.flatnonzero(self._seen.add(_keys(batch))).tolist()
         return suspects
 
-    async def drop(self, batches: Sequence[LoggedBatch], suspected: Sequence[Sequence[int]]) -> int:
+    async def drop(self, batches: Sequence[WrittenBatch], suspected: Sequence[Sequence[int]]) -> int:
         """Removes the events that were there before, in the store or in these batches; says how many.
 
         `suspected` has the suspects of each batch; all that was before them is in the store. Raises UnavailableError or
@@ -130,28 +120,36 @@ class Duplicates:
         suspects = [_Place(number, index) for number, places in enumerate(suspected) for index in places]
         if not suspects:
             return 0
-        wanted = {_identity(batches, place) for place in suspects}
+        keys = [_keys(batch) for batch in batches]
+        wanted_keys = np.unique([keys[place.batch][place.event] for place in suspects])
+        # What has the key of a suspect is it, or another one of the same id, or hardly ever neither.
+        looked_at = [
+            _Place(number, index)
+            for number in range(len(batches))
+            for index in np.flatnonzero(np.isin(keys[number], wanted_keys)).tolist()
+        ]
+        identities = {place: _identity(batches, place) for place in looked_at}
         concerned = [batch for batch, places in zip(batches, suspected, strict=True) if places]
-        stored = await self._stored(concerned, wanted)
+        stored = await self._stored(concerned, {identities[place] for place in suspects})
         # The first of several equal ones in these batches stays, unless it is in the store.
         first: dict[tuple[str, str], _Place] = {}
-        for number, batch in enumerate(batches):
-            for index, event in enumerate(batch.events):
-                identity = (batch.source_id, event.insert_id)
-                if identity in wanted:
-                    first.setdefault(identity, _Place(number, index))
+        for place, identity in identities.items():
+            first.setdefault(identity, place)
         dropped = 0
         received = [batch.receive_time.ToDatetime() for batch in batches]
-        for place in reversed(suspects):
-            identity = _identity(batches, place)
+        gone: dict[int, list[int]] = {}
+        for place in suspects:
+            identity = identities[place]
             known = identity in stored and received[place.batch] - stored[identity] < WINDOW
             if known or first[identity] != place:
-                del batches[place.batch].events[place.event]
+                gone.setdefault(place.batch, []).append(place.event)
                 dropped += 1
+        for number, places in gone.items():
+            _remove(batches[number], places)
         return dropped
 
     async def _stored(
-        self, batches: Sequence[LoggedBatch], wanted: set[tuple[str, str]]
+        self, batches: Sequence[WrittenBatch], wanted: set[tuple[str, str]]
     ) -> dict[tuple[str, str], datetime]:
         """When those of the wanted that are in the store were received last, in UTC without a zone."""
         since = min(batch.receive_time.ToDatetime() for batch in batches) - WINDOW
@@ -175,6 +173,17 @@ class Duplicates:
         return found
 
 
-def _identity(batches: Sequence[LoggedBatch], place: _Place) -> tuple[str, str]:
+def _keys(batch: WrittenBatch) -> Keys:
+    return np.frombuffer(b"".join(batch.keys), "<u8").astype(np.uint64, copy=False)
+
+
+def _identity(batches: Sequence[WrittenBatch], place: _Place) -> tuple[str, str]:
     batch = batches[place.batch]
-    return batch.source_id, batch.events[place.event].insert_id
+    return batch.source_id, LoggedEvent.FromString(batch.events[place.event]).insert_id
+
+
+def _remove(batch: WrittenBatch, places: Sequence[int]) -> None:
+    keys = np.delete(_keys(batch), places)
+    gone = set(places)
+    batch.events[:] = [event for index, event in enumerate(batch.events) if index not in gone]
+    batch.keys[:] = [keys.astype("<u8", copy=False).tobytes()]

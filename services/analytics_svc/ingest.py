@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -22,15 +22,16 @@ from meshboard.analytics.v1.ingest_service_pb2 import (
 from meshboard.analytics.v1.ingest_service_pb2_grpc import IngestServiceServicer
 from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter
-from uuid_utils.compat import uuid7
 
 from services.analytics_svc import write_keys
+from services.analytics_svc.completion import Receipt, completed
 from services.analytics_svc.event_log import EventLog
 from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.glance import DAY_SECONDS, MAX_PROPERTIES, MAX_PROPERTIES_BYTES, glance
 from services.analytics_svc.quotas import Quotas
 from services.analytics_svc.rules import Rulebook, Rules
 from services.analytics_svc.streams import acknowledged
+from services.analytics_svc.user_agents import AgentFields
 from services.chassis import auth, errors
 from services.chassis.bus import BusError
 
@@ -61,6 +62,7 @@ class IngestServicer(IngestServiceServicer):
         *,
         rulebook: Rulebook,
         quotas: Quotas,
+        agents: AgentFields,
         geo: GeoDatabase | None = None,
     ) -> None:
         self.log = log
@@ -68,6 +70,7 @@ class IngestServicer(IngestServiceServicer):
         self.rulebook = rulebook
         self.quotas = quotas
         self.geo = geo
+        self.agents = agents
 
     async def Ingest(self, request: IngestRequest, context: Context) -> IngestResponse:
         source = write_keys.source()
@@ -99,28 +102,19 @@ class IngestServicer(IngestServiceServicer):
 
     async def _judge(self, source: Source, request: IngestRequest, receive_time: Timestamp) -> Judged:
         """Leaves the events in the request that are to be kept."""
-        strip(request)
         rules = self.rulebook.rules_of(source)
         refused: list[RefusedEvent] = []
         dropped = 0
-        if rules is None:
-            batch = request.SerializeToString()
-            seen = glance(batch, len(request.events), receive_time.seconds)
-            if seen.is_whole and self.geo is None:
-                return Judged(batch, refused, dropped)
-            if not seen.is_good:
+        seen = glance(request.SerializeToString()) if rules is None else None
+        if seen is None or not seen.is_good(receive_time.seconds):
+            strip(request)
+            if rules is not None and rules.are_slow:  # other calls go on meanwhile
+                refused, dropped = await asyncio.to_thread(judge, request, receive_time.seconds, rules)
+            else:
                 refused, dropped = judge(request, receive_time.seconds, rules)
-        elif rules.are_slow:  # other calls go on meanwhile
-            refused, dropped = await asyncio.to_thread(judge, request, receive_time.seconds, rules)
-        else:
-            refused, dropped = judge(request, receive_time.seconds, rules)
-        complete(request, receive_time, self._places_of(request))
-        return Judged(request.SerializeToString(), refused, dropped)
-
-    def _places_of(self, request: IngestRequest) -> list[bytes]:
-        if self.geo is None:
-            return []
-        return [self.geo.place_of(event.ip or write_keys.address()) for event in request.events]
+            seen = glance(request.SerializeToString())
+        receipt = Receipt(receive_time, write_keys.address(), self.geo.place_of if self.geo else None)
+        return Judged(completed(request, seen, source, receipt, self.agents), refused, dropped)
 
 
 def correct_times(request: IngestRequest, receive_time: Timestamp) -> None:
@@ -167,23 +161,6 @@ def strip(request: IngestRequest) -> None:
     request.ClearField("send_time")
     # What this contract does not know would be read as fields of LoggedBatch and LoggedEvent.
     request.DiscardUnknownFields()
-
-
-def complete(request: IngestRequest, receive_time: Timestamp, places: Sequence[bytes] = ()) -> None:
-    """Gives events the time and the `insert_id` that they lack, and takes their addresses.
-
-    `places` says of each event where it was, as a serialized LoggedEvent; or of none.
-    """
-    prefix = uuid7().hex
-    for index, event in enumerate(request.events):
-        event.ClearField("ip")
-        if not event.insert_id:
-            event.insert_id = f"{prefix}-{index}"
-        if not event.HasField("time"):
-            event.time.CopyFrom(receive_time)
-    for event, place in zip(request.events, places, strict=False):
-        if place:
-            event.MergeFromString(place)  # fields that an Event does not know, and a LoggedEvent does
 
 
 def refusal_of(event: Event, now_seconds: int, rules: Rules | None = None) -> tuple[str, str] | None:

@@ -19,7 +19,8 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
-from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
+from meshboard.analytics.v1.event_columns_pb2 import WrittenBatch
+from meshboard.analytics.v1.event_log_pb2 import LoggedEvent
 
 from services.analytics_svc.event_store import EventStore, Value, pieces
 
@@ -107,12 +108,14 @@ class _Group(NamedTuple):
     person_id: str
 
 
-def links_of(batches: Iterable[LoggedBatch]) -> list[Link]:
+def links_of(batches: Iterable[WrittenBatch]) -> list[Link]:
     """The links that events make, each once, in order."""
     links: dict[Link, None] = {}
     for batch in batches:
+        if not batch.has_links:
+            continue
         scopes = [Scope(batch.workspace_id, scope_id) for scope_id in (batch.source_id, batch.workspace_id)]
-        for event in batch.events:
+        for event in map(LoggedEvent.FromString, batch.events):
             if previous_id := event.previous_id:
                 distinct_id = event.distinct_id
                 if previous_id != distinct_id and not (_is_nobody(previous_id) or _is_nobody(distinct_id)):

@@ -18,11 +18,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import structlog
 from google.protobuf.message import DecodeError
+from meshboard.analytics.v1.event_columns_pb2 import WrittenBatch
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.source_pb2 import Source
@@ -33,6 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.analytics_svc import crash_points
 from services.analytics_svc.duplicates import Duplicates
+from services.analytics_svc.event_keys import keys_of
 from services.analytics_svc.event_log import STREAM, LogReader, LogReplacedError, ensure_log, make_room
 from services.analytics_svc.event_store import DataRefusedError, EventStore, EventStoreError, UnavailableError
 from services.analytics_svc.failures import Failure, forget_stored, note_failures
@@ -55,6 +57,7 @@ LINGER_SECONDS = 0.05
 _MUCH_BYTES = 256 << 10
 # How often a range that grows beside an insert looks whether that has ended.
 _BUSY_SECONDS = 0.01
+_KEY_BYTES = 8
 # How often the size of the log is looked at.
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -75,6 +78,7 @@ _insert_seconds = Histogram(
 _place = Gauge("meshboard_pipeline_position", "Sequence of the last message of the log that is in the store.")
 
 T = TypeVar("T")
+B = TypeVar("B", LoggedBatch, WrittenBatch)
 
 
 class OvertakenError(Exception):
@@ -92,7 +96,7 @@ class _Range(NamedTuple):
 
     end: int
     traces: list[dict[str, str]]
-    batches: list[LoggedBatch]
+    batches: list[WrittenBatch]
     suspected: list[list[int]]
 
 
@@ -300,28 +304,36 @@ class Pipeline:
         crash_points.reached("tell")
         await self._make_room()
 
-    async def _read(self, messages: Sequence[_Message]) -> list[LoggedBatch]:
+    async def _read(self, messages: Sequence[_Message]) -> list[WrittenBatch]:
         """The batches that messages hold, enriched; what cannot be read or enriched is put among the failed events."""
         batches, failures = [], []
         for message in messages:
-            batch = LoggedBatch()
             try:
-                batch.ParseFromString(message.payload)
+                batch = WrittenBatch.FromString(message.payload)
                 UUID(batch.workspace_id), UUID(batch.source_id), batch.receive_time.ToDatetime()
+                batch.sequence = message.sequence
+                if _KEY_BYTES * len(batch.events) != sum(map(len, batch.keys)):
+                    batch, refused = self._enriched(LoggedBatch.FromString(message.payload), message)
+                    failures += refused
             except (DecodeError, ValueError, OverflowError) as error:
                 failures.append(
                     Failure(LoggedBatch(sequence=message.sequence), message.payload, "read", error)
                 )
                 continue
-            batch.sequence = message.sequence
-            try:
-                self.enrich(batch)
-            except Exception:  # whatever it is, it must not hold up the others
-                log.exception("batch_not_enriched", sequence=message.sequence)
-                failures += self._enrich_one_by_one(batch, message.payload)
             batches.append(batch)
         await self._fail(failures)
         return batches
+
+    def _enriched(self, batch: LoggedBatch, message: _Message) -> tuple[WrittenBatch, list[Failure]]:
+        """What ingest has left as it was sent."""
+        batch.sequence = message.sequence
+        failures: list[Failure] = []
+        try:
+            self.enrich(batch)
+        except Exception:  # whatever it is, it must not hold up the others
+            log.exception("batch_not_enriched", sequence=message.sequence)
+            failures = self._enrich_one_by_one(batch, message.payload)
+        return written(batch), failures
 
     def _enrich_one_by_one(self, batch: LoggedBatch, payload: bytes) -> list[Failure]:
         """Leaves the events in the batch that can be enriched, and gives the others."""
@@ -371,7 +383,7 @@ class Pipeline:
                 )
             )
 
-    async def _insert(self, batches: Sequence[LoggedBatch], token: str, retry_ids: Sequence[str]) -> None:
+    async def _insert(self, batches: Sequence[WrittenBatch], token: str, retry_ids: Sequence[str]) -> None:
         """Inserts all of them, in one insert also when the store refuses some."""
         while batches:
             data = [batch.SerializeToString() for batch in batches]
@@ -389,8 +401,8 @@ class Pipeline:
                 return
 
     async def _sort_out(
-        self, batches: Sequence[LoggedBatch], retry_ids: Sequence[str]
-    ) -> tuple[list[LoggedBatch], list[Failure]]:
+        self, batches: Sequence[WrittenBatch], retry_ids: Sequence[str]
+    ) -> tuple[list[WrittenBatch], list[Failure]]:
         """What the store takes, and the events that it refuses; halves what has both."""
         data = [batch.SerializeToString() for batch in batches]
         halves = _halves(batches)
@@ -400,7 +412,7 @@ class Pipeline:
         if halves is None:
             # Without the text, which quotes the event.
             log.error("event_refused", sequence=batches[0].sequence, code=error.code)
-            return [], [Failure(batches[0], data[0], "insert", error, retry_ids)]
+            return [], [Failure(LoggedBatch.FromString(data[0]), data[0], "insert", error, retry_ids)]
         (one, refused), (other, also_refused) = [await self._sort_out(half, retry_ids) for half in halves]
         return one + other, refused + also_refused
 
@@ -479,7 +491,15 @@ def enrich(batch: LoggedBatch) -> None:
             event.is_robot = False
 
 
-def _halves(batches: Sequence[LoggedBatch]) -> tuple[list[LoggedBatch], list[LoggedBatch]] | None:
+def written(batch: LoggedBatch) -> WrittenBatch:
+    """The same as ingest hands it over: nothing is to be found out of its events any more."""
+    made = WrittenBatch.FromString(batch.SerializeToString())
+    made.keys[:] = [keys_of(batch.source_id, (event.insert_id.encode() for event in batch.events))]
+    made.has_links = any(event.previous_id for event in batch.events)
+    return made
+
+
+def _halves(batches: Sequence[WrittenBatch]) -> tuple[list[WrittenBatch], list[WrittenBatch]] | None:
     """Two parts that have an event each at least; None for a single event."""
     if len(batches) > 1:
         middle = len(batches) // 2
@@ -491,12 +511,13 @@ def _halves(batches: Sequence[LoggedBatch]) -> tuple[list[LoggedBatch], list[Log
     return [_with_events(batch, batch.events[:middle])], [_with_events(batch, batch.events[middle:])]
 
 
-def _with_events(batch: LoggedBatch, events: Iterable[LoggedEvent]) -> LoggedBatch:
+def _with_events(batch: B, events: Iterable[Any]) -> B:
     """A batch of the same source and moment."""
-    other = LoggedBatch()
+    other = type(batch)()
     other.CopyFrom(batch)
     del other.events[:]
     other.ClearField("retry_ids")
+    other.ClearField("keys")
     other.events.extend(events)
     return other
 

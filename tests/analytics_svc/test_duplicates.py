@@ -5,32 +5,35 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from meshboard.analytics.v1.event_columns_pb2 import WrittenBatch
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 
-from services.analytics_svc.duplicates import WINDOW, Duplicates, Keys, SeenKeys, key_of
+from services.analytics_svc.duplicates import WINDOW, Duplicates, Keys, SeenKeys
+from services.analytics_svc.event_keys import key_of, keys_of
 from services.analytics_svc.event_store import EventStore
+from services.analytics_svc.pipeline import written
 from services.analytics_svc.tables import insert_events
 from tests.harness import new_id
 
 NOW = datetime.now(UTC)
 
 
-def batch(workspace_id: str, source_id: str, receive_time: datetime, insert_ids: list[str]) -> LoggedBatch:
+def batch(workspace_id: str, source_id: str, receive_time: datetime, insert_ids: list[str]) -> WrittenBatch:
     made = LoggedBatch(workspace_id=workspace_id, source_id=source_id)
     made.receive_time.FromDatetime(receive_time)
     made.events.extend(LoggedEvent(event="view", distinct_id="ada", insert_id=i) for i in insert_ids)
-    return made
+    return written(made)
 
 
-def left(batches: list[LoggedBatch]) -> list[list[str]]:
-    return [[event.insert_id for event in made.events] for made in batches]
+def left(batches: list[WrittenBatch]) -> list[list[str]]:
+    return [[LoggedEvent.FromString(event).insert_id for event in made.events] for made in batches]
 
 
-async def drop(duplicates: Duplicates, batches: list[LoggedBatch]) -> int:
+async def drop(duplicates: Duplicates, batches: list[WrittenBatch]) -> int:
     return await duplicates.drop(batches, [duplicates.suspects(made) for made in batches])
 
 
-def keys_of(*keys: int) -> Keys:
+def array_of(*keys: int) -> Keys:
     return np.array(keys, np.uint64)
 
 
@@ -38,7 +41,7 @@ def keys_of(*keys: int) -> Keys:
 def test_never_calls_a_known_key_new(at_once: int) -> None:
     dice = random.Random(1)
     seen = SeenKeys(capacity=1 << 14)
-    keys = keys_of(*(dice.getrandbits(64) for _ in range(100_000)))[: at_once * 20_000]  # it grows
+    keys = array_of(*(dice.getrandbits(64) for _ in range(100_000)))[: at_once * 20_000]  # it grows
     pieces = [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
     maybe = sum(int(seen.add(piece).sum()) for piece in pieces)
     assert maybe < 1_000
@@ -47,14 +50,14 @@ def test_never_calls_a_known_key_new(at_once: int) -> None:
 
 def test_knows_what_comes_twice_at_once() -> None:
     seen = SeenKeys()
-    assert seen.add(keys_of(5, 7 << 40, 5, 9 << 50, 7 << 40)).tolist() == [False, False, True, False, True]
-    assert seen.add(keys_of(2**64 - 1, 9 << 50, 12345678901234567890)).tolist() == [False, True, False]
-    assert seen.add(keys_of()).tolist() == []
+    assert seen.add(array_of(5, 7 << 40, 5, 9 << 50, 7 << 40)).tolist() == [False, False, True, False, True]
+    assert seen.add(array_of(2**64 - 1, 9 << 50, 12345678901234567890)).tolist() == [False, True, False]
+    assert seen.add(array_of()).tolist() == []
 
 
 def test_forgets_what_was_filled_long_ago() -> None:
     seen = SeenKeys(capacity=64)
-    keys = keys_of(*(key_of("source", str(number)) for number in range(1_000)))
+    keys = array_of(*(key_of("source", str(number)) for number in range(1_000)))
     seen.add(keys)
     seen.forget(-1)
     assert not seen.add(keys).all()
@@ -65,6 +68,8 @@ async def test_hashes_as_the_store_does(store: EventStore) -> None:
     sql = "SELECT toString(xxh3(concat({a:String}, {b:String})))"
     rows = (await store.query(sql, {"a": source_id, "b": insert_id})).rows
     assert rows == [[str(key_of(source_id, insert_id))]]
+    keys = keys_of(source_id, [b"other", insert_id.encode()])
+    assert int.from_bytes(keys[8:], "little") == key_of(source_id, insert_id)
 
 
 async def test_drops_within_seven_days_of_receipt_only(store: EventStore) -> None:

@@ -9,12 +9,14 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from meshboard.analytics.v1.event_columns_pb2 import WrittenBatch
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch
 from meshboard.analytics.v1.query_pb2 import Query
 
 from services.analytics_svc.compiler import compile_query
 from services.analytics_svc.event_store import EventStore, pieces
 from services.analytics_svc.persons import NOBODY, Persons, links_of, unite
+from services.analytics_svc.pipeline import written
 from services.analytics_svc.tables import insert_events
 from tests.analytics_svc.conftest import Analytics
 from tests.harness import new_id
@@ -43,7 +45,7 @@ def people(events: Iterable[Said], more_links: Iterable[Said] = ()) -> dict[str,
     return {distinct_id: frozenset(group) for distinct_id, group in groups.items()}
 
 
-def batch_of(workspace_id: str, source_id: str, events: Iterable[Said], sequence: int) -> LoggedBatch:
+def batch_of(workspace_id: str, source_id: str, events: Iterable[Said], sequence: int) -> WrittenBatch:
     batch = LoggedBatch(workspace_id=workspace_id, source_id=source_id, sequence=sequence)
     batch.receive_time.FromDatetime(NOW)
     for position, (distinct_id, previous_id) in enumerate(events):
@@ -54,10 +56,10 @@ def batch_of(workspace_id: str, source_id: str, events: Iterable[Said], sequence
             insert_id=f"{sequence}-{position}",
         )
         event.time.FromDatetime(NOW)
-    return batch
+    return written(batch)
 
 
-async def write(store: EventStore, persons: Persons, batches: Sequence[LoggedBatch], version: int) -> None:
+async def write(store: EventStore, persons: Persons, batches: Sequence[WrittenBatch], version: int) -> None:
     """What the pipeline does with a range; twice, as after a crash."""
     for _ in range(2):
         await persons.link(links_of(batches), version)

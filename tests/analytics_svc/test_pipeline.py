@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
+from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.source_pb2 import Source
 from sqlalchemy import select
 
+from services.analytics_svc.completion import Receipt, completed
 from services.analytics_svc.event_log import STREAM, EventLog, ensure_log, make_room
 from services.analytics_svc.event_store import EventStore, UnavailableError
+from services.analytics_svc.glance import glance
 from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
 from services.analytics_svc.tables import create_tables, insert_events
+from services.analytics_svc.user_agents import AgentFields
 from services.chassis import db as chassis_db
 from services.chassis.bus import Bus, Received
 from tests.analytics_svc.conftest import LOG_BYTES, StoreProcess, running_pipeline, running_store
@@ -43,13 +48,27 @@ class Log:
     database_url: str
     source: Source
 
+    def __post_init__(self) -> None:
+        self._forms: Iterator[Callable[[LoggedBatch], bytes]] = itertools.cycle(
+            [LoggedBatch.SerializeToString, self._completed]
+        )
+
+    async def append_batch(self, batch: LoggedBatch) -> None:
+        """Appends events to the log as ingest does: by turns such as it completes, and such as it leaves for later."""
+        await self.event_log.append(self.source, next(self._forms)(batch))
+
+    def _completed(self, batch: LoggedBatch) -> bytes:
+        request = IngestRequest.FromString(batch.SerializeToString())
+        seen = glance(request.SerializeToString())
+        return completed(request, seen, self.source, Receipt(Timestamp(seconds=1)), AgentFields())
+
     async def append(self, insert_ids: list[str], event: str = "view") -> None:
-        """Appends events to the log, as ingest does."""
+        """Appends events to the log."""
         batch = LoggedBatch()
         for insert_id in insert_ids:
             made = batch.events.add(event=event, distinct_id="ada", insert_id=insert_id)
             made.time.GetCurrentTime()
-        await self.event_log.append(self.source, batch.SerializeToString())
+        await self.append_batch(batch)
 
     async def counts(self) -> tuple[int, int]:
         """How many rows the source has, and how many different insert_ids; (0, 0) while the store is away."""
@@ -359,8 +378,9 @@ class Story:
                 event="view", distinct_id=f"id {n + 1}", previous_id=f"id {n}", insert_id=f"{n}"
             )
             event.time.GetCurrentTime()
-        batch.events.add(event="poison", distinct_id="p", insert_id=f"poison {self.chapters}")
-        await self.log.event_log.append(self.log.source, batch.SerializeToString())
+        event = batch.events.add(event="poison", distinct_id="p", insert_id=f"poison {self.chapters}")
+        event.time.GetCurrentTime()
+        await self.log.append_batch(batch)
         self.chapters += 1
 
     async def ends_well(self) -> None:
@@ -448,7 +468,7 @@ async def test_what_the_store_refuses_holds_up_nobody(log: Log, poisoned: int, t
         for n in range(start, start + 1_000):
             name = "poison" if n % every == every // 2 else "view"
             batch.events.add(event=name, distinct_id="a", insert_id=f"{n}")
-        await log.event_log.append(log.source, batch.SerializeToString())
+        await log.append_batch(batch)
     async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
         await eventually(lambda: _has_rows(log, total - poisoned), seconds=600)
     assert await log.counts() == (total - poisoned, total - poisoned)

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.analytics_svc.event_store import EventStore
 from services.analytics_svc.models import DeletedSource, Source, Watermark
 from services.analytics_svc.persons import Persons, links_of
+from services.analytics_svc.pipeline import written
 from services.analytics_svc.removals import Retention
 from services.analytics_svc.tables import create_tables, insert_events
 from services.chassis import db as chassis_db
@@ -101,7 +102,7 @@ class House:
         """Has a source say that two ids are one person's."""
         batch = LoggedBatch(workspace_id=workspace_id or self.workspace_id, source_id=source_id)
         batch.events.append(LoggedEvent(distinct_id=distinct_id, previous_id=previous_id))
-        await Persons(self.store).link(links_of([batch]), 1)
+        await Persons(self.store).link(links_of([written(batch)]), 1)
 
     async def delete(self, source_id: str) -> None:
         async with self.db.begin() as session:

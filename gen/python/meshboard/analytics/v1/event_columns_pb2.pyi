@@ -6,7 +6,9 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from meshboard.analytics.v1 import source_pb2 as _source_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -24,28 +26,94 @@ class WrittenBatch(_message.Message):
     messages that anyone sends. They rest on protobuf's encoding: messages written one behind the other are one message in
     which each repeated field has the values of all.
 
-    A batch of which the events are left as they are written.
+    A `LoggedBatch` of which the events are left as they are written; the other fields are its own.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    RECEIVE_TIME_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    ROBOTS_FIELD_NUMBER: _builtins.int
+    RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    RETRY_IDS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    HAS_LINKS_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """`LoggedBatch.workspace_id`."""
+    source_id: _builtins.str
+    """`LoggedBatch.source_id`."""
+    sequence: _builtins.int
+    """`LoggedBatch.sequence`."""
+    robots: _source_pb2.Source.Robots.ValueType
+    """`LoggedBatch.robots`."""
+    retention_days: _builtins.int
+    """`LoggedBatch.retention_days`."""
+    has_links: _builtins.bool
+    """`LoggedBatch.has_links`."""
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serialized events."""
+
+    @_builtins.property
+    def receive_time(self) -> _timestamp_pb2.Timestamp:
+        """`LoggedBatch.receive_time`."""
+
+    @_builtins.property
+    def retry_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`LoggedBatch.retry_ids`."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """`LoggedBatch.keys`."""
 
     def __init__(
         self,
         *,
         events: _abc.Iterable[_builtins.bytes] | None = ...,
+        workspace_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        receive_time: _timestamp_pb2.Timestamp | None = ...,
+        sequence: _builtins.int = ...,
+        robots: _source_pb2.Source.Robots.ValueType = ...,
+        retention_days: _builtins.int = ...,
+        retry_ids: _abc.Iterable[_builtins.str] | None = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        has_links: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receive_time", b"receive_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "has_links", b"has_links", "keys", b"keys", "receive_time", b"receive_time", "retention_days", b"retention_days", "retry_ids", b"retry_ids", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrittenBatch: _TypeAlias = WrittenBatch  # noqa: Y015
+
+@_typing.final
+class BatchColumns(_message.Message):
+    """The fields of all events of a batch: what a message has several times, where it may have one, is read into one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> Global___EventColumns:
+        """All events."""
+
+    def __init__(
+        self,
+        *,
+        events: Global___EventColumns | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___WrittenBatch: _TypeAlias = WrittenBatch  # noqa: Y015
+Global___BatchColumns: _TypeAlias = BatchColumns  # noqa: Y015
 
 @_typing.final
 class EventColumns(_message.Message):

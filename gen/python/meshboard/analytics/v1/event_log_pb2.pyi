@@ -37,6 +37,8 @@ class LoggedBatch(_message.Message):
     ROBOTS_FIELD_NUMBER: _builtins.int
     RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     RETRY_IDS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    HAS_LINKS_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace."""
     source_id: _builtins.str
@@ -49,6 +51,8 @@ class LoggedBatch(_message.Message):
     """How many days after receipt the events may be removed, as the source said when they were received; 0: never. The
     store lays together what is removed together.
     """
+    has_links: _builtins.bool
+    """Whether an event may have a `previous_id`; says nothing without `keys`."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoggedEvent]:
         """The events."""
@@ -61,6 +65,12 @@ class LoggedBatch(_message.Message):
     def retry_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The retries of failed events that are among the events."""
 
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """What the events are known by, 8 bytes for each, little end first: XXH3 of source and `insert_id`. As many as there are
+        events say that all is found out that events tell of themselves; others are not read.
+        """
+
     def __init__(
         self,
         *,
@@ -72,10 +82,12 @@ class LoggedBatch(_message.Message):
         robots: _source_pb2.Source.Robots.ValueType = ...,
         retention_days: _builtins.int = ...,
         retry_ids: _abc.Iterable[_builtins.str] | None = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        has_links: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receive_time", b"receive_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "receive_time", b"receive_time", "retention_days", b"retention_days", "retry_ids", b"retry_ids", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "has_links", b"has_links", "keys", b"keys", "receive_time", b"receive_time", "retention_days", b"retention_days", "retry_ids", b"retry_ids", "robots", b"robots", "sequence", b"sequence", "source_id", b"source_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
