@@ -1,7 +1,7 @@
 """Makes what is logged of a batch: events that lack nothing, and what the pipeline would have to find out of them.
 
 Events are completed as they are read, as columns: what they lack is written behind what they have, which protobuf reads
-as one message. Only where some events lack what others have, this is done one by one, and not all of it.
+as one message.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from services.analytics_svc.user_agents import AgentFields
 
 # The keys of fields of an Event: their numbers, and that a length follows.
 _INSERT_ID, _TIME = b"\x1a", b"\x22"
-# Lengths below take one byte.
+# What is shorter has a length of one byte.
 _SHORT = 128
 
 # Where an address is: `country`, `region` and `city` as a serialized LoggedEvent; nothing when it is not known.
@@ -35,59 +35,58 @@ class Receipt:
     place_of: PlaceOf | None = None
 
 
-def completed(seen: Glance, source: Source, receipt: Receipt, agents: AgentFields) -> bytes | None:
-    """The events without their addresses, with all that they lack, as a serialized LoggedBatch with `keys`.
+def completed(
+    request: IngestRequest, seen: Glance, source: Source, receipt: Receipt, agents: AgentFields
+) -> bytes:
+    """The events of a request, at which `seen` is a glance, without their addresses and with all that they lack.
 
-    None when only some of the events have what they may do without, when too many of their user agents are new, or when
-    some are to be dropped: then they have to be completed one by one.
+    A serialized LoggedBatch. It has `keys` unless some user agents have to be looked at first.
     """
-    columns, count = seen.columns, len(seen.events)
-    if not all(
-        len(column) in {0, count}
-        for column in (columns.insert_id, columns.time, columns.user_agent, columns.ip)
-    ):
-        return None
-    parts: list[Sequence[bytes]] = [_without_addresses(seen)]
-    insert_ids: Sequence[bytes] = columns.insert_id
-    if not insert_ids:
-        insert_ids = list(_new_ids(count))
-        parts.append([_INSERT_ID + bytes([len(insert_id)]) + insert_id for insert_id in insert_ids])
-    if not columns.time:
-        written = receipt.time.SerializeToString()
-        parts.append([_TIME + bytes([len(written)]) + written] * count)
-    if columns.user_agent:
-        told = agents.of(columns.user_agent, source.robots)
-        if told is None:
-            return None
-        parts.append(told)
+    count = len(seen.events)
+    insert_ids, headers, addresses = (
+        _values(request, seen, name) for name in ("insert_id", "user_agent", "ip")
+    )
+    parts = [_without_addresses(seen.events, addresses)]
+    if not all(insert_ids):
+        made = _new_ids(count)
+        missing = [b"" if insert_id else next(made) for insert_id in insert_ids]
+        parts.append([_field(_INSERT_ID, insert_id) if insert_id else b"" for insert_id in missing])
+        insert_ids = [one or other for one, other in zip(insert_ids, missing, strict=True)]
+    if len(seen.columns.time) < count:
+        time = _field(_TIME, receipt.time.SerializeToString())
+        parts.append([b"" if event.HasField("time") else time for event in request.events])
     if (place_of := receipt.place_of) is not None:
-        parts.append([place_of(ip.decode() or receipt.address) for ip in columns.ip or [b""] * count])
-    return WrittenBatch(
-        events=map(b"".join, zip(*parts, strict=True)) if len(parts) > 1 else parts[0],
-        keys=[keys_of(source.source_id, insert_ids)],
-        has_links=len(columns.previous_id) > 0,
-    ).SerializeToString()
+        parts.append([place_of(address.decode() or receipt.address) for address in addresses])
+    told = agents.of(headers, source.robots)
+    if told is not None:
+        parts.append(told)
+    batch = WrittenBatch(events=map(b"".join, zip(*parts, strict=True)))
+    if told is not None:
+        batch.keys.append(keys_of(source.source_id, insert_ids))
+        batch.has_links = len(seen.columns.previous_id) > 0
+    return batch.SerializeToString()
 
 
-def complete(request: IngestRequest, receipt: Receipt) -> None:
-    """Does one by one what `completed` does, but for what the pipeline finds out if it has to."""
-    for event, insert_id in zip(request.events, _new_ids(len(request.events)), strict=True):
-        if receipt.place_of is not None and (place := receipt.place_of(event.ip or receipt.address)):
-            event.MergeFromString(place)  # fields that an Event does not know, and a LoggedEvent does
-        event.ClearField("ip")
-        if not event.insert_id:
-            event.insert_id = insert_id.decode()
-        if not event.HasField("time"):
-            event.time.CopyFrom(receipt.time)
+def _values(request: IngestRequest, seen: Glance, name: str) -> Sequence[bytes]:
+    """A text of each event, empty for those that lack it."""
+    column: Sequence[bytes] = getattr(seen.columns, name)
+    if len(column) == len(seen.events):
+        return column
+    if not column:
+        return [b""] * len(seen.events)
+    return [getattr(event, name).encode() for event in request.events]
 
 
-def _without_addresses(seen: Glance) -> Sequence[bytes]:
-    """The address is the last field of an Event: behind its key and its length."""
-    addresses = seen.columns.ip
-    if not addresses:
-        return seen.events
-    ends = [-2 - len(address) if len(address) < _SHORT else -3 - len(address) for address in addresses]
-    return [event[:end] for event, end in zip(seen.events, ends, strict=True)]
+def _without_addresses(events: Sequence[bytes], addresses: Sequence[bytes]) -> Sequence[bytes]:
+    """The address is the last field of an Event, behind its key and its length."""
+    if not any(addresses):
+        return events
+    sizes = [size + (2 if size < _SHORT else 3) if (size := len(one)) else 0 for one in addresses]
+    return [event[: len(event) - size] for event, size in zip(events, sizes, strict=True)]
+
+
+def _field(key: bytes, value: bytes) -> bytes:
+    return key + bytes([len(value)]) + value
 
 
 def _new_ids(count: int) -> Iterator[bytes]:

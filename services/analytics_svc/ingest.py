@@ -24,7 +24,7 @@ from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter
 
 from services.analytics_svc import write_keys
-from services.analytics_svc.completion import Receipt, complete, completed
+from services.analytics_svc.completion import Receipt, completed
 from services.analytics_svc.event_log import EventLog
 from services.analytics_svc.geo import GeoDatabase
 from services.analytics_svc.glance import DAY_SECONDS, MAX_PROPERTIES, MAX_PROPERTIES_BYTES, glance
@@ -62,6 +62,7 @@ class IngestServicer(IngestServiceServicer):
         *,
         rulebook: Rulebook,
         quotas: Quotas,
+        agents: AgentFields,
         geo: GeoDatabase | None = None,
     ) -> None:
         self.log = log
@@ -69,7 +70,7 @@ class IngestServicer(IngestServiceServicer):
         self.rulebook = rulebook
         self.quotas = quotas
         self.geo = geo
-        self.agents = AgentFields()
+        self.agents = agents
 
     async def Ingest(self, request: IngestRequest, context: Context) -> IngestResponse:
         source = write_keys.source()
@@ -113,12 +114,7 @@ class IngestServicer(IngestServiceServicer):
                 refused, dropped = judge(request, receive_time.seconds, rules)
             seen = glance(request.SerializeToString())
         receipt = Receipt(receive_time, write_keys.address(), self.geo.place_of if self.geo else None)
-        batch = completed(seen, source, receipt, self.agents)
-        if batch is None:
-            strip(request)
-            complete(request, receipt)
-            batch = request.SerializeToString()
-        return Judged(batch, refused, dropped)
+        return Judged(completed(request, seen, source, receipt, self.agents), refused, dropped)
 
 
 def correct_times(request: IngestRequest, receive_time: Timestamp) -> None:

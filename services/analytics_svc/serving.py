@@ -41,6 +41,7 @@ from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sou
 from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.tails import Tails
+from services.analytics_svc.user_agents import AgentFields
 from services.analytics_svc.widget_queries import InternalQueryServicer
 from services.analytics_svc.write_keys import WriteKeys, WriteKeyServicer
 from services.chassis import auth, db, trust
@@ -99,6 +100,7 @@ async def serve(settings: AnalyticsSettings) -> None:
         now,
         rulebook=Rulebook(settings.derived_key("pseudonyms")),
         quotas=quotas,
+        agents=AgentFields(),
         geo=GeoDatabase(settings.geo_database) if settings.geo_database else None,
     )
     failed_events = FailedEventServicer(sessions, log, pages, now=now, new_id=new_id)

@@ -32,6 +32,9 @@ from services.chassis.process import private_http, until_stopped
 log = structlog.get_logger(__name__)
 
 READERS = 4
+# Merges can wait, and inserts and queries have someone who waits for them. Not the last of the scale: where processors
+# are busy for long, merges still have a quarter of what another thread has, and parts do not pile up.
+MERGE_NICENESS = 5
 MAX_BODY_BYTES = 256 << 20
 # Statements under way get this long when the process is told to stop.
 STOP_SECONDS = 3.0
@@ -71,7 +74,8 @@ class Engine:
         self._path = str(directory / "chdb")
         self._incoming = directory / "incoming"
         self._incoming.mkdir(exist_ok=True)
-        self._keeper = Connection(self._path)  # the engine runs for as long as a connection is open
+        # The engine runs for as long as a connection is open, and has the settings of the first one.
+        self._keeper = Connection(f"{self._path}?os_threads_nice_value_merge_mutate={MERGE_NICENESS}")
         self._threads = ThreadPoolExecutor(READERS + 2, thread_name_prefix="chdb")
         self._readers = asyncio.Semaphore(READERS)
         self._writer = asyncio.Semaphore(1)

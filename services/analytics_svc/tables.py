@@ -72,6 +72,9 @@ _KEPT_FREE_BYTES = 256 << 20
 # Merges cost more than all else that is done with an event. So they wait until parts have so many of about their size
 # beside them, instead of 5, and an event is written half as often; queries find a few more parts.
 _MERGE_BASE = 12
+# What one insert brings is one file and not one for each column: to make and sync a hundred costs half as much as to
+# understand the events. What is merged from several large inserts has its columns apart.
+_COMPACT_BYTES = 32 << 20
 
 _EMBEDDED = f"""
 CREATE TABLE IF NOT EXISTS events ({_COLUMNS})
@@ -96,7 +99,8 @@ ENGINE = Distributed('%(cluster)s', currentDatabase(), events_shard, sipHash64(s
 
 _SETTING = (
     f"MODIFY SETTING min_free_disk_bytes_to_perform_insert = {_KEPT_FREE_BYTES},"
-    f" merge_selector_base = {_MERGE_BASE}, lightweight_mutation_projection_mode = 'rebuild'"
+    f" merge_selector_base = {_MERGE_BASE}, min_bytes_for_wide_part = {_COMPACT_BYTES},"
+    " lightweight_mutation_projection_mode = 'rebuild'"
 )
 # Columns that came later, for tables that were made without them. Such tables keep their partitions of months.
 _CHANGES = (

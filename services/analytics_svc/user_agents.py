@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from meshboard.analytics.v1.event_log_pb2 import LoggedEvent
@@ -17,8 +18,6 @@ _ROBOT = re.compile(
     re.IGNORECASE,
 )
 
-# So many new ones of a batch are parsed while its sender waits, and so many are remembered.
-NEW_AT_ONCE = 16
 _REMEMBERED = 10_000
 
 
@@ -47,15 +46,17 @@ def parse_user_agent(header: str) -> UserAgent:
 
 
 class AgentFields:
-    """What user agents tell, as the fields of a serialized LoggedEvent."""
+    """What user agents tell, as the fields of a serialized LoggedEvent. The last 10,000 are remembered.
 
-    def __init__(self) -> None:
-        self._marked: dict[bytes, bytes] = {}
-        self._unmarked: dict[bytes, bytes] = {}
-        self._robots: set[bytes] = set()
+    `new_at_once` is how many new ones are parsed while the sender of a batch waits.
+    """
+
+    def __init__(self, new_at_once: int = 16) -> None:
+        self._new_at_once = new_at_once
+        self._forget()
 
     def of(self, headers: Sequence[bytes], robots: Source.Robots.ValueType) -> list[bytes] | None:
-        """The fields for each of the headers, which are in UTF-8, with robots marked as a source wants them.
+        """The fields for each of the headers, with robots marked as a source wants them; none for an empty header.
 
         None when there is a robot and the source wants none, or when too many are new.
         """
@@ -70,15 +71,17 @@ class AgentFields:
             return None
         return found
 
+    def _forget(self) -> None:
+        self._marked = {b"": b""}
+        self._unmarked = {b"": b""}
+        self._robots: set[bytes] = set()
+
     def _learn(self, headers: Iterable[bytes]) -> bool:
+        """Whether all of them are known now."""
+        if len(self._marked) > _REMEMBERED:
+            self._forget()
         new = set(headers).difference(self._marked)
-        if len(new) > NEW_AT_ONCE:
-            return False
-        if len(self._marked) + len(new) > _REMEMBERED:
-            for known in (self._marked, self._unmarked, self._robots):
-                known.clear()
-            return self._learn(headers)
-        for header in new:
+        for header in islice(new, self._new_at_once):
             browser, os, device, is_robot = parse_user_agent(header.decode())
             fields = LoggedEvent(browser=browser, os=os, device=device)
             self._unmarked[header] = fields.SerializeToString()
@@ -86,4 +89,4 @@ class AgentFields:
             self._marked[header] = fields.SerializeToString()
             if is_robot:
                 self._robots.add(header)
-        return True
+        return len(new) <= self._new_at_once

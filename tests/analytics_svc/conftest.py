@@ -86,6 +86,7 @@ from services.analytics_svc.sources import SOURCE, SourceServicer, grants_on_sou
 from services.analytics_svc.summaries import Summaries
 from services.analytics_svc.tables import create_tables
 from services.analytics_svc.tails import Tails
+from services.analytics_svc.user_agents import AgentFields
 from services.analytics_svc.widget_queries import InternalQueryServicer
 from services.analytics_svc.write_keys import HEADER, WriteKeys, WriteKeyServicer
 from services.chassis import auth
@@ -331,7 +332,13 @@ async def analytics(
     sources = SourceServicer(db, write_keys, grants, pages, now=now, new_id=new_id)
     keys = WriteKeyServicer(db, write_keys, pages, now=now, new_id=new_id)
     log = EventLog(bus, now)
-    ingest = IngestServicer(log, now, rulebook=Rulebook(settings.derived_key("pseudonyms")), quotas=quotas)
+    ingest = IngestServicer(
+        log,
+        now,
+        rulebook=Rulebook(settings.derived_key("pseudonyms")),
+        quotas=quotas,
+        agents=AgentFields(new_at_once=1),
+    )
     failed_events = FailedEventServicer(db, log, pages, now=now, new_id=new_id)
     queries = Queries(db, store, now)
     catalogue = CatalogueServicer(db, Summaries(queries), pages, now)

@@ -17,6 +17,7 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
+from meshboard.analytics.v1.ingest_service_pb2 import IngestRequest
 from meshboard.analytics.v1.source_pb2 import Source
 from sqlalchemy import select
 
@@ -57,11 +58,9 @@ class Log:
         await self.event_log.append(self.source, next(self._forms)(batch))
 
     def _completed(self, batch: LoggedBatch) -> bytes:
-        made = completed(
-            glance(batch.SerializeToString()), self.source, Receipt(Timestamp(seconds=1)), AgentFields()
-        )
-        assert made is not None
-        return made
+        request = IngestRequest.FromString(batch.SerializeToString())
+        seen = glance(request.SerializeToString())
+        return completed(request, seen, self.source, Receipt(Timestamp(seconds=1)), AgentFields())
 
     async def append(self, insert_ids: list[str], event: str = "view") -> None:
         """Appends events to the log."""

@@ -15,10 +15,12 @@ from meshboard.analytics.v1.ingest_service_pb2 import Event, IngestRequest
 from meshboard.analytics.v1.source_pb2 import Source
 from meshboard.analytics.v1.source_service_pb2 import GetSourceRequest, UpdateSourceRequest
 
-from services.analytics_svc.completion import Receipt, complete
+from services.analytics_svc.completion import Receipt, completed
 from services.analytics_svc.event_log import STREAM
+from services.analytics_svc.glance import glance
 from services.analytics_svc.ingest import judge
 from services.analytics_svc.rules import Rulebook, Rules
+from services.analytics_svc.user_agents import AgentFields
 from tests.analytics_svc.conftest import Analytics
 from tests.harness import Member, new_id, reason_of, refused
 
@@ -292,8 +294,9 @@ def test_no_place_is_forgotten(secret: str, place: str, before: str, behind: str
     fields = {place: text} if place in FIELDS else {"properties": properties[place]}
     request = IngestRequest(events=[event(**fields)])
     assert judge(request, 1_700_000_000, found) == ([], 0)
-    complete(request, Receipt(Timestamp(seconds=1_700_000_000)))
-    assert SECRETS[secret].encode() not in request.SerializeToString()
+    receipt = Receipt(Timestamp(seconds=1_700_000_000))
+    logged = completed(request, glance(request.SerializeToString()), Source(), receipt, AgentFields())
+    assert SECRETS[secret].encode() not in logged
 
 
 def test_a_version_is_no_address() -> None:

@@ -16,6 +16,7 @@ from services.analytics_svc.event_store import (
     TooExpensiveError,
     UnavailableError,
 )
+from services.analytics_svc.store import MERGE_NICENESS
 from tests.analytics_svc.conftest import StoreProcess, running_store
 from tests.conditions import eventually
 
@@ -151,3 +152,8 @@ async def test_ends_within_seconds_while_a_query_runs() -> None:
         with pytest.raises((UnavailableError, EventStoreError)):
             await running
         await store.close()
+
+
+async def test_merges_give_way_to_inserts_and_queries(store: EventStore) -> None:
+    setting = "SELECT value FROM system.server_settings WHERE name = 'os_threads_nice_value_merge_mutate'"
+    assert (await store.query(setting)).rows == [[str(MERGE_NICENESS)]]
