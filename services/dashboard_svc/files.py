@@ -34,7 +34,7 @@ from services.dashboard_svc.contents import (
     write_content,
 )
 from services.dashboard_svc.convert import dashboard_to_pb
-from services.dashboard_svc.custom_widgets import CustomWidgets, as_said
+from services.dashboard_svc.custom_widgets import CustomWidgets, as_said, with_versions
 from services.dashboard_svc.dashboards import DASHBOARD
 from services.dashboard_svc.definitions import clean
 from services.dashboard_svc.diffs import changes
@@ -155,7 +155,7 @@ class FileServicer(FileServiceServicer):
         identify_widgets(theirs, base, here)
         pinned = {widget.widget_id for widget in theirs.widgets if widget.custom.version}
         said = as_said(here, pinned)
-        merged = _merged(base, said, theirs)
+        merged = _merged(with_versions(base, said), said, theirs)
         refused = bool(merged.conflicts) and not request.force
         if refused and not request.dry_run:
             raise _conflict(merged.conflicts)
