@@ -104,6 +104,27 @@ def test_places_for_columns_are_in_specs_alone() -> None:
         check(template, SCHEMA, columns=False)
 
 
+def test_no_option_brings_a_field() -> None:
+    schema = OptionSchema(
+        {
+            "type": "object",
+            "properties": {
+                "list": {"type": "array", "items": {"type": "string"}, "prefixItems": [{}]},
+                "default": {"type": "string", "default": {"expr": "alert(1)"}},
+            },
+        }
+    )
+    for path, options in (
+        ("list", {"list": [{"expr": "alert(1)"}]}),
+        ("default", {}),
+        ("list", {"list": [["x"]]}),
+    ):
+        check({"a": option(path)}, schema, columns=True)
+        schema.check(options)
+        with pytest.raises(Unfit):
+            filled({"a": option(path)}, options, schema)
+
+
 def test_an_option_in_many_places_does_not_grow_without_bound() -> None:
     size = 30_000
     template = {"a": [option("text")] * (MAX_BYTES // size)}

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToDict, ParseDict
+from hypothesis import given
+from hypothesis import strategies as st
 from meshboard.dashboard.v1.dashboard_pb2 import Widget
 from meshboard.dashboard.v1.widget_kind_pb2 import WidgetKind
 
@@ -113,6 +115,70 @@ def test_parts_are_bounded() -> None:
     many = kind_with(spec=spec_with({"title": [TITLE] * 100}))
     assert made_of(many, title="x" * 100)
     assert reason(lambda: made_of(many, title="x" * 1000)) == "WIDGET_OPTIONS_INVALID"
+
+
+NAMES = sorted(
+    {
+        "$option",
+        "$column",
+        "$if",
+        "$ref",
+        "$defs",
+        "properties",
+        "type",
+        "items",
+        "pattern",
+        "enum",
+        "default",
+    }
+    | {
+        "sourceIds",
+        "timeRange",
+        "startTime",
+        "lastSeconds",
+        "measures",
+        "aggregation",
+        "filters",
+        "values",
+        "limit",
+    }
+    | {"$schema", "data", "mark", "encoding", "x", "field", "title", "filter", "test"}
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.floats(allow_nan=False, width=32),
+    st.sampled_from(
+        [*NAMES, VEGA_LITE, "object", "string", "#/$defs/x", "rows", SOURCE, "(", "2026-01-01T00:00:00Z"]
+    ),
+)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+OBJECTS = st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5)
+
+
+@given(schema=OBJECTS, query=OBJECTS, spec=OBJECTS, options=OBJECTS, which=st.integers(0, 4))
+def test_whatever_somebody_sends_is_let_in_or_refused(
+    schema: dict[str, Any], query: dict[str, Any], spec: dict[str, Any], options: dict[str, Any], which: int
+) -> None:
+    """Nothing else is raised: that would be a fault of the service."""
+    parts: dict[str, Any] = {}
+    if which in {0, 4}:
+        parts["options_schema"] = {**schema, "type": "object"}
+    if which in {1, 4}:
+        parts["query_template"] = query
+    if which in {2, 4}:
+        parts["spec"] = {**spec, "$schema": VEGA_LITE}
+    kind = kind_with(**parts)
+    refusal = ""
+    try:
+        WidgetDefinition(kind).made_of(kind, struct(options))
+    except errors.Error as error:
+        refusal = error.reason
+    assert refusal in {"", "WIDGET_KIND_INVALID", "WIDGET_OPTIONS_INVALID"}
 
 
 def test_messages_are_bounded() -> None:
