@@ -61,8 +61,7 @@ class CustomWidgets:
                 copy_field(known, widget, "custom")
                 copy_field(known, widget, "query")
                 continue
-            if known.custom.kind_name == widget.custom.kind_name:
-                widget.custom.version = widget.custom.version or known.custom.version
+            _assume_version(widget, known)
             await self.fill(workspace_id, widget)
 
 
@@ -83,6 +82,16 @@ def as_said(content: DashboardContent, pinned: Iterable[str] = ()) -> DashboardC
     copy.CopyFrom(content)
     for widget in copy.widgets:
         widget.CopyFrom(_said(widget, keep_version=widget.widget_id in pinned))
+    return copy
+
+
+def with_versions(content: DashboardContent, present: DashboardContent) -> DashboardContent:
+    """A copy of a content in which custom widgets that say no version have that of the present one."""
+    copy = DashboardContent()
+    copy.CopyFrom(content)
+    known = {widget.widget_id: widget for widget in present.widgets}
+    for widget in filter(is_custom, copy.widgets):
+        _assume_version(widget, known.get(widget.widget_id, Widget()))
     return copy
 
 
@@ -109,6 +118,11 @@ async def read_version(
             "WIDGET_KIND_VERSION_NOT_FOUND", f"The kind has no version {number}.", version=number
         )
     return version
+
+
+def _assume_version(widget: Widget, known: Widget) -> None:
+    if known.custom.kind_name == widget.custom.kind_name:
+        widget.custom.version = widget.custom.version or known.custom.version
 
 
 def _said(widget: Widget, *, keep_version: bool) -> Widget:

@@ -35,7 +35,7 @@ from services.dashboard_svc.contents import (
     write_content,
 )
 from services.dashboard_svc.convert import dashboard_to_pb
-from services.dashboard_svc.custom_widgets import CustomWidgets, as_said
+from services.dashboard_svc.custom_widgets import CustomWidgets, as_said, with_versions
 from services.dashboard_svc.dashboards import DASHBOARD
 from services.dashboard_svc.definitions import clean
 from services.dashboard_svc.diffs import changes
@@ -169,7 +169,8 @@ class FileServicer(FileServiceServicer):
     ) -> pb.ApplyDashboardResponse:
         identify_widgets(theirs, base.content, here)
         pinned = {widget.widget_id for widget in theirs.widgets if widget.custom.version}
-        before, said = as_said(base.content, pinned), as_said(here, pinned)
+        said = as_said(here, pinned)
+        before = with_versions(as_said(base.content, pinned), said)
         merged = _merged(before, said, theirs)
         moved = await self._move(request.file.folder, dashboard, base)
         if moved is not None and moved.is_conflict:

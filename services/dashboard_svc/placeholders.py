@@ -121,6 +121,9 @@ class _Filling:
                 value = self._schema.default(path)
                 break
             value = value[name]
+        # A list may begin otherwise than its other entries are declared, and a default be anything.
+        if any(isinstance(part, dict | list) for part in (value if isinstance(value, list) else [value])):
+            raise Unfit(f"options.{path}: is no text, number, boolean, or list of these")
         return _ABSENT if value is None else value
 
 

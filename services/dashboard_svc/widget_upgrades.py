@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -157,7 +157,8 @@ class WidgetUpgrades:
         for use in uses:
             use.hidden = use.dashboard_id not in shown | {_LIBRARY}
         variables = {row.dashboard_id: dashboard_to_pb(row).variables for row in dashboards}
-        await asyncio.to_thread(_make, uses, definition, kind, variables)
+        for use in uses:  # one at a time, so that a call that is given up ends
+            await asyncio.to_thread(_make, use, definition, kind, variables.get(use.dashboard_id))
         return uses, next_page_token
 
     async def _move(self, dashboard_id: str, uses: Sequence[_Use]) -> None:
@@ -269,20 +270,16 @@ def _uses(kind: WidgetKind, page: Page) -> Select[Any]:
 
 
 def _make(
-    uses: Iterable[_Use],
-    definition: WidgetDefinition,
-    kind: WidgetKind,
-    variables: Mapping[str, Sequence[Variable]],
+    use: _Use, definition: WidgetDefinition, kind: WidgetKind, variables: Sequence[Variable] | None
 ) -> None:
-    for use in uses:
-        try:
-            made = definition.made_of(kind, use.before.custom.options)
-            kinds.check(made)
-            if use.dashboard_id != _LIBRARY:  # a library widget may be on dashboards that have them
-                check_variables(made, variables[use.dashboard_id])
-            use.made = made
-        except errors.Error as error:
-            use.problem = error.status()
+    try:
+        made = definition.made_of(kind, use.before.custom.options)
+        kinds.check(made)
+        if variables is not None:  # a widget of the library may be on dashboards that have those it needs
+            check_variables(made, variables)
+        use.made = made
+    except errors.Error as error:
+        use.problem = error.status()
 
 
 def _leave(uses: Iterable[_Use], error: errors.Error) -> None:

@@ -34,6 +34,13 @@ def test_it_is_all_in_one_file_and_writes_text_as_text() -> None:
     assert re.findall(r"url\(|@import| on\w+=|(?:inner|outer)HTML|eval\(|document\.write", PAGE) == []
 
 
+def test_what_it_does_not_know_is_a_table() -> None:
+    (drawn,) = re.findall(r"const kinds = \{(.*)\};", PAGE)
+    assert "CUSTOM" not in drawn
+    assert "(kinds[widget.kind] || table)" in PAGE
+    assert "spec" not in re.findall(r"\w+", PAGE)
+
+
 def test_it_calls_routes_that_exist() -> None:
     paths = {path for rpc in RPCS.values() if rpc.rule == "share_link" for _, path in rpc.bindings}
     assert 'const base = "/v1/shared/"' in PAGE

@@ -1,17 +1,34 @@
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 from meshboard.dashboard.v1 import widget_kind_service_pb2 as pb
+from meshboard.dashboard.v1.dashboard_pb2 import Widget
 from meshboard.dashboard.v1.widget_kind_pb2 import WidgetKind
+from sqlalchemy import text
 
-from services.dashboard_svc import widget_kinds
+from services.chassis import errors
+from services.chassis.times import now
+from services.dashboard_svc import models, widget_kinds
+from services.dashboard_svc.convert import fill_widget
+from services.dashboard_svc.custom_widgets import hold
+from tests.conditions import eventually
 from tests.dashboard_svc import boards
 from tests.dashboard_svc.conftest import Mesh
-from tests.dashboard_svc.custom import QUERY, SCHEMA, SPEC, change_kind, kind_request, make_kind, place
+from tests.dashboard_svc.custom import (
+    QUERY,
+    SCHEMA,
+    SPEC,
+    change_kind,
+    custom,
+    kind_request,
+    make_kind,
+    place,
+)
 from tests.harness import Member, new_id, refused
 
 NOT_FOUND = (grpc.StatusCode.NOT_FOUND, "WIDGET_KIND_NOT_FOUND")
@@ -119,6 +136,48 @@ async def test_deletes_only_what_no_widget_has(mesh: Mesh) -> None:
     assert await refused(get(mesh, ann, unused)) == NOT_FOUND
     assert (await boards.events(mesh, ann))[-1] == "WidgetKindDeleted"
     await make_kind(mesh, ann, "unused")
+
+
+async def test_what_becomes_a_widget_meanwhile_is_not_deleted(mesh: Mesh) -> None:
+    ann = mesh.identity.member("admin")
+    kind, dashboard = await make_kind(mesh, ann), await mesh.dashboard(ann)
+    made = await place(mesh, ann, dashboard, kind)
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :looking"
+    )
+
+    async def waiting() -> bool:
+        async with mesh.db() as session:
+            return bool(await session.scalar(waits, {"looking": "%FROM widget_kinds%FOR UPDATE%"}))
+
+    async with mesh.db.begin() as session:
+        row = await session.get_one(models.Widget, (ann.workspace_id, made.dashboard_id, made.widget_id))
+        await session.delete(row)
+    async with mesh.db.begin() as session:
+        await hold(session, ann.workspace_id, made)
+        deletion = asyncio.create_task(refused(delete(mesh, ann, kind)))
+        await eventually(waiting)
+        again = models.Widget(
+            workspace_id=ann.workspace_id,
+            dashboard_id=made.dashboard_id,
+            widget_id=new_id(),
+            version=1,
+            creator_id=ann.user_id,
+            create_time=now(),
+            update_time=now(),
+        )
+        fill_widget(again, made)
+        session.add(again)
+    assert await deletion == (grpc.StatusCode.FAILED_PRECONDITION, "WIDGET_KIND_IN_USE")
+
+    # Who comes too late finds no kind.
+    other = await make_kind(mesh, ann, "other")
+    gone = custom(other)
+    await delete(mesh, ann, other)
+    async with mesh.db.begin() as session:
+        with pytest.raises(errors.Error) as refusal:
+            await hold(session, ann.workspace_id, Widget(custom=gone))
+    assert refusal.value.reason == "WIDGET_KIND_NOT_FOUND"
 
 
 async def test_a_workspace_has_so_many_kinds(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -591,14 +591,9 @@ MATRIX: Mapping[str, Row] = {
         absent="LIBRARY_WIDGET_NOT_FOUND",
     ),
     "dashboard.v1.WidgetKindService.CreateWidgetKind": In(
-        {
-            "name": "bars",
-            "title": "t",
-            "options_schema": {"type": "object"},
-            "query_template": {"source_ids": ["{source}"]},
-            "request_id": "once",
-        },
+        {"name": "bars", "title": "t", "options_schema": {"type": "string"}, "query_template": {}},
         "---++",
+        ("WIDGET_KIND_INVALID",),
     ),
     "dashboard.v1.WidgetKindService.GetWidgetKind": In(
         {"widget_kind_id": "{absent}"},
