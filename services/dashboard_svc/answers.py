@@ -155,7 +155,10 @@ def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
     if tile.problem is not None:
         return WidgetData(widget_id=tile.widget_id, error=tile.problem).SerializeToString()
     data = WidgetData(widget_id=tile.widget_id).SerializeToString()
-    data += _NONE if tile.question is None else answers[tile.question.key].data
+    if tile.html:
+        data += WidgetData(none=WidgetData.NoData(html=tile.html)).SerializeToString()
+    else:
+        data += _NONE if tile.question is None else answers[tile.question.key].data
     if tile.sparkline is not None:
         line = WidgetData.FromString(answers[tile.sparkline.key].data)
         if line.HasField("result"):

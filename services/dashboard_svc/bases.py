@@ -63,15 +63,17 @@ async def exported(
 
 
 async def base_of(session: AsyncSession, dashboard: Dashboard, file: DashboardFile) -> Base:
-    """What the file said when it was given out, unless one was applied since; then what that said; else nothing."""
+    """What the file said when it was applied last; when it was not, when it was given out; nothing when neither.
+
+    That it was is told by the version that it was made of: one that was given out at another time is another file.
+    """
     applied = await session.get(AppliedFile, (dashboard.workspace_id, dashboard.dashboard_id))
-    if file.base_version:
+    if file.base_version and (applied is None or applied.base_version != file.base_version):
         number, digest, folder = file.base_version.split("-")
         content = await session.scalar(
             select(Version.content).where(*versions_of(dashboard), Version.number == int(number))
         )
-        is_later = applied is None or int(number) >= applied.number
-        if content is not None and is_later and _digest(content) == digest:
+        if content is not None and _digest(content) == digest:
             return Base(DashboardContent.FromString(content), folder)
     if applied is None:
         return Base(DashboardContent(), "")
@@ -83,10 +85,14 @@ async def base_of(session: AsyncSession, dashboard: Dashboard, file: DashboardFi
 
 
 async def keep(
-    session: AsyncSession, dashboard: Dashboard, content: DashboardContent, folder: Sequence[str]
+    session: AsyncSession, dashboard: Dashboard, file: DashboardFile, content: DashboardContent
 ) -> None:
-    """Remembers what the file said that was applied just now."""
-    kept = {"content": _serialized(content), "number": dashboard.version, "folder": list(folder)}
+    """Remembers the file that was applied just now; the content is what it says, with the ids that are here."""
+    kept = {
+        "content": _serialized(content),
+        "base_version": file.base_version,
+        "folder": list(file.folder),
+    }
     await session.execute(
         insert(AppliedFile)
         .values(workspace_id=dashboard.workspace_id, dashboard_id=dashboard.dashboard_id, **kept)

@@ -21,6 +21,8 @@ MAX_BYTES = 256 << 10
 MAX_SPAN_SECONDS = 315_360_000
 # A value that stands for what was chosen for a variable; `$$` in front is a plain `$`.
 REFERENCE = re.compile(r"\$([a-z][a-z0-9_]{0,31})")
+# A variable in a text; what `$$` stands for is none.
+IN_TEXT = re.compile(r"\$\$|\$\{([a-z][a-z0-9_]{0,31})\}")
 
 
 def clean(content: DashboardContent, fields: Collection[str], prefix: str = "") -> None:

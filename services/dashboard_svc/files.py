@@ -155,7 +155,7 @@ class FileServicer(FileServiceServicer):
             outbox.add(session, created, workspace_id=caller.workspace_id)
             await write_content(session, dashboard, content, author_id=caller.user_id, now=now)
             await record(session, dashboard, caller.user_id, request.reason)
-            await bases.keep(session, dashboard, said, request.file.folder)
+            await bases.keep(session, dashboard, request.file, said)
             answer.dashboard.CopyFrom(await for_caller(session, dashboard_to_pb(dashboard)))
         return answer
 
@@ -235,7 +235,7 @@ class FileServicer(FileServiceServicer):
                 await move(session, dashboard, moved.folder_id, now)
             if await write_content(session, dashboard, content, author_id=caller.user_id, now=now):
                 await record(session, dashboard, caller.user_id, request.reason)
-            await bases.keep(session, dashboard, theirs, request.file.folder)
+            await bases.keep(session, dashboard, request.file, theirs)
         await self.boards.changed(dashboard.workspace_id, dashboard.dashboard_id)
         return dashboard
 

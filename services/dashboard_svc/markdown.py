@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import html
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import nh3
 from markdown_it import MarkdownIt
 
 from services.chassis import errors
+from services.dashboard_svc.definitions import IN_TEXT
 
 MAX_HTML = 200_000
 
@@ -84,6 +86,30 @@ def to_html(markdown: str) -> str:
     if len(made) > MAX_HTML:
         raise errors.invalid_fields([("markdown", f"makes more than {MAX_HTML} characters of HTML")])
     return made
+
+
+def filled(markup: str, values: Mapping[str, Sequence[str]]) -> str:
+    """What `to_html` made, with values in place of variables; "" when it names none of these.
+
+    The parser has spelled `{` otherwise in URLs, so that a value cannot become one. Raises INVALID_ARGUMENT
+    (VARIABLE_UNFIT) beyond MAX_HTML characters, before they are put together.
+    """
+    parts, at, size, replaced = [], 0, len(markup), False
+    for found in IN_TEXT.finditer(markup):
+        name = found[1]
+        if name and name not in values:
+            continue
+        value = html.escape(", ".join(values[name])) if name else "$"
+        size += len(value)
+        if size > MAX_HTML:
+            raise errors.invalid_argument(
+                "VARIABLE_UNFIT",
+                f"The text would have more than {MAX_HTML} characters of HTML.",
+                variable=name,
+            )
+        parts += [markup[at : found.start()], value]
+        at, replaced = found.end(), True
+    return "".join([*parts, markup[at:]]) if replaced else ""
 
 
 def to_text(markup: str) -> str:

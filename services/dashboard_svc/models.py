@@ -193,8 +193,8 @@ class Favourite(Base):
 class AppliedFile(Base):
     """What the file of a dashboard said when it was applied last: `content`, a serialized DashboardContent.
 
-    `number` is the `version` that the dashboard had then, `folder` the titles of the folder that the file named; both
-    are missing for files that were applied before they were kept.
+    `base_version` is what the file said that it was made of, `folder` the titles of the folder that it named; both are
+    missing for files that were applied before they were kept.
     """
 
     __tablename__ = "applied_files"
@@ -209,7 +209,7 @@ class AppliedFile(Base):
     workspace_id: Mapped[Id] = mapped_column(primary_key=True)
     dashboard_id: Mapped[Id] = mapped_column(primary_key=True)
     content: Mapped[bytes] = mapped_column(LargeBinary)
-    number: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    base_version: Mapped[str | None] = mapped_column(Text)
     folder: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
 
 

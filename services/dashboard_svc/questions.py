@@ -17,7 +17,7 @@ from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget
 
 from services.chassis import errors
 from services.chassis.interceptor import validate
-from services.dashboard_svc import library
+from services.dashboard_svc import library, markdown
 from services.dashboard_svc.scopes import Scope, Values, span_of, values_of
 
 Asked = Query | FunnelQuery | RetentionQuery
@@ -58,12 +58,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a widget asks: nothing, one question, or two with a sparkline; or the problem why it cannot ask."""
+    """What a widget asks: nothing, one question, or two with a sparkline; or the problem why it cannot ask.
+
+    `html` is that of a text in which something was chosen.
+    """
 
     widget_id: str
     question: Question | None = None
     sparkline: Question | None = None
     problem: Status | None = None
+    html: str = ""
 
     @property
     def questions(self) -> list[Question]:
@@ -107,16 +111,17 @@ class Tiles:
 
 
 def _size(tiles: Sequence[Tile]) -> int:
-    return 1_000 + sum(500 + 3 * len(question.key) for tile in tiles for question in tile.questions)
+    asked = sum(500 + 3 * len(question.key) for tile in tiles for question in tile.questions)
+    return 1_000 + asked + sum(len(tile.html) for tile in tiles)
 
 
 def _tile(widget: Widget, dashboard: Dashboard, scope: Scope, values: Values) -> Tile:
     if widget.library_widget_id and not widget.kind:
         return Tile(widget.widget_id, problem=library.absent().status())
     asked = _asked(widget)
-    if asked is None:
-        return Tile(widget.widget_id)
     try:
+        if asked is None:
+            return Tile(widget.widget_id, html=markdown.filled(widget.html, values))
         _settle(asked, widget, dashboard, scope, values)
         line = None
         if isinstance(asked, Query) and widget.kind == Widget.NUMBER and widget.display.sparkline:

@@ -21,6 +21,7 @@ from meshboard.dashboard.v1.share_link_pb2 import (
 from meshboard.dashboard.v1.share_service_pb2 import WatchSharedDashboardResponse
 
 from services.chassis import errors
+from services.dashboard_svc.definitions import IN_TEXT
 from services.dashboard_svc.scopes import Scope, scope_of
 
 End = WatchDashboardResponse.End
@@ -30,8 +31,6 @@ _KINDS = {
     "property_values": SharedVariable.VALUES,
     "time_span": SharedVariable.TIME_SPAN,
 }
-# A variable in a text; what `$$` stands for is none.
-_REFERENCE = re.compile(r"\$\$|\$\{([a-z][a-z0-9_]{0,31})\}")
 # What holders of a link are told of the end of their streams; anything else is the end of the link.
 _ENDS = {End.DRAINING, End.RENEW}
 
@@ -160,7 +159,7 @@ def _filled(text: str, locked: Mapping[str, str]) -> str:
     def value(found: re.Match[str]) -> str:
         return locked[found[1]].replace("$", "$$") if found[1] in locked else found[0]
 
-    return _REFERENCE.sub(value, text)
+    return IN_TEXT.sub(value, text)
 
 
 def _shared_widget(widget: Widget, locked: Mapping[str, str]) -> SharedWidget:

@@ -267,6 +267,24 @@ async def test_what_was_applied_later_counts_instead(mesh: Mesh) -> None:
     assert (applied.dashboard.title, applied.dashboard.description) == ("Of people", "Third")
 
 
+async def test_an_older_file_does_not_take_back_what_a_newer_one_has_changed(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard_id = (await apply(mesh, ann, a_file())).dashboard.dashboard_id
+    older = await export(mesh, ann, dashboard_id)
+    await rename(mesh, ann, dashboard_id, tags=["later"])
+    newer = await export(mesh, ann, dashboard_id)
+    newer.content.title = "Newer"
+    await apply(mesh, ann, newer)
+    older.content.description = "Older"
+    applied = await apply(mesh, ann, older)
+    assert [change.path for change in applied.changes] == ["description"]
+    # And the other way round.
+    newer.content.widgets[0].title = "Of the newer"
+    applied = await apply(mesh, ann, newer)
+    assert [change.path for change in applied.changes] == ["widgets[orders].title"]
+    assert (applied.dashboard.title, applied.dashboard.description) == ("Newer", "Older")
+
+
 async def test_what_was_given_out_elsewhere_is_no_base(mesh: Mesh) -> None:
     ann, bob = mesh.identity.member("editor"), mesh.identity.member("editor")
     files = []

@@ -7,7 +7,7 @@ import html5lib
 import pytest
 
 from services.chassis import errors
-from services.dashboard_svc.markdown import MAX_HTML, to_html, to_text
+from services.dashboard_svc.markdown import MAX_HTML, filled, to_html, to_text
 from tests.dashboard_svc.hostile import TEXTS
 
 TAGS = {
@@ -128,3 +128,52 @@ def test_a_text_that_makes_very_much_is_refused(markdown: str) -> None:
         to_html(markdown)
     assert refusal.value.reason == "VALIDATION_FAILED"
     assert str(MAX_HTML) in refusal.value.message
+
+
+def test_values_stand_in_place_of_variables() -> None:
+    values = {"land": ["de", "a & b"], "none": [], "a_b": ["x"]}
+
+    def shown(text: str) -> str:
+        return filled(to_html(text), values).strip()
+
+    assert shown("# In ${land}") == "<h1>In de, a &amp; b</h1>"
+    assert shown("*${a_b}* `${a_b}` [${a_b}](https://a.example)") == (
+        '<p><em>x</em> <code>x</code> <a href="https://a.example" rel="noopener noreferrer nofollow">x</a></p>'
+    )
+    assert shown("nothing: ${none}.") == "<p>nothing: .</p>"
+    assert shown("${other} and ${land}") == "<p>${other} and de, a &amp; b</p>"
+    assert shown("$${land} costs 5 $$") == "<p>${land} costs 5 $</p>"
+    for text in ("", "plain", "${other}", "$land", "{land}"):
+        assert shown(text) == ""
+
+
+@pytest.mark.parametrize("value", TEXTS)
+def test_no_value_can_do_anything(value: str) -> None:
+    for text in (
+        "${x}",
+        "# ${x}",
+        "[a](https://a.example/${x})",
+        "[a](${x})",
+        "<${x}>",
+        "<https://${x}>",
+        "https://a.example/${x}",
+        "![${x}](https://a.example/i.png '${x}')",
+        "![a](${x})",
+        '[a](https://a.example "${x}")',
+        "`${x}`",
+        "| ${x} |\n|---|\n| ${x} |",
+    ):
+        html = to_html(text)
+        made = filled(html, {"x": [value]})
+        assert dangers(made or html) == []
+        # It has no more tags than before, and no other URLs.
+        urls = re.compile(r'<[a-z0-9]+|href="[^"]*"|src="[^"]*"')
+        assert urls.findall(made or html) == urls.findall(html)
+
+
+def test_what_values_make_is_bounded() -> None:
+    html = to_html("${x} " * 4000)
+    assert len(filled(html, {"x": ["y" * 10]})) < MAX_HTML
+    with pytest.raises(errors.Error) as failure:
+        filled(html, {"x": ["y" * 1000] * 100})
+    assert failure.value.reason == "VARIABLE_UNFIT"

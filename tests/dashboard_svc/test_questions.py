@@ -263,6 +263,10 @@ def test_a_sparkline_is_the_same_over_time(
 
 
 def test_texts_ask_nothing() -> None:
+    tile = one(board(), widget("TEXT", markdown="# Hello", html="<h1>Hello</h1>"))
+    assert tile.html == ""
+    tile = one(board(), widget("TEXT", markdown="${country}", html="<p>${country}</p>"), "country=<de>")
+    assert tile.html == "<p>&lt;de&gt;</p>"
     tile = one(board(), widget("TEXT", markdown="# Hello"))
     assert (tile.questions, tile.problem) == ([], None)
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import Any
 
 import aiohttp
+import grpc
+import grpc.aio
 import pytest
+from google.protobuf.json_format import MessageToDict
+from meshboard.dashboard.v1.dashboard_service_pb2 import WatchDashboardRequest
+from meshboard.dashboard.v1.dashboard_service_pb2_grpc import DashboardServiceStub
 
 from tests.conditions import eventually
 from tests.faults.test_exactly_once import kill
@@ -21,13 +27,17 @@ WIDGETS = 5
 ROUNDS = pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
 
 
+GRPC = "application/grpc"
+FORMS = ("text/event-stream", "application/x-ndjson", GRPC)
+
+
 class Watcher:
     """Keeps what it was shown, and takes its stream up with its cursor as often as it is cut off."""
 
-    def __init__(self, person: Person, dashboard_id: str, accept: str) -> None:
+    def __init__(self, person: Person, dashboard_id: str, form: str) -> None:
         self.person = person
         self.dashboard_id = dashboard_id
-        self.accept = accept
+        self.form = form
         self.cursor = ""
         self.shown: dict[str, Any] = {}
         self.resumed = 0
@@ -36,16 +46,32 @@ class Watcher:
     async def run(self) -> None:
         """Watches until cancelled."""
         while True:
-            with suppress(aiohttp.ClientError, AssertionError, ConnectionError, TimeoutError):
-                # An AssertionError is an answer other than 200, or the end of the stream.
-                async with self.person.watch(self.dashboard_id, self.cursor, self.accept) as watch:
-                    first = await watch.next(60)
-                    if self.cursor and "end" not in first:
-                        self.resume(first)
-                    self.take(first)
-                    while True:
-                        self.take(await watch.next(60))
+            # An AssertionError is an answer other than 200, or the end of the stream.
+            with suppress(aiohttp.ClientError, grpc.RpcError, AssertionError, ConnectionError, TimeoutError):
+                async with aclosing(self._by_grpc() if self.form == GRPC else self._by_http()) as messages:
+                    resumes = bool(self.cursor)
+                    async for message in messages:
+                        if resumes and "end" not in message:
+                            self.resume(message)
+                        resumes = False
+                        self.take(message)
             await asyncio.sleep(0.05)
+
+    async def _by_http(self) -> AsyncGenerator[dict[str, Any]]:
+        async with self.person.watch(self.dashboard_id, self.cursor, self.form) as watch:
+            while True:
+                yield await watch.next(60)
+
+    async def _by_grpc(self) -> AsyncGenerator[dict[str, Any]]:
+        """The messages to a native client, through the gateway, in the shape that JSON has."""
+        async with grpc.aio.insecure_channel(self.person.url.removeprefix("http://")) as channel:
+            call: Any = DashboardServiceStub(channel).WatchDashboard(
+                WatchDashboardRequest(dashboard_id=self.dashboard_id, cursor=self.cursor),
+                metadata=(("authorization", self.person.headers["authorization"]),),
+            )
+            while (response := await asyncio.wait_for(call.read(), 60)) is not grpc.aio.EOF:
+                if not response.HasField("heartbeat"):
+                    yield MessageToDict(response, always_print_fields_with_no_presence=True)
 
     def resume(self, first: dict[str, Any]) -> None:
         """Looks at the first message after a break: all in it has to be new."""
@@ -90,8 +116,7 @@ async def test_each_watcher_ends_in_the_state_of_a_fresh_snapshot(fragile: Mesh,
     dashboard_id = await ann.new_dashboard(
         *({"title": "A", "kind": "NUMBER", "query": {"sourceIds": [source_id]}} for source_id, _ in sources)
     )
-    forms = ("text/event-stream", "application/x-ndjson")
-    watchers = [Watcher(ann, dashboard_id, forms[number % 2]) for number in range(8)]
+    watchers = [Watcher(ann, dashboard_id, form) for form in FORMS for _ in range(3)]
     running = [asyncio.create_task(watcher.run()) for watcher in watchers]
     sent = [0] * WIDGETS
     try:

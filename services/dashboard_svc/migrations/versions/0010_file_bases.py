@@ -10,7 +10,7 @@ def upgrade() -> None:
     op.execute("ALTER TABLE versions ADD COLUMN exported boolean NOT NULL DEFAULT false")
     op.execute("""
         ALTER TABLE applied_files
-            ADD COLUMN number bigint NOT NULL DEFAULT 0,
+            ADD COLUMN base_version text,
             ADD COLUMN folder text[]
     """)
     # Of those with one title the first is called by it; the others have the end of their ids behind it.

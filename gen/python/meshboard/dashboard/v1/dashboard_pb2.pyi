@@ -136,7 +136,8 @@ Global___Dashboard: _TypeAlias = Dashboard  # noqa: Y015
 class Variable(_message.Message):
     """Something that viewers can choose. A filter of a query whose only value is the text `$name` compares with what was
     chosen, with EQUAL and NOT_EQUAL also with several values; when nothing is chosen and there is no default, or when the
-    empty text is chosen, it does not filter. In texts `${name}` stands for what was chosen. `$$` is a plain `$` in both.
+    empty text is chosen, it does not filter. In texts `${name}` stands for what was chosen: whoever shows a title or a description
+    puts it in, and in the HTML of texts `WidgetData.none` has it. `$$` is a plain `$` in both.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -877,16 +878,24 @@ class WidgetData(_message.Message):
 
     @_typing.final
     class NoData(_message.Message):
-        """Nothing."""
+        """Nothing, but for texts in which something was chosen."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
+        HTML_FIELD_NUMBER: _builtins.int
+        html: _builtins.str
+        """The HTML of a text with the values of variables, escaped, in place of `${name}`, several with commas between them. Not in
+        URLs. Empty: the text names none, and `html` of the widget counts. At most 200,000 characters: what is longer is the
+        `error` of the widget, reason VARIABLE_UNFIT.
+        """
         def __init__(
             self,
+            *,
+            html: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["html", b"html"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

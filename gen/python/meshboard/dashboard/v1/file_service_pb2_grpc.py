@@ -68,12 +68,12 @@ class FileServiceServicer:
         dashboard has a draft, the draft is changed.
 
         What was changed here since the file was applied last stays, unless the file has changed it, too, and otherwise: that is
-        a conflict. A file that was given out later than that is compared with what it said then, by its `base_version`. The
+        a conflict. A file that was given out, and not applied since, is compared with what it said then, by its `base_version`. The
         first file of another origin that is applied to a dashboard which people have made adds to it, and is in conflict with
         what it says otherwise.
 
-        A dashboard is moved when the file names another folder than before; that emits `DashboardMoved`, and takes what
-        `MoveDashboard` takes.
+        A dashboard is moved when the file names another folder than before, at once, also while it has a draft; that emits
+        `DashboardMoved`, and takes what `MoveDashboard` takes.
 
         It takes `dashboards.edit` on the dashboard. When there is none that the caller may see, it takes `dashboards.create` on
         the folder, or, without one, in the workspace. What the file newly asks of sources takes `sources.query` on them.
