@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from services.chassis.interceptor import Write
 
 # What else the process does has its turn after so much time of sending.
-SLICE_SECONDS = 0.002
+SLICE_SECONDS = 0.001
 # The share of the time that sending may take, as measured over so many seconds.
 SHARE = 0.8
 MEASURED_SECONDS = 0.25
