@@ -50,7 +50,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._rules = rules
         self._access = access
-        self.admitted = _Door(max_calls)
+        self._door = _Door(max_calls)
         self._call_seconds = call_seconds
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
 
@@ -86,6 +86,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 stages.exchange(handler.stream_stream, nothing), *serializers
             )
         raise TypeError(f"{path}: a stream of requests with one answer is not supported")
+
+    @property
+    def admitted(self) -> _Door:
+        """Counts a call in that enters it, or refuses it at the door."""
+        return self._door
 
     @property
     def access(self) -> Access:

@@ -36,6 +36,8 @@ LEAST_SECONDS = 0.1
 # What answers that come right after one another wait for each other: a tick changes several widgets.
 GATHER_SECONDS = 0.02
 _NEWS_KEPT = 64
+# Each client that has come with a cursor has its own, though they may be equal.
+_DIGESTS_KEPT = 1_000
 
 _watchers = Gauge("meshboard_watchers", "Open streams of live dashboards.", multiprocess_mode="livesum")
 _feeds = Gauge("meshboard_feeds", "Dashboards that are watched.", multiprocess_mode="livesum")
@@ -204,6 +206,8 @@ class Feed:
                 if len(self._news) >= _NEWS_KEPT:
                     self._forget_news()
                 self._news[key] = self._make_news(has)
+            if len(self._news_by_id) >= _DIGESTS_KEPT:
+                self._news_by_id.clear()
             found = self._news_by_id[id(has)] = (has, self._news[key])
         return found[1]
 

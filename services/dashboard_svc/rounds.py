@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from services.chassis.interceptor import Write
 
 # What else the process does has its turn after so much time of sending.
-SLICE_SECONDS = 0.002
+SLICE_SECONDS = 0.001
 # The share of the time that sending may take, as measured over so many seconds.
 SHARE = 0.8
 MEASURED_SECONDS = 0.25
@@ -66,7 +66,8 @@ class Turn:
         return self
 
     def __exit__(self, *_failure: object) -> None:
-        self.over.cancel()
+        if not self.over.cancel() and not self.over.cancelled():
+            self.over.exception()  # noticed, also when the call has been cancelled meanwhile
         self._rounds.leave()
 
     def look(self) -> None:
@@ -99,6 +100,8 @@ class Turn:
             waits_for = self._coroutine.send(None)
         except StopIteration:
             self._written()
+        except asyncio.CancelledError:
+            self.over.cancel()
         except Exception as failure:
             if not self.over.done():
                 self.over.set_exception(failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, cast
 
 import grpc
@@ -29,6 +30,7 @@ from services.chassis import auth, db, errors
 from services.chassis.access import MissingAccessError
 from services.chassis.clients import Peer
 from services.chassis.db import GrantRow, Id
+from services.chassis.interceptor import Handover, Write
 from services.chassis.resources import Resource
 from services.chassis.server import Server
 from services.chassis.settings import Settings
@@ -133,21 +135,43 @@ class Dashboards(dashboard_pb_grpc.DashboardServiceServicer):
         kept.dashboard.title = "Kept"
         return kept.SerializeToString()
 
+    def __init__(self) -> None:
+        self.handed_over = 0
+
     async def WatchDashboard(self, request, context):
+        if request.cursor:
+            yield dashboard_pb.WatchDashboardResponse(cursor="before")
+            yield Handover(partial(self._send, request.cursor))
+            yield dashboard_pb.WatchDashboardResponse(cursor="behind")
+            return
         while True:
             await auth.recheck()
             yield dashboard_pb.WatchDashboardResponse(cursor="x")
             await asyncio.sleep(0.02)
 
+    async def _send(self, what: str, write: Write) -> None:
+        self.handed_over += 1
+        try:
+            await write(dashboard_pb.WatchDashboardResponse(cursor=what))
+            if what == "wait":
+                await asyncio.Event().wait()
+            if what == "fail":
+                raise errors.not_found("DASHBOARD_NOT_FOUND", "There is no such dashboard.")
+        finally:
+            self.handed_over -= 1
+
 
 class Running:
     """A server under test, and stubs for it."""
 
-    def __init__(self, channel: grpc.aio.Channel, server: Server, sessions, sources: Sources) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, server: Server, sessions, sources: Sources, streams: Dashboards
+    ) -> None:
         self.channel = channel
         self.server = server
         self.sessions = sessions
         self.servicer = sources
+        self.streams = streams
         self.sources = pb_grpc.SourceServiceStub(channel)
         self.workspaces = workspace_pb_grpc.WorkspaceServiceStub(channel)
         self.internal = internal_pb_grpc.InternalUserServiceStub(channel)
@@ -186,7 +210,7 @@ async def running(parts: Parts, identity: Identity) -> AsyncIterator[Running]:
         connection = await session.connection()
         await connection.run_sync(db.ChassisBase.metadata.create_all)
         await connection.run_sync(Base.metadata.create_all)
-    sources = Sources()
+    sources, dashboards = Sources(), Dashboards()
     settings = make_settings(Settings, parts, identity.keys, url, max_calls=3, call_seconds=5)
     access = identity.access(
         "user",
@@ -201,10 +225,10 @@ async def running(parts: Parts, identity: Identity) -> AsyncIterator[Running]:
         lambda s: pb_grpc.add_SourceServiceServicer_to_server(sources, s),
         lambda s: workspace_pb_grpc.add_WorkspaceServiceServicer_to_server(Workspaces(), s),
         lambda s: internal_pb_grpc.add_InternalUserServiceServicer_to_server(Internal(), s),
-        lambda s: dashboard_pb_grpc.add_DashboardServiceServicer_to_server(Dashboards(), s),
+        lambda s: dashboard_pb_grpc.add_DashboardServiceServicer_to_server(dashboards, s),
     ]
     async with serving(settings, registrations, access) as (channel, server):
-        yield Running(channel, server, sessions, sources)
+        yield Running(channel, server, sessions, sources, dashboards)
     await db.engine(sessions).dispose()
 
 
@@ -408,6 +432,32 @@ async def test_a_stream_ends_when_the_right_does(running: Running, identity: Ide
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await read_to_the_end(stream)
     assert reason_of(caught.value) == "DASHBOARD_NOT_FOUND"
+
+
+async def test_a_method_hands_its_stream_over(running: Running, identity: Identity):
+    member = identity.member("viewer")
+    dashboard_id = new_id()
+    async with running.sessions.begin() as session:
+        session.add(Dashboard(workspace_id=member.workspace_id, dashboard_id=dashboard_id))
+
+    def watch(cursor: str):
+        request = dashboard_pb.WatchDashboardRequest(dashboard_id=dashboard_id, cursor=cursor)
+        return running.dashboards.WatchDashboard(request, metadata=member.metadata)
+
+    assert [response.cursor async for response in watch("within")] == ["before", "within", "behind"]
+    stream = watch("fail")
+    assert [(await stream.read()).cursor for _ in range(2)] == ["before", "fail"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.read()
+    assert (caught.value.code(), reason_of(caught.value)) == (
+        grpc.StatusCode.NOT_FOUND,
+        "DASHBOARD_NOT_FOUND",
+    )
+    stream = watch("wait")
+    assert [(await stream.read()).cursor for _ in range(2)] == ["before", "wait"]
+    assert running.streams.handed_over == 1
+    stream.cancel()
+    await eventually(lambda: running.streams.handed_over == 0)
 
 
 # Errors, deadlines, load
