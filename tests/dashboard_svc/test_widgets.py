@@ -144,7 +144,7 @@ async def test_says_which_field_is_wrong(mesh: Mesh) -> None:
             "WIDGET_QUERY_UNFIT",
         ),
         ({"kind": Widget.TEXT}, ["query", "markdown"], "VALIDATION_FAILED"),
-        ({"kind": Widget.CUSTOM}, ["kind"], "VALIDATION_FAILED"),
+        ({"kind": Widget.CUSTOM}, ["custom"], "VALIDATION_FAILED"),
         ({"kind": Widget.KIND_UNSPECIFIED}, ["kind"], "VALIDATION_FAILED"),
         (
             {"display": Display(links=[Link(title="To", url="javascript:alert(1)")])},
