@@ -155,8 +155,7 @@ class Feed:
         self._tiles: dict[str, _Shown] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
-        # Differs wherever annotations may differ: a client is rather told once too often.
-        self._annotations = os.urandom(cursors.DIGEST_BYTES)
+        self._annotations = b""  # another digest with each change of them; empty before the first
         self._news_by_id: dict[int, tuple[cursors.Digests | None, News | None]] = {}
         self._complete = False  # whether there has been data for all widgets
         self._gathering: asyncio.TimerHandle | None = None
@@ -230,8 +229,10 @@ class Feed:
         removed = [
             widget_id for widget_id in known if widget_id not in self._tiles and widget_id != _ANNOTATIONS
         ]
-        now_has[_ANNOTATIONS] = self._annotations
-        annotated = has is not None and known.get(_ANNOTATIONS) != self._annotations
+        annotations = self._annotations or known.get(_ANNOTATIONS)
+        annotated = has is not None and known.get(_ANNOTATIONS) != annotations
+        if annotations:
+            now_has[_ANNOTATIONS] = annotations
         cursor = self.cursor(now_has)
         if has is None:
             snapshot = WatchDashboardResponse.Snapshot(widgets=different)

@@ -900,8 +900,8 @@ class WatchDashboardResponse(_message.Message):
     cursor: _builtins.str
     """Where the stream can be taken up again, once this message has been applied. Empty on heartbeats and the end."""
     annotations_changed: _builtins.bool
-    """Whether annotations that are made by hand have changed since the message before, or, after a break, may have: ask for them
-    again. Those of events come with the events of their sources, which no message tells of.
+    """Whether annotations that are made by hand have changed since the message before: ask for them again, and after a break in
+    any case. Those of events come with the events of their sources, which no message tells of.
     """
     @_builtins.property
     def snapshot(self) -> Global___WatchDashboardResponse.Snapshot:
