@@ -66,7 +66,7 @@ class _Generic:
     """Passes what is registered on to a server without a handler for each method by itself.
 
     grpc.aio waits for the next call of each such method, and looks at all of them for each call: a dozen microseconds
-    for ten methods. Who needs a method is found by the interceptor, which remembers it.
+    for ten methods. The interceptor finds the handler of a method once, and remembers it.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
