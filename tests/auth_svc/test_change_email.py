@@ -97,7 +97,8 @@ async def test_is_in_the_audit_log_without_addresses(services: Services, mailbox
                 .order_by(AuditEntryRow.audit_entry_id)
             )
         ).all()
-    assert [row.kind for row in rows][-4:] == [
+    # What user_svc tells comes in between.
+    assert [row.kind for row in rows if row.kind.startswith("email")] == [
         "email_change.requested",
         "email_change.approved",
         "email_change.confirmed",

@@ -133,12 +133,13 @@ class Watch:
         self._prefix = prefix
 
     async def next(self, seconds: float = 20) -> dict[str, Any]:
-        """The next message that is not a heartbeat; fails after `seconds`."""
+        """The next message that is no heartbeat, and does not only doubt the annotations; fails after `seconds`."""
         async with asyncio.timeout(seconds):
             while True:
                 line = (await self._response.content.readline()).decode().strip()
                 if line and line.startswith(self._prefix):
                     message: dict[str, Any] = json.loads(line.removeprefix(self._prefix))
-                    if "heartbeat" not in message:
+                    doubts = message.get("annotationsChanged") and not message["changes"]
+                    if "heartbeat" not in message and not doubts:
                         return message
                 assert line or not self._response.content.at_eof(), "the stream has ended"

@@ -13,10 +13,13 @@ from typing import Any
 import aiohttp
 import asyncpg
 import grpc.aio
+import nats
 import pytest
 
 from services.chassis.access import WORKSPACE_HEADER
 from services.chassis.auth import SERVICES
+from services.chassis.bus import DOMAIN
+from tests.conditions import eventually
 from tests.parts import Mesh, running_mesh
 from tests.security import world
 from tests.security.calling import BY_NAME, as_json, has_route, natively, owner_of
@@ -117,6 +120,7 @@ async def test_callers_get_what_the_matrix_says(name: str, everybody: World, way
     row = MATRIX[name]
     every = list(cells(row, everybody))
     refused = [cell for cell in every if not cell.passes]
+    await eventually(lambda: has_settled(mesh), 60)
     before = await traces(mesh)
     problems = await check_all(name, row, refused, everybody, ways)
     assert not problems, "\n".join(problems)
@@ -302,12 +306,32 @@ def filled(request: Any, things: Mapping[str, str], absent: Mapping[str, str]) -
     )
 
 
+async def has_settled(mesh: Mesh) -> bool:
+    """Whether all services have heard of all that was done before."""
+    for service in SERVICES:
+        connection = await asyncpg.connect(_environment(mesh, service)["MESHBOARD_POSTGRES_URL"])
+        try:
+            if await connection.fetchval("SELECT EXISTS (SELECT FROM outbox WHERE publish_time IS NULL)"):
+                return False
+        finally:
+            await connection.close()
+    client = await nats.connect(_environment(mesh, "auth")["MESHBOARD_NATS_URL"])
+    try:
+        consumers = await client.jsm().consumers_info(DOMAIN)
+    finally:
+        await client.close()
+    return not any(consumer.num_pending or consumer.num_ack_pending for consumer in consumers)
+
+
+def _environment(mesh: Mesh, service: str) -> Mapping[str, str]:
+    return next(part.env for part in mesh.stack.parts() if part.name == f"{service}_svc")
+
+
 async def traces(mesh: Mesh) -> dict[str, str]:
     """A digest of each table of each service that calls could have changed."""
     found = {}
-    environments = {part.name: part.env for part in mesh.stack.parts()}
     for service in SERVICES:
-        connection = await asyncpg.connect(environments[f"{service}_svc"]["MESHBOARD_POSTGRES_URL"])
+        connection = await asyncpg.connect(_environment(mesh, service)["MESHBOARD_POSTGRES_URL"])
         try:
             names = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
             for (table,) in names:
