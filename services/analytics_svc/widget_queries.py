@@ -33,7 +33,7 @@ from services.analytics_svc.periods import until_now
 from services.analytics_svc.queries import Queries
 from services.analytics_svc.retention import compile_retention, read_retention
 from services.analytics_svc.selection import resolve_range
-from services.chassis import db, errors
+from services.chassis import errors
 from services.chassis.interceptor import error_of
 
 log = structlog.get_logger(__name__)
@@ -194,8 +194,7 @@ class InternalQueryServicer(InternalQueryServiceServicer):
         """The sources of the questions that are of the workspace, in one statement for all."""
         source_ids = sorted({source_id for question in questions for source_id in _source_ids(question)})
         async with self.queries.db() as session:
-            connection = await session.connection(execution_options=db.ONE_READ)
-            rows = await connection.execute(
+            rows = await session.execute(
                 _MARKS, {"asked_workspace_id": workspace_id, "asked_source_ids": source_ids}
             )
         return {row.source_id: row.watermark for row in rows}

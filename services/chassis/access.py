@@ -20,7 +20,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from meshboard.options.v1 import access_pb2
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from services.chassis import auth, db, errors, resources
+from services.chassis import auth, errors, resources
 from services.chassis.resources import Resource
 from services.chassis.rights import Level, Rights, RightsCache, decide
 
@@ -271,7 +271,7 @@ class _GrantReader:
     async def _run(self, batch: _Batch) -> resources.Found:
         async with self._db() as session:
             try:
-                await session.connection(execution_options=db.ONE_READ)
+                await session.connection()
             finally:
                 self._next = None  # who asks from here on is in the next statement
             return await resources.find(

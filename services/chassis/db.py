@@ -42,6 +42,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, dialect
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -75,6 +76,12 @@ _pool_used = Gauge(
 Id = Annotated[str, mapped_column(Uuid(as_uuid=False))]
 Time = Annotated[datetime, mapped_column(DateTime(timezone=True))]
 
+_DRIVER_ERRORS = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    AsyncAdapt_asyncpg_dbapi.Error,  # of a connection that is made for the pool
+)
 _DIALECT = dialect()  # type: ignore[no-untyped-call]
 
 # "mesh" in ASCII: the advisory lock of whoever migrates this database.
@@ -353,11 +360,6 @@ def create_chassis_tables(op: Executes) -> None:
     create_grants(op)
 
 
-# For `session.connection(execution_options=…)` where there is one statement, which reads: without a transaction around
-# it, whose begin and end are each a way to Postgres and back.
-ONE_READ = {"isolation_level": "AUTOCOMMIT"}
-
-
 def connect(
     url: str, pool_size: int = 10, *, statement_timeout_seconds: float = 10
 ) -> async_sessionmaker[AsyncSession]:
@@ -409,17 +411,19 @@ async def driver_connection(db: async_sessionmaker[AsyncSession]) -> AsyncIterat
 
     Raises ConnectionError while Postgres is away.
     """
-    # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
-    pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
     try:
-        yield pooled.driver_connection
+        # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
+        pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
+        try:
+            yield pooled.driver_connection
+        finally:
+            await greenlet_spawn(pooled.close)
     except asyncpg.CharacterNotInRepertoireError:
         raise
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        # No other input makes such a statement fail: it is the database's trouble, and passes.
+    except _DRIVER_ERRORS as error:
+        # No other input makes such a statement fail: it is the database's trouble, and passes. So does a connection
+        # that Postgres refuses.
         raise ConnectionError("the database cannot do it now") from error
-    finally:
-        await greenlet_spawn(pooled.close)
 
 
 class Adds(Protocol):

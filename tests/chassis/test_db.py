@@ -1,5 +1,6 @@
 import asyncio
 
+import asyncpg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -204,6 +205,19 @@ async def test_a_statement_at_once_says_that_postgres_is_away() -> None:
     assert chassis_db.is_away(refused.value)
     assert connections_in_use(absent) == 0
     await chassis_db.engine(absent).dispose()
+
+
+async def test_a_connection_that_postgres_refuses_is_as_one_to_a_postgres_that_is_away(parts: Parts) -> None:
+    url = await parts.fresh_database("user")
+    name = url.partition("?")[0].rpartition("/")[2]
+    admin = await asyncpg.connect(parts.admin_url)
+    await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    await admin.close()
+    closed = chassis_db.connect(url)
+    with pytest.raises(ConnectionError):
+        await fetch_at_once(closed, "SELECT 1")
+    assert connections_in_use(closed) == 0
+    await chassis_db.engine(closed).dispose()
 
 
 async def test_ready_says_no_in_time(parts: Parts, db: Sessions) -> None:
