@@ -11,7 +11,7 @@ from typing import NamedTuple
 import re2
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.unknown_fields import UnknownFieldSet
-from meshboard.analytics.v1.event_columns_pb2 import BatchColumns, EventColumns, TimeColumns, WrittenBatch
+from meshboard.analytics.v1.event_columns_pb2 import BatchColumns, EventColumns, TimeColumns, WrittenEvents
 
 DAY_SECONDS = 86_400
 MAX_PROPERTIES = 200
@@ -84,7 +84,7 @@ def glance(batch: bytes) -> Glance:
     `batch` must have been serialized by protobuf: then each event has a field at most once, the fields are in the order
     of their numbers, and texts are UTF-8.
     """
-    return Glance(WrittenBatch.FromString(batch).events, BatchColumns.FromString(batch).events)
+    return Glance(WrittenEvents.FromString(batch).events, BatchColumns.FromString(batch).events)
 
 
 def _longest(texts: Collection[bytes]) -> int:

@@ -113,6 +113,17 @@ def test_sees_a_field_that_events_do_not_have() -> None:
     assert glance(request.SerializeToString()).is_good(NOW_SECONDS)
 
 
+def test_passes_over_fields_that_requests_do_not_have() -> None:
+    """A newer client may send them. Nothing of them is logged, and they are not taken for fields of the log."""
+    for number in range(3, 15):
+        for kind, value in ((2, b"\x02\xff\xff"), (0, b"\x01")):
+            strange = bytes([number << 3 | kind]) + value
+            request = IngestRequest.FromString(_framed(SMALL.SerializeToString()) + strange)
+            seen = glance(request.SerializeToString())
+            assert seen.is_good(NOW_SECONDS)
+            assert list(seen.events) == [SMALL.SerializeToString()]
+
+
 def _framed(event: bytes) -> bytes:
     """An event of an IngestRequest."""
     return b"\x12" + bytes([len(event)]) + event

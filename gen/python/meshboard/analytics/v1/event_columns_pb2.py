@@ -26,19 +26,21 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from meshboard.analytics.v1 import source_pb2 as meshboard_dot_analytics_dot_v1_dot_source__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*meshboard/analytics/v1/event_columns.proto\x12\x16meshboard.analytics.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#meshboard/analytics/v1/source.proto\"\xf5\x02\n\x0cWrittenBatch\x12\x16\n\x06\x65vents\x18\x02 \x03(\x0cR\x06\x65vents\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x04 \x01(\tR\x08sourceId\x12=\n\x0creceive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0breceiveTime\x12\x1a\n\x08sequence\x18\x06 \x01(\x03R\x08sequence\x12=\n\x06robots\x18\x07 \x01(\x0e\x32%.meshboard.analytics.v1.Source.RobotsR\x06robots\x12%\n\x0eretention_days\x18\x08 \x01(\x05R\rretentionDays\x12\x1b\n\tretry_ids\x18\t \x03(\tR\x08retryIds\x12\x12\n\x04keys\x18\n \x03(\x0cR\x04keys\x12\x1b\n\thas_links\x18\x0b \x01(\x08R\x08hasLinks\"L\n\x0c\x42\x61tchColumns\x12<\n\x06\x65vents\x18\x02 \x01(\x0b\x32$.meshboard.analytics.v1.EventColumnsR\x06\x65vents\"\x94\x02\n\x0c\x45ventColumns\x12\x14\n\x05\x65vent\x18\x01 \x03(\x0cR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x03(\x0cR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x03(\x0cR\x08insertId\x12\x12\n\x04time\x18\x04 \x03(\x0cR\x04time\x12\x1e\n\nproperties\x18\x05 \x03(\x0cR\nproperties\x12\x10\n\x03url\x18\x06 \x03(\x0cR\x03url\x12\x1a\n\x08referrer\x18\x07 \x03(\x0cR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x03(\x0cR\tuserAgent\x12\x1f\n\x0bprevious_id\x18\x0e \x03(\x0cR\npreviousId\x12\x0e\n\x02ip\x18\x0f \x03(\x0cR\x02ip\"=\n\x0bTimeColumns\x12\x18\n\x07seconds\x18\x01 \x03(\x03R\x07seconds\x12\x14\n\x05nanos\x18\x02 \x03(\x05R\x05nanosb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*meshboard/analytics/v1/event_columns.proto\x12\x16meshboard.analytics.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#meshboard/analytics/v1/source.proto\"\'\n\rWrittenEvents\x12\x16\n\x06\x65vents\x18\x02 \x03(\x0cR\x06\x65vents\"\xf5\x02\n\x0cWrittenBatch\x12\x16\n\x06\x65vents\x18\x02 \x03(\x0cR\x06\x65vents\x12!\n\x0cworkspace_id\x18\x03 \x01(\tR\x0bworkspaceId\x12\x1b\n\tsource_id\x18\x04 \x01(\tR\x08sourceId\x12=\n\x0creceive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0breceiveTime\x12\x1a\n\x08sequence\x18\x06 \x01(\x03R\x08sequence\x12=\n\x06robots\x18\x07 \x01(\x0e\x32%.meshboard.analytics.v1.Source.RobotsR\x06robots\x12%\n\x0eretention_days\x18\x08 \x01(\x05R\rretentionDays\x12\x1b\n\tretry_ids\x18\t \x03(\tR\x08retryIds\x12\x12\n\x04keys\x18\n \x03(\x0cR\x04keys\x12\x1b\n\thas_links\x18\x0b \x01(\x08R\x08hasLinks\"L\n\x0c\x42\x61tchColumns\x12<\n\x06\x65vents\x18\x02 \x01(\x0b\x32$.meshboard.analytics.v1.EventColumnsR\x06\x65vents\"\x94\x02\n\x0c\x45ventColumns\x12\x14\n\x05\x65vent\x18\x01 \x03(\x0cR\x05\x65vent\x12\x1f\n\x0b\x64istinct_id\x18\x02 \x03(\x0cR\ndistinctId\x12\x1b\n\tinsert_id\x18\x03 \x03(\x0cR\x08insertId\x12\x12\n\x04time\x18\x04 \x03(\x0cR\x04time\x12\x1e\n\nproperties\x18\x05 \x03(\x0cR\nproperties\x12\x10\n\x03url\x18\x06 \x03(\x0cR\x03url\x12\x1a\n\x08referrer\x18\x07 \x03(\x0cR\x08referrer\x12\x1d\n\nuser_agent\x18\x08 \x03(\x0cR\tuserAgent\x12\x1f\n\x0bprevious_id\x18\x0e \x03(\x0cR\npreviousId\x12\x0e\n\x02ip\x18\x0f \x03(\x0cR\x02ip\"=\n\x0bTimeColumns\x12\x18\n\x07seconds\x18\x01 \x03(\x03R\x07seconds\x12\x14\n\x05nanos\x18\x02 \x03(\x05R\x05nanosb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshboard.analytics.v1.event_columns_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WRITTENBATCH']._serialized_start=141
-  _globals['_WRITTENBATCH']._serialized_end=514
-  _globals['_BATCHCOLUMNS']._serialized_start=516
-  _globals['_BATCHCOLUMNS']._serialized_end=592
-  _globals['_EVENTCOLUMNS']._serialized_start=595
-  _globals['_EVENTCOLUMNS']._serialized_end=871
-  _globals['_TIMECOLUMNS']._serialized_start=873
-  _globals['_TIMECOLUMNS']._serialized_end=934
+  _globals['_WRITTENEVENTS']._serialized_start=140
+  _globals['_WRITTENEVENTS']._serialized_end=179
+  _globals['_WRITTENBATCH']._serialized_start=182
+  _globals['_WRITTENBATCH']._serialized_end=555
+  _globals['_BATCHCOLUMNS']._serialized_start=557
+  _globals['_BATCHCOLUMNS']._serialized_end=633
+  _globals['_EVENTCOLUMNS']._serialized_start=636
+  _globals['_EVENTCOLUMNS']._serialized_end=912
+  _globals['_TIMECOLUMNS']._serialized_start=914
+  _globals['_TIMECOLUMNS']._serialized_end=975
 # @@protoc_insertion_point(module_scope)

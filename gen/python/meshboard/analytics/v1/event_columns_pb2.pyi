@@ -21,13 +21,37 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class WrittenBatch(_message.Message):
+class WrittenEvents(_message.Message):
     """What analytics_svc reads a batch of events as, to look at all of them at once: one list for each field. These are no
     messages that anyone sends. They rest on protobuf's encoding: messages written one behind the other are one message in
     which each repeated field has the values of all.
 
-    A `LoggedBatch` of which the events are left as they are written; the other fields are its own.
+    A batch of which nothing is read but the events, as they are written.
     """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Serialized events."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrittenEvents: _TypeAlias = WrittenEvents  # noqa: Y015
+
+@_typing.final
+class WrittenBatch(_message.Message):
+    """A `LoggedBatch` of which the events are left as they are written; the other fields are its own."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
