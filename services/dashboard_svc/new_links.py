@@ -31,13 +31,12 @@ from services.dashboard_svc.models import ShareLink
 from services.dashboard_svc.questions import resolve
 from services.dashboard_svc.scopes import scope_of
 from services.dashboard_svc.shared import bound, frozen_dashboard, shared_annotation, shared_data
-from services.dashboard_svc.sources import Sources
+from services.dashboard_svc.sources import SOURCES_OF_A_QUERY, Sources
 
 MAX_LINKS = 200
 MAX_CONTENT_BYTES = 65_536
 # Those of the latest time.
 MAX_ANNOTATIONS = 1000
-_SOURCES_OF_A_QUERY = 100
 
 
 class NewLinks:
@@ -144,11 +143,11 @@ class NewLinks:
             annotation_queries=dashboard.annotation_queries,
             widgets=await self._boards.widgets(dashboard.workspace_id, dashboard.dashboard_id),
         )
-        _, gone = await self._sources.problems(dashboard.workspace_id, content)
-        source_ids = sorted(sources_of(content) - gone)
+        found = await self._sources.look_through(dashboard.workspace_id, content)
+        source_ids = sorted(sources_of(content) - found.absent_source_ids)
         await self._sources.validate(
-            Query(source_ids=source_ids[start : start + _SOURCES_OF_A_QUERY], filters=filters)
-            for start in range(0, len(source_ids), _SOURCES_OF_A_QUERY)
+            Query(source_ids=source_ids[start : start + SOURCES_OF_A_QUERY], filters=filters)
+            for start in range(0, len(source_ids), SOURCES_OF_A_QUERY)
         )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from meshboard.analytics.v1.internal_query_service_pb2 import (
     CheckWidgetQueriesRequest,
@@ -26,10 +28,21 @@ from services.dashboard_svc.definitions import marks_question, values_question
 Problem = RestoreVersionResponse.Problem
 
 _QUERIES_AT_ONCE = 8
-_SOURCES_OF_A_QUERY = 100
+SOURCES_OF_A_QUERY = 100
 # Filters in one AnyOf, and of these in a query.
 _ALTERNATIVES = 20
 _ANY_OFS = 10
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What of a content cannot be asked, what can be, and which of its sources are not there, in lower case."""
+
+    problems: list[Problem] = field(default_factory=list)
+    askable: DashboardContent = field(default_factory=DashboardContent)
+    absent_source_ids: set[str] = field(default_factory=set)
 
 
 class Sources:
@@ -63,45 +76,57 @@ class Sources:
             CheckWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
         )
 
-    async def problems(self, workspace_id: str, content: DashboardContent) -> tuple[list[Problem], set[str]]:
-        """What of the content cannot be asked, and which of its sources are not there."""
+    async def look_through(self, workspace_id: str, content: DashboardContent) -> Findings:
+        """Looks at all that the content asks."""
         asking = [
-            (Problem(widget_id=widget.widget_id), question)
+            (Problem(widget_id=widget.widget_id), question, DashboardContent(widgets=[widget]))
             for widget in content.widgets
             if (question := question_of(widget))
         ]
         asking += [
-            (Problem(variable=variable.name), WidgetQuestion(query=values_question(variable)))
+            (
+                Problem(variable=variable.name),
+                WidgetQuestion(query=values_question(variable)),
+                DashboardContent(variables=[variable]),
+            )
             for variable in content.variables
             if variable.HasField("property_values")
         ]
         asking += [
-            (Problem(annotation_query=query.title), WidgetQuestion(query=marks_question(query)))
-            for query in content.annotation_queries
+            (
+                Problem(annotation_query=marks.title),
+                WidgetQuestion(query=marks_question(marks)),
+                DashboardContent(annotation_queries=[marks]),
+            )
+            for marks in content.annotation_queries
         ]
-        checked = await self.look_at(workspace_id, [question for _, question in asking])
-        problems = []
-        for (problem, _), error in zip(asking, checked.problems, strict=True):
+        checked = await self.look_at(workspace_id, [question for _, question, _ in asking])
+        found = Findings(absent_source_ids=set(map(str.lower, checked.absent_source_ids)))
+        for (problem, _, part), error in zip(asking, checked.problems, strict=True):
             if error.code:
                 problem.error.CopyFrom(error)
-                problems.append(problem)
-        return problems, {source_id.lower() for source_id in checked.absent_source_ids}
+                found.problems.append(problem)
+            else:
+                found.askable.MergeFrom(part)
+        return found
 
 
 def right_to(source_ids: Iterable[str], cohort_ids: Iterable[str]) -> list[Query]:
     """Queries that take the right to query these sources, and to see these cohorts; none without a source."""
     sources, cohorts = sorted(set(source_ids)), sorted(set(cohort_ids))
-    parts = [sources[at : at + _SOURCES_OF_A_QUERY] for at in range(0, len(sources), _SOURCES_OF_A_QUERY)]
+    if not sources:
+        return []
+    first, *others = _parts(sources, SOURCES_OF_A_QUERY)
     any_of = [
-        AnyOf(filters=[Filter(cohort_id=cohort_id) for cohort_id in cohorts[at : at + _ALTERNATIVES]])
-        for at in range(0, len(cohorts), _ALTERNATIVES)
+        AnyOf(filters=[Filter(cohort_id=cohort_id) for cohort_id in part])
+        for part in _parts(cohorts, _ALTERNATIVES)
     ]
-    queries = [Query(source_ids=part) for part in parts]
-    for at in range(0, len(any_of) if parts else 0, _ANY_OFS):
-        if at:
-            queries.append(Query(source_ids=parts[0]))
-        queries[-1 if at else 0].any_of.extend(any_of[at : at + _ANY_OFS])
-    return queries
+    asking = [Query(source_ids=first, any_of=part) for part in _parts(any_of, _ANY_OFS) or [[]]]
+    return [*asking, *(Query(source_ids=part) for part in others)]
+
+
+def _parts(whole: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [whole[at : at + size] for at in range(0, len(whole), size)]
 
 
 def question_of(widget: Widget) -> WidgetQuestion | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -131,10 +131,13 @@ class VersionServicer(VersionServiceServicer):
         Raises NOT_FOUND or PERMISSION_DENIED when the caller may not query a source that is there, or see a cohort of
         what can be asked, and nothing on the dashboard asks the same now.
         """
-        problems, absent_ids = await self.sources.problems(auth.caller().workspace_id, content)
-        new = _new_in(content, present)
-        await self.sources.require(sources_of(new) - absent_ids, cohorts_of(_without(new, problems)))
-        return problems
+        found = await self.sources.look_through(auth.caller().workspace_id, content)
+        # A cohort that is gone is the problem of what filters by it.
+        await self.sources.require(
+            sources_of(_new_in(content, present)) - found.absent_source_ids,
+            cohorts_of(_new_in(found.askable, present)),
+        )
+        return found.problems
 
 
 def _new_in(content: DashboardContent, present: DashboardContent) -> DashboardContent:
@@ -153,20 +156,6 @@ def _new_in(content: DashboardContent, present: DashboardContent) -> DashboardCo
             if questions_of(DashboardContent(annotation_queries=[each])).keys() - asked
         ],
         widgets=[widget for widget in content.widgets if question_of(widget) not in known],
-    )
-
-
-def _without(content: DashboardContent, problems: Collection[Problem]) -> DashboardContent:
-    """What of the content can be asked: a cohort that is gone is the problem of what filters by it."""
-    widget_ids = {problem.widget_id for problem in problems}
-    variables = {problem.variable for problem in problems}
-    annotation_queries = {problem.annotation_query for problem in problems}
-    return DashboardContent(
-        variables=[each for each in content.variables if each.name not in variables],
-        annotation_queries=[
-            each for each in content.annotation_queries if each.title not in annotation_queries
-        ],
-        widgets=[each for each in content.widgets if each.widget_id not in widget_ids],
     )
 
 

@@ -322,6 +322,24 @@ async def test_a_cohort_that_the_caller_may_not_see_does_not_come_back(mesh: Mes
     assert [problem.widget_id for problem in answer.problems] == [widget.widget_id]
 
 
+async def test_a_problem_with_one_says_nothing_of_its_namesake(mesh: Mesh) -> None:
+    ann, gone, cohort_id = mesh.identity.member("editor"), new_id(), new_id()
+    dashboard = await mesh.dashboard(ann)
+    selector = EventSelector(event="release", filters=[Filter(cohort_id=cohort_id)])
+    marks = [
+        AnnotationQuery(title="Releases", source_id=gone, selector=EventSelector(event="release")),
+        AnnotationQuery(title="Releases", source_id=new_id(), selector=selector),
+    ]
+    await update(mesh, ann, dashboard.dashboard_id, annotation_queries=marks)
+    old = await update(mesh, ann, dashboard.dashboard_id, title="Both", reason="both")
+    await update(mesh, ann, dashboard.dashboard_id, annotation_queries=[])
+    mesh.analytics.absent.add(gone)
+    mesh.analytics.hidden.add(cohort_id)
+    mesh.analytics.refused = errors.not_found("COHORT_NOT_FOUND", "There is no such cohort.")
+    call = restore(mesh, ann, dashboard.dashboard_id, old.etag)
+    assert await refused(call) == (grpc.StatusCode.NOT_FOUND, "COHORT_NOT_FOUND")
+
+
 async def test_a_source_that_the_caller_may_not_query_does_not_come_back(mesh: Mesh) -> None:
     ann, source_id = mesh.identity.member("editor"), new_id()
     dashboard = await mesh.dashboard(ann, "Old")
