@@ -3,6 +3,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -66,6 +67,20 @@ def users(pair: tuple[Users, Users]) -> Users:
 @pytest.fixture
 def other(pair: tuple[Users, Users]) -> Users:
     return pair[1]
+
+
+async def have_heard(pair: tuple[Users, Users]) -> None:
+    """Returns when each process has heard of all that the other has invalidated: the bus keeps their order."""
+    for speaker, hearer in (pair, pair[::-1]):
+        key, database = uuid4().hex, Database()
+        database.titles[key] = "heard"
+        await database.through(hearer, key)
+        await speaker.invalidate(key)
+        await eventually(partial(_is_forgotten, hearer, key))
+
+
+def _is_forgotten(users: Users, key: str) -> bool:
+    return users.peek(key) is None
 
 
 async def test_reads_from_the_nearest_place(users: Users, other: Users, database: Database) -> None:
@@ -160,8 +175,7 @@ async def test_a_late_reader_does_not_put_the_old_value_back(
     await eventually(lambda: database.reads == 1)
     database.titles["k"] = "new"
     await fast.invalidate("k")
-    if writer:
-        await asyncio.sleep(0.1)  # lets the invalidation arrive before the old value
+    await have_heard(pair)
     database.gate.set()
     assert await reading == "old"  # it began before the change
     assert [await database.through(each, "k") for each in pair] == ["new", "new"]
@@ -215,7 +229,7 @@ async def test_in_any_order_the_last_write_is_what_stays(
     database.gate = asyncio.Event()
     database.gate.set()
     await asyncio.gather(*(task for task, _ in reading))
-    await asyncio.sleep(0.01)  # the way of an invalidation through the bus
+    await have_heard(pair)
     for users in pair:
         assert await database.through(users, key) == database.titles[key]
     for users in pair:
