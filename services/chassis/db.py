@@ -39,6 +39,7 @@ from sqlalchemy import (
     exc,
     func,
     make_url,
+    select,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, dialect
@@ -391,6 +392,11 @@ def engine(db: async_sessionmaker[AsyncSession]) -> AsyncEngine:
     bound = db.kw["bind"]
     assert isinstance(bound, AsyncEngine)
     return bound
+
+
+async def lock(session: AsyncSession, number: int, workspace_id: str) -> None:
+    """Has whoever asks for this lock of the workspace as well wait for the end of the transaction."""
+    await session.execute(select(func.pg_advisory_xact_lock(number, func.hashtext(workspace_id))))
 
 
 async def fetch_at_once(db: async_sessionmaker[AsyncSession], sql: str, *arguments: object) -> Sequence[Any]:

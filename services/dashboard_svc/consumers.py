@@ -14,11 +14,6 @@ async def on_workspace_deleted(session: AsyncSession, event: WorkspaceDeleted) -
     There is no event for each of them. What is remembered of them ends by itself within a minute: nobody has had rights
     in the workspace since it was deleted, so that nobody is shown it.
     """
-    for table in (
-        GrantRow,
-        Dashboard,
-        Folder,
-        LibraryWidget,
-        WidgetKind,
-    ):  # the widgets go with their dashboards
+    # The widgets go with their dashboards, and the versions of a kind with it.
+    for table in (GrantRow, Dashboard, Folder, LibraryWidget, WidgetKind):
         await session.execute(delete(table).where(table.workspace_id == event.workspace_id))

@@ -155,4 +155,4 @@ async def _find(
 
 
 def _made(kind: WidgetKind, custom: CustomWidget) -> Widget:
-    return WidgetDefinition(kind).made_of(kind, custom.options)
+    return WidgetDefinition(kind).made_of(custom.options)

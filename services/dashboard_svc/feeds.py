@@ -153,7 +153,6 @@ class Feed:
         self._caught_up = asyncio.Event()  # set, and replaced, after each load
         self._lines: dict[bytes, Line] = {}
         self._tiles: dict[str, _Shown] = {}
-        self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._news: dict[tuple[tuple[str, bytes], ...] | None, News | None] = {}
         self._annotations = b""  # another digest with each change of them; empty before the first
         self._news_by_id: dict[int, tuple[cursors.Digests | None, News | None]] = {}

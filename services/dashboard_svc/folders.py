@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox, times
 from services.chassis.clients import Peer
-from services.chassis.db import new_id
+from services.chassis.db import lock, new_id
 from services.chassis.grants import Grants, grant_to_pb
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
@@ -38,7 +38,8 @@ FOLDER = Resource(
 MUTABLE = ("title",)
 MAX_DEPTH = 8
 MAX_FOLDERS = 5000
-# The first part of the key of the advisory lock under which a workspace's tree of folders changes: "fold" in ASCII.
+# The lock under which a workspace's tree of folders changes: two moves, each fine by itself, can make a cycle together.
+# "fold" in ASCII.
 _TREE_LOCK = 0x666F6C64
 
 
@@ -65,7 +66,7 @@ class FolderServicer(FolderServiceServicer):
         caller = auth.caller()
         title, now = clean_name(request.title, "title"), self.now()
         async with self.db.begin() as session:
-            await _lock_tree(session, caller.workspace_id)
+            await lock(session, _TREE_LOCK, caller.workspace_id)
             folder = await session.scalar(
                 insert(Folder)
                 .values(
@@ -150,7 +151,7 @@ class FolderServicer(FolderServiceServicer):
         """Moves the folder, one after the other of a workspace's moves."""
         caller = auth.caller()
         async with self.db.begin() as session:
-            await _lock_tree(session, caller.workspace_id)
+            await lock(session, _TREE_LOCK, caller.workspace_id)
             folder = await _locked(session, caller.workspace_id, request.folder_id, request.etag)
             before = folder.parent_folder_id
             folder.parent_folder_id = await held_folder(
@@ -235,11 +236,6 @@ async def _locked(session: AsyncSession, workspace_id: str, folder_id: str, etag
     if etag and etag != str(folder.version):
         raise errors.etag_mismatch()
     return folder
-
-
-async def _lock_tree(session: AsyncSession, workspace_id: str) -> None:
-    """Has other changes of the workspace's tree wait: two moves, each fine by itself, can make a cycle together."""
-    await session.execute(select(func.pg_advisory_xact_lock(_TREE_LOCK, func.hashtext(workspace_id))))
 
 
 async def _check_tree(session: AsyncSession, folder: Folder) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by, insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox, times
-from services.chassis.db import new_id
+from services.chassis.db import lock, new_id
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.resources import Resource, visible
@@ -46,7 +46,7 @@ MUTABLE = ("title", "kind", *CONTENT, "name")
 MAX_LIBRARY_WIDGETS = 1000
 # Dashboards that one event names.
 MAX_NAMED = 5000
-# The first part of the key of the advisory lock under which a workspace's library changes: "libr" in ASCII.
+# The lock under which the size of a workspace's library and the names in it change: "libr" in ASCII.
 _LIBRARY_LOCK = 0x6C696272
 
 
@@ -84,7 +84,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         await self.validation.check(caller.workspace_id, [widget])
         await markdown.prepare(widget.markdown)
         async with self.db.begin() as session:
-            await _lock_library(session, caller.workspace_id)
+            await lock(session, _LIBRARY_LOCK, caller.workspace_id)
             await hold(session, caller.workspace_id, widget)
             widget.name = widget.name or await _free_name(session, caller.workspace_id, widget)
             row = await session.scalar(
@@ -166,7 +166,7 @@ class LibraryWidgetServicer(LibraryWidgetServiceServicer):
         await self.validation.check(caller.workspace_id, [changes])
         await markdown.prepare(changes.markdown)
         async with self.db.begin() as session:
-            await _lock_library(session, caller.workspace_id)
+            await lock(session, _LIBRARY_LOCK, caller.workspace_id)
             row = await _locked(session, caller.workspace_id, wanted.library_widget_id, wanted.etag)
             widget = dashboard_pb2.Widget(name=row.name or "")
             show(row, widget)
@@ -296,11 +296,6 @@ async def _locked(
     if etag and etag != str(row.version):
         raise errors.etag_mismatch()
     return row
-
-
-async def _lock_library(session: AsyncSession, workspace_id: str) -> None:
-    """Has all changes of the library's size and names come one after the other."""
-    await session.execute(select(func.pg_advisory_xact_lock(_LIBRARY_LOCK, func.hashtext(workspace_id))))
 
 
 async def _free_name(session: AsyncSession, workspace_id: str, widget: dashboard_pb2.Widget) -> str:

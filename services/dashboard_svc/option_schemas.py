@@ -27,7 +27,6 @@ MAX_PATTERNS = 50
 MAX_PATTERN = 200
 # Of a compiled pattern, in bytes.
 _PATTERN_SIZE = 64 << 10
-_LONGEST_MESSAGE = 500
 
 # What holds a schema, a list of schemas, and schemas by a name.
 _ONE = {"additionalProperties", "propertyNames", "items", "contains", "not", "if", "then", "else"}
@@ -67,7 +66,7 @@ class OptionSchema:
                 retriever=_fetch_nothing,
             )
         except jsonschema_rs.ValidationError as error:
-            raise Unfit(f"{place_of(tuple(error.instance_path))}: {_short(error.message)}") from None
+            raise Unfit(f"{place_of(tuple(error.instance_path))}: {error.message}") from None
 
     def check(self, options: dict[str, Any]) -> None:
         """Raises Unfit when the options are not as the schema says, or too many values for it."""
@@ -79,7 +78,7 @@ class OptionSchema:
             self._validator.validate(options)
         except jsonschema_rs.ValidationError as error:
             place = place_of(("options", *error.instance_path))
-            raise Unfit(f"{place}: {_short(error.message)}") from None
+            raise Unfit(f"{place}: {error.message}") from None
 
     def default(self, path: str) -> Any:
         """What stands for an option that is not given; None: nothing."""
@@ -179,7 +178,3 @@ def _types(schema: Schema) -> set[str]:
 
 def _fetch_nothing(uri: str) -> Any:
     raise ValueError(f"{uri} is not fetched")
-
-
-def _short(message: str) -> str:
-    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"

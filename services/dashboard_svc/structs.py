@@ -11,12 +11,19 @@ from google.protobuf.struct_pb2 import Struct, Value
 Json = Any
 MAX_DEPTH = 24
 MAX_VALUES = 4000
+_LONGEST_MESSAGE = 500
 # A whole number beyond this is not exact, and stays a float.
 _EXACT = 2**53
 
 
 class Unfit(ValueError):
-    """Something in a kind or in the options of a widget is not as it has to be; the message says what, and where."""
+    """Something in a kind or in the options of a widget is not as it has to be; the message says what, and where.
+
+    It is cut off behind 500 characters, as it may quote what is wrong.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…")
 
 
 def json_of(struct: Struct, max_bytes: int) -> dict[str, Json]:

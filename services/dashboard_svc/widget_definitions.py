@@ -16,7 +16,6 @@ from services.dashboard_svc.structs import Json, Unfit, json_of, struct_of
 
 # Of schema, template, spec and options, each.
 MAX_BYTES = 32 << 10
-_LONGEST_MESSAGE = 500
 
 
 class WidgetDefinition:
@@ -26,6 +25,7 @@ class WidgetDefinition:
     """
 
     def __init__(self, kind: WidgetKind) -> None:
+        self._kind = kind
         field = "options_schema"
         try:
             self._schema = OptionSchema(json_of(kind.options_schema, MAX_BYTES))
@@ -39,20 +39,20 @@ class WidgetDefinition:
                 placeholders.check(self._spec, self._schema, columns=True)
                 vega_lite.check(self._spec)
         except Unfit as problem:
-            raise errors.invalid_argument("WIDGET_KIND_INVALID", _said(field, problem), field=field) from None
+            raise errors.invalid_argument("WIDGET_KIND_INVALID", f"{field}: {problem}", field=field) from None
 
-    def made_of(self, kind: WidgetKind, options: Struct) -> Widget:
+    def made_of(self, options: Struct) -> Widget:
         """The fields of a widget of the kind with these options that depend on both.
 
         Raises INVALID_ARGUMENT (WIDGET_OPTIONS_INVALID).
         """
         query, spec = self._made_of(options)
         custom = CustomWidget(
-            widget_kind_id=kind.widget_kind_id,
-            version=kind.version,
+            widget_kind_id=self._kind.widget_kind_id,
+            version=self._kind.version,
             options=options,
             spec=spec,
-            kind_name=kind.name,
+            kind_name=self._kind.name,
         )
         return Widget(kind=Widget.CUSTOM, query=query, custom=custom)
 
@@ -69,7 +69,7 @@ class WidgetDefinition:
             vega_lite.check(spec)
         except Unfit as problem:
             raise errors.invalid_argument(
-                "WIDGET_OPTIONS_INVALID", _said("custom.options", problem), field="custom.options"
+                "WIDGET_OPTIONS_INVALID", f"custom.options: {problem}", field="custom.options"
             ) from None
         return query, struct_of(spec)
 
@@ -86,8 +86,3 @@ def _validate(query: Query) -> None:
         validate(query)
     except errors.Error as error:
         raise Unfit(f"what becomes of them is no query: {error}") from None
-
-
-def _said(field: str, problem: Unfit) -> str:
-    text = str(problem)
-    return f"{field}: {text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + '…'}"

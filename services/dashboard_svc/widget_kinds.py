@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, outbox, times
-from services.chassis.db import new_id
+from services.chassis.db import lock, new_id
 from services.chassis.masks import changed_fields
 from services.chassis.paging import Pages
 from services.chassis.texts import clean_name
@@ -33,7 +33,7 @@ MAX_VERSIONS = 1000
 # What a version has.
 VERSIONED = ("options_schema", "query_template", "spec")
 MUTABLE = ("title", "description", *VERSIONED)
-# The first part of the key of the advisory lock under which a workspace's kinds become more: "kind" in ASCII.
+# The lock under which a workspace's kinds become more: "kind" in ASCII.
 _KINDS_LOCK = 0x6B696E64
 
 
@@ -62,9 +62,7 @@ class WidgetKindServicer(WidgetKindServiceServicer):
         kind.title = clean_name(request.title, "title")
         await asyncio.to_thread(WidgetDefinition, kind)
         async with self.db.begin() as session:
-            await session.execute(
-                select(func.pg_advisory_xact_lock(_KINDS_LOCK, func.hashtext(caller.workspace_id)))
-            )
+            await lock(session, _KINDS_LOCK, caller.workspace_id)
             row = await session.scalar(
                 insert(WidgetKind)
                 .values(

@@ -158,7 +158,7 @@ class WidgetUpgrades:
             use.hidden = use.dashboard_id not in shown | {_LIBRARY}
         variables = {row.dashboard_id: dashboard_to_pb(row).variables for row in dashboards}
         for use in uses:  # one at a time, so that a call that is given up ends
-            await asyncio.to_thread(_make, use, definition, kind, variables.get(use.dashboard_id))
+            await asyncio.to_thread(_make, use, definition, variables.get(use.dashboard_id))
         return uses, next_page_token
 
     async def _move(self, dashboard_id: str, uses: Sequence[_Use]) -> None:
@@ -269,11 +269,9 @@ def _uses(kind: WidgetKind, page: Page) -> Select[Any]:
     )
 
 
-def _make(
-    use: _Use, definition: WidgetDefinition, kind: WidgetKind, variables: Sequence[Variable] | None
-) -> None:
+def _make(use: _Use, definition: WidgetDefinition, variables: Sequence[Variable] | None) -> None:
     try:
-        made = definition.made_of(kind, use.before.custom.options)
+        made = definition.made_of(use.before.custom.options)
         kinds.check(made)
         if variables is not None:  # a widget of the library may be on dashboards that have those it needs
             check_variables(made, variables)

@@ -32,7 +32,7 @@ def spec_with(more: dict[str, Any]) -> dict[str, Any]:
 
 
 def made_of(kind: WidgetKind, **options: Any) -> Widget:
-    return WidgetDefinition(kind).made_of(kind, struct({"source": SOURCE, **options}))
+    return WidgetDefinition(kind).made_of(struct({"source": SOURCE, **options}))
 
 
 def reason(call: Any) -> str:
@@ -175,7 +175,7 @@ def test_whatever_somebody_sends_is_let_in_or_refused(
     kind = kind_with(**parts)
     refusal = ""
     try:
-        WidgetDefinition(kind).made_of(kind, struct(options))
+        WidgetDefinition(kind).made_of(struct(options))
     except errors.Error as error:
         refusal = error.reason
     assert refusal in {"", "WIDGET_KIND_INVALID", "WIDGET_OPTIONS_INVALID"}
