@@ -139,7 +139,8 @@ class Watch:
                 line = (await self._response.content.readline()).decode().strip()
                 if line and line.startswith(self._prefix):
                     message: dict[str, Any] = json.loads(line.removeprefix(self._prefix))
-                    doubts = message.get("annotationsChanged") and not message["changes"]
+                    told = message.get("changes") or message.get("removedWidgetIds")
+                    doubts = message.get("annotationsChanged") and not told
                     if "heartbeat" not in message and not doubts:
                         return message
                 assert line or not self._response.content.at_eof(), "the stream has ended"

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 
 from tests.mesh.people import Person
 
 LINES = "application/x-ndjson"
 FORMS = ("text/event-stream", LINES)
+TALLY = {
+    "title": "Tally",
+    "optionsSchema": {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in ("source", "event", "title")},
+        "required": ["source", "event"],
+    },
+    "queryTemplate": {
+        "sourceIds": [{"$option": "source"}],
+        "filters": [{"property": "event", "values": [{"$option": "event"}]}],
+    },
+    "spec": {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "title": {"$option": "title"},
+        "data": {"name": "rows"},
+        "mark": "bar",
+    },
+}
 
 
 def number(source_id: str) -> dict[str, object]:
@@ -56,6 +76,23 @@ async def test_who_has_a_link_is_told_in_the_same_forms(ann: Person, accept: str
     assert (answer.status, answer.reason) == (404, "SHARE_LINK_NOT_FOUND")
     answer = await stranger.call("GET", f"{path}?unknown=1", accept=accept)
     assert answer.status == 400
+
+
+async def test_a_widget_of_a_kind_that_the_workspace_has_made_is_live_too(ann: Person):
+    source_id, write_key = await ann.new_source()
+    made = await ann.post("/v1/widgetKinds", {**TALLY, "name": f"tally-{secrets.token_hex(4)}"})
+    kind_id = made["widgetKind"]["widgetKindId"]
+    options = {"source": source_id, "event": "seen", "title": "<b>Seen</b>"}
+    dashboard_id = await ann.new_dashboard(
+        {"title": "Tally", "kind": "CUSTOM", "custom": {"widgetKindId": kind_id, "options": options}}
+    )
+    (widget,) = (await ann.get(f"/v1/dashboards/{dashboard_id}/widgets"))["widgets"]
+    assert widget["custom"]["spec"]["title"] == "<b>Seen</b>"
+    async with ann.watch(dashboard_id) as watch:
+        first = await watch.next()
+        assert first["snapshot"]["widgets"][0]["result"]["rows"] == [[0]]
+        await ann.send(write_key, {"event": "seen", "distinctId": "a"}, {"event": "other", "distinctId": "a"})
+        assert (await watch.next())["changes"][0]["result"]["rows"] == [[1]]
 
 
 @pytest.mark.parametrize("accept", FORMS)
