@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import nats.errors
 import nats.js.errors
@@ -83,6 +84,22 @@ class Stored:
     headers: Headers
 
 
+class _Client(Client):
+    """A client whose requests can be cancelled at any moment.
+
+    nats-py waits by asyncio.wait_for, which before Python 3.12 keeps a cancellation to itself when the answer has come
+    in the same round of the loop: who was to end went on for ever.
+    """
+
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task else 0
+        message = await super().request(*args, **kwargs)
+        if task and task.cancelling() > cancelled:
+            raise asyncio.CancelledError
+        return message
+
+
 class Bus:
     """One connection, which comes back by itself for ever, also to a server that has lost its streams."""
 
@@ -108,7 +125,7 @@ class Bus:
         `url` may list the servers of a cluster, separated by commas; `replicas` is then 3. `name` is what the
         server's monitoring shows.
         """
-        client = Client()
+        client = _Client()
         bus = cls(client, name, replicas)
         try:
             async with asyncio.timeout(timeout):

@@ -46,6 +46,8 @@ class Repeatable:
 BACKOFF_SECONDS = (1.0, 5.0, 30.0, 120.0, 600.0)
 
 _BATCH = 16
+# For who is given many at a time; with the rest between batches it bounds how fast a consumer catches up.
+_REPEATABLE_BATCH = 500
 _REST_SECONDS = 0.5
 _HANDLER_SECONDS = 20  # less than the consumer's ack_wait
 _SWEEP_SECONDS = 3600
@@ -125,9 +127,10 @@ class _Consumer:
             subject=self.name,
             inactive_seconds=30 * 86_400,
         )
+        batch = _REPEATABLE_BATCH if isinstance(self.handler, Repeatable) else _BATCH
         try:
             while True:
-                fetched = await deliveries.fetch(_BATCH, timeout=60)
+                fetched = await deliveries.fetch(batch, timeout=60)
                 if isinstance(self.handler, Repeatable) and len(fetched) > 1:
                     await self._receive_all(fetched, self.handler)
                 else:

@@ -3,6 +3,8 @@ import time
 from uuid import uuid4
 
 import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from services.chassis.bus import Bus, BusError, Delivery, Outgoing, PullConsumer, Received
 from tests.conditions import eventually
@@ -15,6 +17,24 @@ async def stream(bus: Bus) -> str:
     name = f"s{uuid4().hex}"
     await bus.ensure_stream(name, [f"{name}.>"])
     return name
+
+
+async def test_a_request_that_is_cancelled_as_it_is_answered_ends(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    tasks: list[asyncio.Task[tuple[int, int]]] = []
+
+    async def answered_and_cancelled(self: Client, *_: object, **__: object) -> Msg:
+        answer: asyncio.Future[Msg] = loop.create_future()
+        loop.call_soon(answer.set_result, Msg(self, data=b'{"type": "", "config": {}, "state": {}}'))
+        loop.call_soon(lambda: loop.call_soon(tasks[0].cancel))
+        return await asyncio.wait_for(answer, 5)
+
+    monkeypatch.setattr(Client, "request", answered_and_cancelled)
+    tasks.append(asyncio.create_task(bus.sequences("DOMAIN")))
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[0]
 
 
 async def restart_nats(parts: Parts) -> None:

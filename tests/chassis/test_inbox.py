@@ -221,6 +221,21 @@ async def test_what_comes_while_a_repeatable_handler_rests_is_one_batch(db: Sess
     assert max(map(len, taken)) > 1, "one by one, at twelve times the cost"
 
 
+async def test_a_repeatable_handler_that_was_away_catches_up_in_few_batches(db: Sessions, bus: Bus) -> None:
+    batches: list[list[str]] = []
+
+    async def take(events: Sequence[MemberRemoved]) -> None:
+        batches.append([event.user_id for event in events])
+
+    user_ids = [uuid4().hex for _ in range(100)]
+    for user_id in user_ids:
+        await publish(bus, user_id)
+    handlers: dict[type[Message], inbox.Repeatable] = {MemberRemoved: inbox.Repeatable(take)}
+    async with consuming(bus, db, uuid4().hex, handlers):
+        await eventually(lambda: user_ids[-1] in chain(*batches))
+    assert max(map(len, batches)) > 50, "sixteen by sixteen, with a rest after each, it would never catch up"
+
+
 async def test_unknown_fields_and_types_do_not_block(db: Sessions, bus: Bus) -> None:
     user_id = uuid4().hex
     newer = MemberRemoved(workspace_id=user_id, user_id=user_id).SerializeToString() + b"\xf2\xe8\x01\x03new"
