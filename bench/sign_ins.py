@@ -50,7 +50,7 @@ def measure(
     """Rates, their ratios to the baselines, CPU per call, and the latency of others during a storm."""
     rates: dict[str, list[float]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
-    p99: dict[str, list[float]] = defaultdict(list)
+    others: dict[str, list[float]] = defaultdict(list)
     url = mesh.environment("auth_svc")["MESHBOARD_POSTGRES_URL"]
     chains, rows = ([account.sign_in() for _ in range(16)] for _ in range(2))
     api_key = account.create_api_key()
@@ -63,10 +63,10 @@ def measure(
         rates["sign_in"].append(sent.per_second)
         cpu["sign_in"].append(spent / sent.requests * 1e3)
 
-        p99["calm"].append(percentile(_send(_others(mesh, account, seconds)).latencies, 0.99) * 1e3)
+        others["calm"] += _send(_others(mesh, account, seconds)).latencies
         with Generator(_sign_ins(mesh, account, int(sign_ins * 1.5))) as storm:
             storm.start()
-            p99["storm"].append(percentile(_send(_others(mesh, account, seconds)).latencies, 0.99) * 1e3)
+            others["storm"] += _send(_others(mesh, account, seconds)).latencies
             storm.wait()
 
         rates["sql"].append(_alone(_update, url, [_family_hash(token) for token in rows], seconds).per_second)
@@ -82,6 +82,9 @@ def measure(
             f"round {number + 1}: {rates['sign_in'][-1]:.0f} sign-ins/s (argon2 {rates['argon2'][-1]:.0f}), "
             f"{rates['refresh'][-1]:.0f} refreshes/s (SQL {rates['sql'][-1]:.0f})"
         )
+    # Of all rounds together: in one of them it is the second or third slowest call.
+    at_rest, in_storm = (percentile(others[name], 0.99) * 1e3 for name in ("calm", "storm"))
+    note = f"{len(others['calm']):,} calls"
     return [
         _rate("argon2 alone", rates["argon2"], f"{THREADS} threads"),
         _rate("sign-in", rates["sign_in"]),
@@ -92,11 +95,11 @@ def measure(
             at_least=0.9,
         ),
         Figure(name="auth/sign-in CPU of auth_svc", rounds=tuple(cpu["sign_in"]), unit="ms/call"),
-        Figure(name="auth/other call p99, calm", rounds=tuple(p99["calm"]), unit="ms"),
-        Figure(name="auth/other call p99, sign-in storm", rounds=tuple(p99["storm"]), unit="ms"),
+        Figure(name="auth/other call p99, calm", rounds=(at_rest,), unit="ms", note=note),
+        Figure(name="auth/other call p99, sign-in storm", rounds=(in_storm,), unit="ms", note=note),
         Figure(
             name="auth/other call p99, storm to calm",
-            rounds=ratios(p99["storm"], p99["calm"]),
+            rounds=(in_storm / at_rest,),
             unit="",
             at_most=1.5,
         ),

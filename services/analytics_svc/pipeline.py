@@ -52,8 +52,10 @@ from services.chassis.process import private_http, until_stopped
 log = structlog.get_logger(__name__)
 
 # How long the first message of a range waits for company, which bounds the number of parts that the store has to merge:
-# for a moment; longer when much has come in that moment, because an insert costs the store 20 ms and 3 µs an event.
+# for a moment; longer when much has come in that moment, because an insert costs the store 20 ms and 3 µs an event, and
+# when the last insert was a moment ago: what trickles in all the time would keep the store and live dashboards busy.
 LINGER_SECONDS = 0.05
+APART_SECONDS = 0.2
 _MUCH_BYTES = 256 << 10
 # How often a range that grows beside an insert looks whether that has ended.
 _BUSY_SECONDS = 0.01
@@ -134,6 +136,7 @@ class Pipeline:
         self.alone = asyncio.Lock()  # held by who changes the store
         self._held: deque[_Message] = deque()
         self._next_look = 0.0
+        self._collected = -inf  # when the last range was complete
         self._epoch = 0
         self._position = 0
 
@@ -231,16 +234,18 @@ class Pipeline:
         loop = asyncio.get_running_loop()
         message = await self._next(reader, 1.0)
         messages, size, began = [], 0, loop.time()
+        little = max(began + min(LINGER_SECONDS, self.flush_seconds), self._collected + APART_SECONDS)
         while message is not None:
             messages.append(message)
             size += len(message.payload)
-            patience = self.flush_seconds if size >= _MUCH_BYTES else min(LINGER_SECONDS, self.flush_seconds)
+            until = began + self.flush_seconds if size >= _MUCH_BYTES else little
             message = None
             while message is None and size < self.flush_bytes:
-                left = began + patience - loop.time()
+                left = until - loop.time()
                 if left <= 0 and (inserting is None or inserting.done()):
                     break
                 message = await self._next(reader, left if left > 0 else _BUSY_SECONDS)
+        self._collected = loop.time()
         return messages
 
     async def _collect_again(self, reader: LogReader, end: int) -> list[_Message]:

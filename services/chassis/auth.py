@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from uuid import UUID
 
 import jwt
+import orjson
 import structlog
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -47,7 +48,6 @@ MAX_TOKEN_BYTES = 4096
 _MAX_CONTAINERS = 32
 _REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "client_id", "sid")
 _ES256 = ec.ECDSA(SHA256())
-_compact = json.JSONEncoder(separators=(",", ":")).encode
 # Allowed difference of clocks between machines.
 LEEWAY_SECONDS = 5
 # The scope of a token that is limited by nothing but the rights of its user.
@@ -222,12 +222,12 @@ def _encode_part(raw: bytes) -> bytes:
 
 @lru_cache(maxsize=32)
 def _header(token_type: str, key_id: str) -> bytes:
-    return _encode_part(_compact({"alg": ALGORITHM, "typ": token_type, "kid": key_id}).encode())
+    return _encode_part(orjson.dumps({"alg": ALGORITHM, "typ": token_type, "kid": key_id}))
 
 
 def sign(token_type: str, claims: Mapping[str, Any], key_id: str, key: ec.EllipticCurvePrivateKey) -> str:
     """A compact JWS of the claims (RFC 7515, section 7.1), by ES256 (RFC 7518, section 3.4)."""
-    signed = _header(token_type, key_id) + b"." + _encode_part(_compact(claims).encode())
+    signed = _header(token_type, key_id) + b"." + _encode_part(orjson.dumps(claims))
     r, s = decode_dss_signature(key.sign(signed, _ES256))
     return (signed + b"." + _encode_part(r.to_bytes(32) + s.to_bytes(32))).decode()
 

@@ -22,7 +22,7 @@ from meshboard.user.v1.internal_grant_service_pb2_grpc import add_InternalGrantS
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.chassis import auth, db, times, trust
+from services.chassis import auth, completions, db, times, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache
@@ -190,6 +190,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         ready=[partial(db.ready, sessions), bus_ready],
     )
     await server.start()
+    completions.let_gather()
     try:
         await until_stopped(
             Relay(settings.postgres_url, bus, "dashboard").run(),
@@ -222,4 +223,6 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
 
 
 if __name__ == "__main__":
+    # Thousands of streams are told of each change at once.
+    completions.hear_together()
     main("dashboard", Settings, serve)

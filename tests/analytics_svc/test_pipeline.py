@@ -26,6 +26,7 @@ from services.analytics_svc.event_log import STREAM, EventLog, ensure_log, make_
 from services.analytics_svc.event_store import EventStore, UnavailableError
 from services.analytics_svc.glance import glance
 from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
+from services.analytics_svc.pipeline import APART_SECONDS
 from services.analytics_svc.tables import create_tables, insert_events
 from services.analytics_svc.user_agents import AgentFields
 from services.chassis import db as chassis_db
@@ -454,6 +455,20 @@ async def test_poison_holds_up_nobody(log: Log) -> None:
         await chassis_db.engine(db).dispose()
     assert len({row.identity for row in failed}) == len(failed) == 500
     assert all(row.error.startswith("RuntimeError: cannot swallow ") for row in failed)
+
+
+async def test_what_trickles_in_all_the_time_is_inserted_a_few_times_a_second(log: Log) -> None:
+    loop = asyncio.get_running_loop()
+    ticks: list[float] = []
+    await log.bus.listen(f"tick.{log.source.source_id}", lambda _: ticks.append(loop.time()))
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        for number in range(60):
+            await log.append([f"{number}"])
+            await asyncio.sleep(0.02)
+        await log.until(60)
+        # The first comes at once, and tells nothing of the distance.
+        await eventually(lambda: len(ticks) > 3)
+    assert ticks[-1] - ticks[0] > (len(ticks) - 2) * APART_SECONDS * 0.9
 
 
 @pytest.mark.parametrize(
