@@ -21,6 +21,7 @@ from meshboard.options.v1 import access_pb2
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis import auth, errors, resources
+from services.chassis.db import driver_connection
 from services.chassis.resources import Resource
 from services.chassis.rights import Level, Rights, RightsCache, decide
 
@@ -269,14 +270,15 @@ class _GrantReader:
         }
 
     async def _run(self, batch: _Batch) -> resources.Found:
-        async with self._db() as session:
-            try:
-                await session.connection()
-            finally:
+        try:
+            async with driver_connection(self._db) as connection:
                 self._next = None  # who asks from here on is in the next statement
-            return await resources.find(
-                session, self._resource, batch.workspace_ids, batch.resource_ids, batch.subject_ids
-            )
+                return await resources.find_at_once(
+                    connection, self._resource, batch.workspace_ids, batch.resource_ids, batch.subject_ids
+                )
+        finally:
+            if self._next is batch:
+                self._next = None
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,8 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from sqlalchemy import Boolean, DateTime, Integer, Text, TextClause, Uuid, bindparam, text
+import asyncpg
+from sqlalchemy import Boolean, DateTime, Text, TextClause, Uuid, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
@@ -37,20 +38,6 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("team_ids", "subject_ids", "workspace_ids", "resource_ids"), ARRAY(_ID)),
 }
 _ASKED = ("workspace_ids", "resource_ids", "subject_ids")
-_FOUND: dict[str, Any] = {
-    "workspace_id": _ID,
-    "asked_id": _ID,
-    "depth": Integer(),
-    "resource_type": Text(),
-    "resource_id": _ID,
-    "alive": Boolean(),
-    "subject_type": Text(),
-    "subject_id": _ID,
-    "role": Text(),
-    "effect": Text(),
-    "grant_id": _ID,
-    "expire_time": DateTime(timezone=True),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +111,25 @@ async def find(
     subject_ids: Iterable[str],
 ) -> Found:
     """The resources among these that exist, with the grants to these subjects and to everyone, in one statement."""
-    rows = await session.execute(
-        resource.sql.found,
-        {
-            "workspace_ids": sorted(workspace_ids),
-            "resource_ids": sorted(resource_ids),
-            "subject_ids": sorted(subject_ids),
-        },
+    asked = dict(zip(_ASKED, map(sorted, (workspace_ids, resource_ids, subject_ids)), strict=True))
+    return _by_place(await session.execute(resource.sql.found, asked))
+
+
+async def find_at_once(
+    connection: asyncpg.Connection,
+    resource: Resource,
+    workspace_ids: Iterable[str],
+    resource_ids: Iterable[str],
+    subject_ids: Iterable[str],
+) -> Found:
+    """The same on a `driver_connection`: each call of a method that needs a permission on a resource asks this."""
+    asked = map(sorted, (workspace_ids, resource_ids, subject_ids))
+    return _by_place(
+        await connection.fetch(resource.sql.found_by("$1::uuid[]", "$2::uuid[]", "$3::uuid[]"), *asked)
     )
+
+
+def _by_place(rows: Iterable[Any]) -> Found:
     found: Found = {}
     for workspace_id, asked_id, depth, resource_type, resource_id, alive, *given in rows:
         places = found.setdefault((workspace_id, asked_id), {})
@@ -238,11 +236,16 @@ class _Sql:
         self._id = resource.resource_id.key
         self._table = resource.table
         self._p = f":{resource.type}_"
+        self.found_by = lru_cache(self._found_by)
         self.visible_ids = lru_cache(maxsize=32)(self._visible_ids)  # most ask for a page of the same size
 
     @cached_property
     def found(self) -> Any:
         """What exists of :resource_ids, what it lies in, and the grants to :subject_ids and to everyone."""
+        return text(self.found_by(*(f":{name}" for name in _ASKED))).bindparams(*_typed(*_ASKED))
+
+    def _found_by(self, workspace_ids: str, resource_ids: str, subject_ids: str) -> str:
+        """The same as text, with these words for what is bound."""
         resource, place = self._resource, self._resource.place
         parent_id, above = "NULL::uuid", ""
         if place is not None:
@@ -254,22 +257,21 @@ class _Sql:
                 FROM levels JOIN {place.table} AS place
                     ON place.workspace_id = levels.workspace_id AND place.{place.resource_id.key} = parent_id
             """  # noqa: S608 - names of tables and columns, from the code; here and below
-        sql = f"""
+        return f"""
             WITH RECURSIVE levels AS (
                 SELECT workspace_id, {self._id} AS asked_id, 0 AS depth, '{resource.type}'::text AS resource_type,
                     {self._id} AS resource_id, {parent_id} AS parent_id, {resource.is_alive(self._table)} AS alive
                 FROM {self._table}
-                WHERE workspace_id = ANY (:workspace_ids) AND {self._id} = ANY (:resource_ids)
+                WHERE workspace_id = ANY ({workspace_ids}) AND {self._id} = ANY ({resource_ids})
                 {above}
             )
-            SELECT levels.workspace_id, asked_id, depth, levels.resource_type, levels.resource_id, alive,
-                subject_type, subject_id, role, effect, grant_id, expire_time
+            SELECT levels.workspace_id::text, asked_id::text, depth, levels.resource_type, levels.resource_id::text,
+                alive, subject_type, subject_id::text, role, effect, grant_id::text, expire_time
             FROM levels LEFT JOIN grants
                 ON grants.workspace_id = levels.workspace_id AND grants.resource_type = levels.resource_type
                 AND grants.resource_id = levels.resource_id
-                AND (subject_id IS NULL OR subject_id = ANY (:subject_ids))
+                AND (subject_id IS NULL OR subject_id = ANY ({subject_ids}))
         """  # noqa: S608
-        return text(sql).bindparams(*_typed(*_ASKED)).columns(**_FOUND)
 
     @cached_property
     def visible(self) -> _Statement:
