@@ -1,6 +1,6 @@
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -15,8 +15,7 @@ from meshboard.user.v1.workspace_service_pb2 import (
     GetWorkspaceRequest,
     ListMembersRequest,
 )
-from sqlalchemy import event, select, update
-from sqlalchemy.engine import Engine
+from sqlalchemy import select, update
 
 from services.auth_svc import models
 from services.auth_svc.api_keys import new_api_key
@@ -37,6 +36,7 @@ from tests.auth_svc.machines import (
 from tests.conditions import eventually
 from tests.harness import new_id, refused, service_metadata
 from tests.parts import Parts
+from tests.statements import statements_about
 
 INVALID = (grpc.StatusCode.UNAUTHENTICATED, "API_KEY_INVALID")
 DELAYED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "SIGN_IN_DELAYED")
@@ -66,22 +66,6 @@ async def noted(services: Services, made: Machine) -> models.ApiKey:
 
     await eventually(is_noted)
     return await row_of(services, made)
-
-
-@contextmanager
-def statements() -> Iterator[list[str]]:
-    """The statements about keys that anything in this process makes; others are made beside them all the time."""
-    found: list[str] = []
-
-    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if "api_keys" in statement:
-            found.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", note)
-    try:
-        yield found
-    finally:
-        event.remove(Engine, "before_cursor_execute", note)
 
 
 async def test_gives_a_token_that_is_the_accounts(services: Services):
@@ -178,7 +162,7 @@ async def test_a_key_that_expires_while_it_is_remembered_is_refused(services: Se
     end = datetime.now(UTC) + timedelta(seconds=90)
     made = await machine(services, owner, expire_time=end)
     async with another_process(services, parts, parts.redis_url) as keys:
-        with statements() as found:
+        with statements_about("api_keys") as found:
             assert await keys.find(made.secret, end - timedelta(seconds=1)) is not None
             assert await keys.find(made.secret, end) is None
         assert len(found) == 1
@@ -187,7 +171,7 @@ async def test_a_key_that_expires_while_it_is_remembered_is_refused(services: Se
 async def test_a_typo_costs_no_statement(services: Services):
     owner = await owner_of(services)
     made = await machine(services, owner)
-    with statements() as found:
+    with statements_about("api_keys") as found:
         for wrong in (made.secret[:-1], made.secret.swapcase(), "mba_", "x" * 128):
             assert await failing(services, wrong, "203.0.113.2") == INVALID
     assert found == []
@@ -215,7 +199,7 @@ async def test_a_warm_exchange_makes_no_statement(services: Services):
     await exchange(services, made.secret)
     await noted(services, made)
     begun = time.monotonic()
-    with statements() as found:
+    with statements_about("api_keys") as found:
         tokens = {await exchange(services, made.secret) for _ in range(40)}
     assert len(tokens) == 40
     # A key is read anew from time to time; a use is noted once a minute, by an UPDATE and an INSERT.

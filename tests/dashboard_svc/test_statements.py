@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from meshboard.dashboard.v1 import dashboard_service_pb2 as pb
 from meshboard.dashboard.v1 import folder_service_pb2 as folder_pb
 from meshboard.user.v1.grant_pb2 import Subject
-from sqlalchemy import Engine, event
 
 from tests.dashboard_svc.conftest import Mesh
 from tests.dashboard_svc.test_grants import grant
+from tests.statements import statements_about
 
-TABLES = ("dashboards", "folders", "grants", "widgets")
 
-
-@contextmanager
-def statements() -> Iterator[list[str]]:
+def statements() -> AbstractContextManager[list[str]]:
     """The statements on the tables of this service; the relay makes others beside them all the time."""
-    found: list[str] = []
-
-    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if any(f" {table}" in statement for table in TABLES):
-            found.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", note)
-    try:
-        yield found
-    finally:
-        event.remove(Engine, "before_cursor_execute", note)
+    return statements_about(" dashboards", " folders", " grants", " widgets")
 
 
 async def test_deciding_costs_one_statement_however_deep_the_folder(mesh: Mesh) -> None:

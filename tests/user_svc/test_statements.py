@@ -1,7 +1,6 @@
 """What is asked for often costs one statement, whatever hangs on a user; the rights of the caller are one more here."""
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -9,27 +8,11 @@ from meshboard.user.v1.avatar_service_pb2 import GetAvatarRequest
 from meshboard.user.v1.internal_user_service_pb2 import GetRightsRequest
 from meshboard.user.v1.profile_service_pb2 import GetProfileRequest
 from meshboard.user.v1.user_service_pb2 import BatchGetUsersRequest, GetMeRequest, GetUserRequest
-from sqlalchemy import Engine, event
 
+from tests.statements import statements_on
 from tests.user_svc.conftest import Person, UserSvc
 from tests.user_svc.test_avatars import put
 from tests.user_svc.test_pictures import PNG
-
-
-@contextmanager
-def statements(svc: UserSvc) -> Iterator[list[str]]:
-    """The statements that user_svc runs in the block."""
-    found: list[str] = []
-
-    def note(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if str(connection.engine.url.database) in svc.url:
-            found.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", note)
-    try:
-        yield found
-    finally:
-        event.remove(Engine, "before_cursor_execute", note)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +44,13 @@ async def test_reads_cost_one_statement(svc: UserSvc, owner: Person, name: str, 
             metadata=svc.calling_as("dashboard"),
         ),
     }
-    with statements(svc) as found:
+    with statements_on(svc.url) as found:
         await calls[name]()
     assert len(found) == expected, found
 
 
 async def test_me_is_remembered(svc: UserSvc, owner: Person):
     await svc.users.GetMe(GetMeRequest(), metadata=owner.metadata)
-    with statements(svc) as found:
+    with statements_on(svc.url) as found:
         await svc.users.GetMe(GetMeRequest(), metadata=owner.metadata)
     assert found == []
