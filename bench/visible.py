@@ -15,7 +15,7 @@ from bench.figures import Figure, percentile
 from bench.load import Generator
 from bench.mesh import Account, Mesh
 
-TARGET_SECONDS = 1.0
+TARGET_SECONDS = 0.5
 PAUSE_SECONDS = 0.005
 LOAD_BATCH = 1000
 

@@ -430,7 +430,7 @@ def doctor(port: int, data: Path) -> None:
 def bench(*, names: tuple[str, ...], quick: bool, data: Path | None, output: str) -> None:
     """Measure a mesh: rates, delays, start-up and memory; all of them, or those in NAMES.
 
-    Everything runs on this machine, the load too, in about fourteen minutes; soak, which is ten minutes of load, only
+    Everything runs on this machine, the load too, in about half an hour; soak, which is ten minutes of load, only
     when it is named. The figures are also written to bench/results.
     """
     suite = importlib.import_module("bench.suite")

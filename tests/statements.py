@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 
 @contextmanager
 def _told(note: Callable[[str | None, str], None]) -> Iterator[None]:
-    """Has `note` told the database and the text of each statement, by SQLAlchemy or past it."""
+    """Has `note` told the database and text of each statement by SQLAlchemy, and of each fetched past it."""
     fetch = asyncpg.Connection.fetch
 
     def by_engine(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:

@@ -136,7 +136,7 @@ class Pipeline:
         self.alone = asyncio.Lock()  # held by who changes the store
         self._held: deque[_Message] = deque()
         self._next_look = 0.0
-        self._collected = -inf  # when the last range was complete
+        self._collected = -inf  # when the range before was complete, on the loop's clock
         self._epoch = 0
         self._position = 0
 
@@ -245,7 +245,8 @@ class Pipeline:
                 if left <= 0 and (inserting is None or inserting.done()):
                     break
                 message = await self._next(reader, left if left > 0 else _BUSY_SECONDS)
-        self._collected = loop.time()
+        if messages:
+            self._collected = loop.time()
         return messages
 
     async def _collect_again(self, reader: LogReader, end: int) -> list[_Message]:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from services.analytics_svc.event_log import STREAM, EventLog, ensure_log, make_
 from services.analytics_svc.event_store import EventStore, UnavailableError
 from services.analytics_svc.glance import glance
 from services.analytics_svc.models import FailedEvent, LogPosition, Watermark
-from services.analytics_svc.pipeline import APART_SECONDS
+from services.analytics_svc.pipeline import APART_SECONDS, LINGER_SECONDS, Pipeline
 from services.analytics_svc.tables import create_tables, insert_events
 from services.analytics_svc.user_agents import AgentFields
 from services.chassis import db as chassis_db
@@ -457,6 +458,24 @@ async def test_poison_holds_up_nobody(log: Log) -> None:
     assert all(row.error.startswith("RuntimeError: cannot swallow ") for row in failed)
 
 
+async def test_what_comes_after_a_pause_does_not_wait_as_a_trickle_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unused: Any = None
+    pipeline = Pipeline(unused, unused, unused, unused, max_log_bytes=1, deduplicate=False)
+    message = SimpleNamespace(payload=b"")
+    coming, waits = iter([None, message]), list[float]()
+
+    async def take_next(_reader: object, timeout: float) -> object:
+        waits.append(timeout)
+        return next(coming, None)
+
+    monkeypatch.setattr(pipeline, "_next", take_next)
+    assert await pipeline._collect(unused, None) == []
+    assert await pipeline._collect(unused, None) == [message]
+    assert max(waits[2:]) <= LINGER_SECONDS
+
+
 async def test_what_trickles_in_all_the_time_is_inserted_a_few_times_a_second(log: Log) -> None:
     loop = asyncio.get_running_loop()
     await log.store.execute("SYSTEM STOP MERGES events")  # so that each insert leaves a part
@@ -464,7 +483,7 @@ async def test_what_trickles_in_all_the_time_is_inserted_a_few_times_a_second(lo
         start = loop.time()
         for number in range(60):
             await log.append([f"{number}"])
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # the trickle
         await log.until(60)
         seconds = loop.time() - start
     answer = await log.store.query("SELECT uniqExact(_part), uniqExact(_partition_id) FROM events")
