@@ -23,17 +23,16 @@ from meshboard.analytics.v1.internal_query_service_pb2 import (
 )
 from meshboard.analytics.v1.internal_query_service_pb2_grpc import InternalQueryServiceServicer
 from meshboard.analytics.v1.query_pb2 import Result
-from sqlalchemy import and_, bindparam, select
 
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.funnels import compile_funnel, read_funnel
 from services.analytics_svc.memberships import Memberships, named_in
-from services.analytics_svc.models import Source, Watermark
 from services.analytics_svc.periods import until_now
 from services.analytics_svc.queries import Queries
 from services.analytics_svc.retention import compile_retention, read_retention
 from services.analytics_svc.selection import resolve_range
 from services.chassis import errors
+from services.chassis.db import fetch_at_once
 from services.chassis.interceptor import error_of
 
 log = structlog.get_logger(__name__)
@@ -50,19 +49,12 @@ _DIGEST_BYTES = 16
 # A message with more than this is sent before there is more in it.
 _MESSAGE_BYTES = 1 << 20
 
-_sources, _watermarks = Source.__table__.c, Watermark.__table__.c
-# Made once, and of tables: this is asked for each look at a dashboard.
-_MARKS = (
-    select(_sources.source_id, _watermarks.watermark)
-    .outerjoin(
-        Watermark.__table__,
-        and_(_watermarks.workspace_id == _sources.workspace_id, _watermarks.source_id == _sources.source_id),
-    )
-    .where(
-        _sources.workspace_id == bindparam("asked_workspace_id"),
-        _sources.source_id.in_(bindparam("asked_source_ids", expanding=True)),
-    )
-)
+# Asked for each look at a dashboard.
+_MARKS = """
+    SELECT sources.source_id::text, watermark FROM sources
+    LEFT JOIN watermarks ON watermarks.workspace_id = sources.workspace_id AND watermarks.source_id = sources.source_id
+    WHERE sources.workspace_id = $1 AND sources.source_id = ANY($2::uuid[])
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +185,8 @@ class InternalQueryServicer(InternalQueryServiceServicer):
     async def _marks(self, workspace_id: str, questions: Iterable[WidgetQuestion]) -> Marks:
         """The sources of the questions that are of the workspace, in one statement for all."""
         source_ids = sorted({source_id for question in questions for source_id in _source_ids(question)})
-        async with self.queries.db() as session:
-            rows = await session.execute(
-                _MARKS, {"asked_workspace_id": workspace_id, "asked_source_ids": source_ids}
-            )
-        return {row.source_id: row.watermark for row in rows}
+        rows = await fetch_at_once(self.queries.db, _MARKS, workspace_id, source_ids)
+        return dict(rows)
 
 
 _Computing = Callable[[], Any]
