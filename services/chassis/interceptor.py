@@ -337,11 +337,17 @@ def error_of(failure: BaseException) -> errors.Error | None:
             return errors.internal()
 
 
-def validate(request: message.Message) -> None:
-    """Raises INVALID_ARGUMENT (VALIDATION_FAILED) naming each field that breaks a rule of the contract."""
+def validate(request: message.Message, place: str = "") -> None:
+    """Raises INVALID_ARGUMENT (VALIDATION_FAILED) naming each field that breaks a rule of the contract.
+
+    `place` is where the message stands in the request, if it is a part: `questions[3]`.
+    """
     violations = protovalidate.collect_violations(request)
     if violations:
-        raise errors.invalid_fields([(_path(v.proto.field), v.proto.message) for v in violations])
+        paths = (".".join(filter(None, (place, _path(v.proto.field)))) for v in violations)
+        raise errors.invalid_fields(
+            [(path, v.proto.message) for path, v in zip(paths, violations, strict=True)]
+        )
 
 
 def _path(field: Any) -> str:

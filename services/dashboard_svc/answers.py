@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import grpc
 from meshboard.analytics.v1.internal_query_service_pb2 import (
+    RecallWidgetAnswersRequest,
     RunWidgetQueriesRequest,
     WidgetAnswer,
     WidgetQuestion,
@@ -81,7 +82,7 @@ class Answers:
         seconds: float = QUERY_SECONDS,
         arrived: Arrived | None = None,
     ) -> dict[bytes, Answer]:
-        """The answers by the keys of the questions, in one call.
+        """The answers by the keys of the questions, in one call; in two when of answers that are known one has changed.
 
         Returns after `seconds`, or shortly before the call's deadline, with errors in place of what is not there yet.
         `arrived` is told of each that analytics_svc gives, as soon as it is there.
@@ -111,16 +112,12 @@ class Answers:
         answers: dict[bytes, Answer],
         arrived: Arrived | None,
     ) -> None:
-        known = [self._cached.get((workspace_id, key)) for key in keys]
-        questions = [WidgetQuestion.FromString(key) for key in keys]
-        for question, kept in zip(questions, known, strict=True):
-            if kept is not None:
-                question.known_version = kept.version
-        request = RunWidgetQueriesRequest(workspace_id=workspace_id, questions=questions)
-        # The call has more time than its caller waits, so that what is late is told apart from what is away.
-        async for response in self._queries.RunWidgetQueries(request, timeout=seconds + 1):
-            for answer in response.answers:
-                key, before = keys[answer.index], known[answer.index]
+        known = {key: kept for key in keys if (kept := self._cached.get((workspace_id, key)))}
+
+        def take(asked: Sequence[bytes], found: Iterable[WidgetAnswer]) -> None:
+            for answer in found:
+                key = asked[answer.index]
+                before = known.get(key)
                 if answer.unchanged and before is not None:
                     answers[key] = before
                     self._keep((workspace_id, key), before)
@@ -133,6 +130,16 @@ class Answers:
                         self._keep((workspace_id, key), Answer(data.SerializeToString(), answer.version))
                 if arrived is not None:
                     arrived(key, answers[key])
+
+        # The call has more time than its caller waits, so that what is late is told apart from what is away.
+        timeout = seconds + 1
+        if arrived is None and len(known) == len(keys):
+            recall = RecallWidgetAnswersRequest(workspace_id=workspace_id, questions=_asked(keys, known))
+            take(keys, (await self._queries.RecallWidgetAnswers(recall, timeout=timeout)).answers)
+        if missing := [key for key in keys if key not in answers]:
+            run = RunWidgetQueriesRequest(workspace_id=workspace_id, questions=_asked(missing, known))
+            async for response in self._queries.RunWidgetQueries(run, timeout=timeout):
+                take(missing, response.answers)
 
     def _room(self, workspace_id: str) -> asyncio.Semaphore:
         room = self._rooms.get(workspace_id)
@@ -164,6 +171,14 @@ def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
         if line.HasField("result"):
             data += WidgetData(sparkline=line.result).SerializeToString()
     return data
+
+
+def _asked(keys: Sequence[bytes], known: Mapping[bytes, Answer]) -> list[WidgetQuestion]:
+    questions = [WidgetQuestion.FromString(key) for key in keys]
+    for key, question in zip(keys, questions, strict=True):
+        if key in known:
+            question.known_version = known[key].version
+    return questions
 
 
 def _read(answer: WidgetAnswer) -> WidgetData:

@@ -5,9 +5,12 @@ from typing import Any
 from unittest.mock import ANY
 
 import grpc
+import grpc.aio
+import pytest
 from google.protobuf.json_format import ParseDict
 from meshboard.analytics.v1.internal_query_service_pb2 import (
     CheckWidgetQueriesRequest,
+    RecallWidgetAnswersRequest,
     RunWidgetQueriesRequest,
     WidgetAnswer,
     WidgetQuestion,
@@ -90,6 +93,48 @@ async def test_says_that_an_answer_is_the_present_one_until_events_come(analytic
     assert [list(row) for row in third[0].result.rows] == [[4.0]]
 
 
+async def test_recalls_what_needs_no_store_and_leaves_out_the_rest(analytics: Analytics) -> None:
+    member, source, key = await shop(analytics)
+
+    async def recall(*questions: WidgetQuestion) -> dict[int, str]:
+        request = RecallWidgetAnswersRequest(workspace_id=member.workspace_id, questions=questions)
+        metadata = service_metadata(analytics.identity.keys, "dashboard", "analytics")
+        answers = (await analytics.internal.RecallWidgetAnswers(request, metadata=metadata)).answers
+        return {one.index: str(one.WhichOneof("answer")) for one in answers}
+
+    assert await recall(question(source, COUNT), question(Source(source_id=new_id()), COUNT)) == {1: "error"}
+    counted, _ = await run(
+        analytics, member.workspace_id, [question(source, asked) for asked in (COUNT, FUNNEL)]
+    )
+    known = [
+        question(source, COUNT, counted.version),
+        question(source, RETENTION),
+        question(source, FUNNEL),
+    ]
+    assert await recall(*known) == {0: "unchanged", 2: "funnel"}
+    await analytics.send(key, [{"distinctId": "cyd"}])
+    await analytics.until_count(member, source, 4)
+    assert await recall(*known) == {}
+
+
+async def test_a_recall_leaves_out_what_has_no_room(
+    analytics: Analytics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, source, _key = await shop(analytics)
+    questions = [question(source, {"query": {"measures": [{"alias": f"m{number}"}]}}) for number in range(5)]
+    servicer = InternalQueryServicer(
+        Queries(analytics.db, analytics.store, lambda: datetime.now(UTC), Limits(seconds=60))
+    )
+    asked = RunWidgetQueriesRequest(workspace_id=member.workspace_id, questions=questions)
+    async for _ in servicer.RunWidgetQueries(asked, ANY):
+        pass
+    monkeypatch.setattr("services.analytics_svc.widget_queries._MESSAGE_BYTES", 100)
+    request = RecallWidgetAnswersRequest(workspace_id=member.workspace_id, questions=questions)
+    answers = (await servicer.RecallWidgetAnswers(request, ANY)).answers
+    assert 0 < len(answers) < 5
+    assert [one.index for one in answers] == list(range(len(answers)))
+
+
 async def test_a_version_is_of_its_question(analytics: Analytics) -> None:
     member, source, _ = await shop(analytics)
     (funnel,) = await run(analytics, member.workspace_id, [question(source, FUNNEL)])
@@ -163,6 +208,11 @@ async def test_the_contract_bounds_the_questions(analytics: Analytics) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             "VALIDATION_FAILED",
         )
+    bad = question(source, {"query": {"limit": -1}})
+    for _ in range(2):  # what was refused is not taken for valid the next time
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await run(analytics, member.workspace_id, [question(source, COUNT), bad])
+        assert "questions[1].query.limit" in str(errors.from_rpc(refused.value, "analytics").message)
 
 
 async def test_many_questions_pass_the_lane_of_the_workspace(analytics: Analytics) -> None:

@@ -91,6 +91,23 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
             for each in tasks:
                 each.cancel()
 
+    async def RecallWidgetAnswers(
+        self, request: internal_query_service_pb2.RecallWidgetAnswersRequest, context: Context
+    ) -> internal_query_service_pb2.RecallWidgetAnswersResponse:
+        """Knows what is unchanged, and nothing else."""
+        self.calls += 1
+        unchanged = []
+        for index, question in enumerate(request.questions):
+            asked = getattr(question, str(question.WhichOneof("question")))
+            if question.known_version == self._version(asked) and asked.source_ids[0] not in self.failures:
+                self.asked.append(Asked(request.workspace_id, asked, question.known_version))
+                unchanged.append(WidgetAnswer(index=index, unchanged=True, version=question.known_version))
+        return internal_query_service_pb2.RecallWidgetAnswersResponse(answers=unchanged)
+
+    def _version(self, asked: Any) -> bytes:
+        count = self.count[asked.source_ids[0]]
+        return hashlib.sha256(asked.SerializeToString(deterministic=True) + str(count).encode()).digest()
+
     async def _answer(self, index: int, workspace_id: str, question: WidgetQuestion) -> WidgetAnswer:
         kind = str(question.WhichOneof("question"))
         asked = getattr(question, kind)
@@ -100,7 +117,7 @@ class StandInAnalytics(InternalQueryServiceServicer, QueryServiceServicer):
         await asyncio.sleep(self.delays.get(source_id, 0))
         if failure := self.failures.get(source_id):
             return WidgetAnswer(index=index, error=failure.status())
-        version = hashlib.sha256(asked.SerializeToString(deterministic=True) + str(count).encode()).digest()
+        version = self._version(asked)
         if version == question.known_version:
             return WidgetAnswer(index=index, unchanged=True, version=version)
         answer = WidgetAnswer(index=index, version=version)

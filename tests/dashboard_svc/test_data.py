@@ -57,6 +57,31 @@ async def test_asks_equal_queries_once_and_all_in_one_call(mesh: Mesh) -> None:
     assert mesh.analytics.calls == 1
 
 
+async def test_who_asks_again_asks_for_what_has_changed(mesh: Mesh) -> None:
+    ann = mesh.identity.member("editor")
+    dashboard = await mesh.dashboard(ann)
+    still, moving = new_id(), new_id()
+    for source_id in (still, moving):
+        await mesh.widget(ann, dashboard, Query(source_ids=[source_id]))
+
+    async def ask() -> list[list[float]]:
+        request = pb.GetDashboardDataRequest(dashboard_id=dashboard.dashboard_id)
+        data = await mesh.dashboards.GetDashboardData(request, metadata=ann.metadata)
+        return [[number for row in widget.result.rows for number in row] for widget in data.widgets]
+
+    first = await ask()
+    assert mesh.analytics.calls == 1
+    assert await ask() == first
+    assert mesh.analytics.calls == 2
+    mesh.analytics.count[moving] += 1
+    asked = mesh.analytics.times_asked(still)
+    second = await ask()
+    assert (second[0], second[1] == first[1]) == (first[0], False)
+    # One call to recall both, one for the one that has changed.
+    assert mesh.analytics.calls == 4
+    assert mesh.analytics.times_asked(still) == asked + 1
+
+
 async def test_a_failing_query_takes_only_its_widget(mesh: Mesh) -> None:
     ann = mesh.identity.member("editor")
     dashboard = await mesh.dashboard(ann)

@@ -798,6 +798,9 @@ MATRIX: Mapping[str, Row] = {
     "analytics.v1.InternalQueryService.RunWidgetQueries": Services(
         {**_W, "questions": [QUERY]}, frozenset({"dashboard"})
     ),
+    "analytics.v1.InternalQueryService.RecallWidgetAnswers": Services(
+        {**_W, "questions": [QUERY]}, frozenset({"dashboard"})
+    ),
     "analytics.v1.InternalQueryService.CheckWidgetQueries": Services(
         {**_W, "questions": [QUERY]}, frozenset({"dashboard"})
     ),

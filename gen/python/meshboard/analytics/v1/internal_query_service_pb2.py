@@ -29,7 +29,7 @@ from meshboard.analytics.v1 import query_pb2 as meshboard_dot_analytics_dot_v1_d
 from meshboard.options.v1 import access_pb2 as meshboard_dot_options_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n3meshboard/analytics/v1/internal_query_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a,meshboard/analytics/v1/insight_service.proto\x1a\"meshboard/analytics/v1/query.proto\x1a!meshboard/options/v1/access.proto\"\x8f\x02\n\x0eWidgetQuestion\x12\x35\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryH\x00R\x05query\x12=\n\x06\x66unnel\x18\x02 \x01(\x0b\x32#.meshboard.analytics.v1.FunnelQueryH\x00R\x06\x66unnel\x12\x46\n\tretention\x18\x03 \x01(\x0b\x32&.meshboard.analytics.v1.RetentionQueryH\x00R\tretention\x12,\n\rknown_version\x18\x04 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18@R\x0cknownVersionB\x11\n\x08question\x12\x05\xbaH\x02\x08\x01\"\x99\x01\n\x17RunWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12Q\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\tquestions\"Z\n\x18RunWidgetQueriesResponse\x12>\n\x07\x61nswers\x18\x01 \x03(\x0b\x32$.meshboard.analytics.v1.WidgetAnswerR\x07\x61nswers\"\xd7\x02\n\x0cWidgetAnswer\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x38\n\x06result\x18\x02 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultH\x00R\x06result\x12>\n\x06\x66unnel\x18\x03 \x01(\x0b\x32$.meshboard.analytics.v1.FunnelResultH\x00R\x06\x66unnel\x12G\n\tretention\x18\x04 \x01(\x0b\x32\'.meshboard.analytics.v1.RetentionResultH\x00R\tretention\x12\x1e\n\tunchanged\x18\x05 \x01(\x08H\x00R\tunchanged\x12*\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00R\x05\x65rror\x12\x18\n\x07version\x18\x07 \x01(\x0cR\x07versionB\x08\n\x06\x61nswer\"\x9b\x01\n\x19\x43heckWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12Q\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xc8\x01R\tquestions\"x\n\x1a\x43heckWidgetQueriesResponse\x12.\n\x08problems\x18\x01 \x03(\x0b\x32\x12.google.rpc.StatusR\x08problems\x12*\n\x11\x61\x62sent_source_ids\x18\x02 \x03(\tR\x0f\x61\x62sentSourceIds2\xb4\x02\n\x14InternalQueryService\x12\x8a\x01\n\x10RunWidgetQueries\x12/.meshboard.analytics.v1.RunWidgetQueriesRequest\x1a\x30.meshboard.analytics.v1.RunWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboard0\x01\x12\x8e\x01\n\x12\x43heckWidgetQueries\x12\x31.meshboard.analytics.v1.CheckWidgetQueriesRequest\x1a\x32.meshboard.analytics.v1.CheckWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboardb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n3meshboard/analytics/v1/internal_query_service.proto\x12\x16meshboard.analytics.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a,meshboard/analytics/v1/insight_service.proto\x1a\"meshboard/analytics/v1/query.proto\x1a!meshboard/options/v1/access.proto\"\x8f\x02\n\x0eWidgetQuestion\x12\x35\n\x05query\x18\x01 \x01(\x0b\x32\x1d.meshboard.analytics.v1.QueryH\x00R\x05query\x12=\n\x06\x66unnel\x18\x02 \x01(\x0b\x32#.meshboard.analytics.v1.FunnelQueryH\x00R\x06\x66unnel\x12\x46\n\tretention\x18\x03 \x01(\x0b\x32&.meshboard.analytics.v1.RetentionQueryH\x00R\tretention\x12,\n\rknown_version\x18\x04 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18@R\x0cknownVersionB\x11\n\x08question\x12\x05\xbaH\x02\x08\x01\"\x9e\x01\n\x17RunWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12V\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x10\xbaH\r\x92\x01\n\x08\x01\x10\xc8\x01\"\x03\xd8\x01\x03R\tquestions\"Z\n\x18RunWidgetQueriesResponse\x12>\n\x07\x61nswers\x18\x01 \x03(\x0b\x32$.meshboard.analytics.v1.WidgetAnswerR\x07\x61nswers\"\xa1\x01\n\x1aRecallWidgetAnswersRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12V\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x10\xbaH\r\x92\x01\n\x08\x01\x10\xc8\x01\"\x03\xd8\x01\x03R\tquestions\"]\n\x1bRecallWidgetAnswersResponse\x12>\n\x07\x61nswers\x18\x01 \x03(\x0b\x32$.meshboard.analytics.v1.WidgetAnswerR\x07\x61nswers\"\xd7\x02\n\x0cWidgetAnswer\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x38\n\x06result\x18\x02 \x01(\x0b\x32\x1e.meshboard.analytics.v1.ResultH\x00R\x06result\x12>\n\x06\x66unnel\x18\x03 \x01(\x0b\x32$.meshboard.analytics.v1.FunnelResultH\x00R\x06\x66unnel\x12G\n\tretention\x18\x04 \x01(\x0b\x32\'.meshboard.analytics.v1.RetentionResultH\x00R\tretention\x12\x1e\n\tunchanged\x18\x05 \x01(\x08H\x00R\tunchanged\x12*\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00R\x05\x65rror\x12\x18\n\x07version\x18\x07 \x01(\x0cR\x07versionB\x08\n\x06\x61nswer\"\xa0\x01\n\x19\x43heckWidgetQueriesRequest\x12+\n\x0cworkspace_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x0bworkspaceId\x12V\n\tquestions\x18\x02 \x03(\x0b\x32&.meshboard.analytics.v1.WidgetQuestionB\x10\xbaH\r\x92\x01\n\x08\x01\x10\xc8\x01\"\x03\xd8\x01\x03R\tquestions\"x\n\x1a\x43heckWidgetQueriesResponse\x12.\n\x08problems\x18\x01 \x03(\x0b\x32\x12.google.rpc.StatusR\x08problems\x12*\n\x11\x61\x62sent_source_ids\x18\x02 \x03(\tR\x0f\x61\x62sentSourceIds2\xc8\x03\n\x14InternalQueryService\x12\x8a\x01\n\x10RunWidgetQueries\x12/.meshboard.analytics.v1.RunWidgetQueriesRequest\x1a\x30.meshboard.analytics.v1.RunWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboard0\x01\x12\x91\x01\n\x13RecallWidgetAnswers\x12\x32.meshboard.analytics.v1.RecallWidgetAnswersRequest\x1a\x33.meshboard.analytics.v1.RecallWidgetAnswersResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboard\x12\x8e\x01\n\x12\x43heckWidgetQueries\x12\x31.meshboard.analytics.v1.CheckWidgetQueriesRequest\x1a\x32.meshboard.analytics.v1.CheckWidgetQueriesResponse\"\x11\x8a\xb5\x18\r2\x0b\n\tdashboardb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,27 +43,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNWIDGETQUERIESREQUEST'].fields_by_name['workspace_id']._loaded_options = None
   _globals['_RUNWIDGETQUERIESREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_RUNWIDGETQUERIESREQUEST'].fields_by_name['questions']._loaded_options = None
-  _globals['_RUNWIDGETQUERIESREQUEST'].fields_by_name['questions']._serialized_options = b'\272H\010\222\001\005\010\001\020\310\001'
+  _globals['_RUNWIDGETQUERIESREQUEST'].fields_by_name['questions']._serialized_options = b'\272H\r\222\001\n\010\001\020\310\001\"\003\330\001\003'
+  _globals['_RECALLWIDGETANSWERSREQUEST'].fields_by_name['workspace_id']._loaded_options = None
+  _globals['_RECALLWIDGETANSWERSREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_RECALLWIDGETANSWERSREQUEST'].fields_by_name['questions']._loaded_options = None
+  _globals['_RECALLWIDGETANSWERSREQUEST'].fields_by_name['questions']._serialized_options = b'\272H\r\222\001\n\010\001\020\310\001\"\003\330\001\003'
   _globals['_CHECKWIDGETQUERIESREQUEST'].fields_by_name['workspace_id']._loaded_options = None
   _globals['_CHECKWIDGETQUERIESREQUEST'].fields_by_name['workspace_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_CHECKWIDGETQUERIESREQUEST'].fields_by_name['questions']._loaded_options = None
-  _globals['_CHECKWIDGETQUERIESREQUEST'].fields_by_name['questions']._serialized_options = b'\272H\010\222\001\005\010\001\020\310\001'
+  _globals['_CHECKWIDGETQUERIESREQUEST'].fields_by_name['questions']._serialized_options = b'\272H\r\222\001\n\010\001\020\310\001\"\003\330\001\003'
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['RunWidgetQueries']._loaded_options = None
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['RunWidgetQueries']._serialized_options = b'\212\265\030\r2\013\n\tdashboard'
+  _globals['_INTERNALQUERYSERVICE'].methods_by_name['RecallWidgetAnswers']._loaded_options = None
+  _globals['_INTERNALQUERYSERVICE'].methods_by_name['RecallWidgetAnswers']._serialized_options = b'\212\265\030\r2\013\n\tdashboard'
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['CheckWidgetQueries']._loaded_options = None
   _globals['_INTERNALQUERYSERVICE'].methods_by_name['CheckWidgetQueries']._serialized_options = b'\212\265\030\r2\013\n\tdashboard'
   _globals['_WIDGETQUESTION']._serialized_start=251
   _globals['_WIDGETQUESTION']._serialized_end=522
   _globals['_RUNWIDGETQUERIESREQUEST']._serialized_start=525
-  _globals['_RUNWIDGETQUERIESREQUEST']._serialized_end=678
-  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_start=680
-  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_end=770
-  _globals['_WIDGETANSWER']._serialized_start=773
-  _globals['_WIDGETANSWER']._serialized_end=1116
-  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_start=1119
-  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_end=1274
-  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_start=1276
-  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_end=1396
-  _globals['_INTERNALQUERYSERVICE']._serialized_start=1399
-  _globals['_INTERNALQUERYSERVICE']._serialized_end=1707
+  _globals['_RUNWIDGETQUERIESREQUEST']._serialized_end=683
+  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_start=685
+  _globals['_RUNWIDGETQUERIESRESPONSE']._serialized_end=775
+  _globals['_RECALLWIDGETANSWERSREQUEST']._serialized_start=778
+  _globals['_RECALLWIDGETANSWERSREQUEST']._serialized_end=939
+  _globals['_RECALLWIDGETANSWERSRESPONSE']._serialized_start=941
+  _globals['_RECALLWIDGETANSWERSRESPONSE']._serialized_end=1034
+  _globals['_WIDGETANSWER']._serialized_start=1037
+  _globals['_WIDGETANSWER']._serialized_end=1380
+  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_start=1383
+  _globals['_CHECKWIDGETQUERIESREQUEST']._serialized_end=1543
+  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_start=1545
+  _globals['_CHECKWIDGETQUERIESRESPONSE']._serialized_end=1665
+  _globals['_INTERNALQUERYSERVICE']._serialized_start=1668
+  _globals['_INTERNALQUERYSERVICE']._serialized_end=2124
 # @@protoc_insertion_point(module_scope)

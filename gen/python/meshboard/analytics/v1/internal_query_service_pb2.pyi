@@ -75,7 +75,7 @@ class RunWidgetQueriesRequest(_message.Message):
     """The workspace of the dashboard."""
     @_builtins.property
     def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetQuestion]:
-        """The questions, 1 to 200."""
+        """The questions, 1 to 200. The service validates each of them by itself, and one that it has met before not again."""
 
     def __init__(
         self,
@@ -114,6 +114,58 @@ class RunWidgetQueriesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunWidgetQueriesResponse: _TypeAlias = RunWidgetQueriesResponse  # noqa: Y015
+
+@_typing.final
+class RecallWidgetAnswersRequest(_message.Message):
+    """Asks for answers that are known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    workspace_id: _builtins.str
+    """The workspace of the dashboard."""
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetQuestion]:
+        """The questions, 1 to 200. The service validates each of them by itself, and one that it has met before not again."""
+
+    def __init__(
+        self,
+        *,
+        workspace_id: _builtins.str = ...,
+        questions: _abc.Iterable[Global___WidgetQuestion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallWidgetAnswersRequest: _TypeAlias = RecallWidgetAnswersRequest  # noqa: Y015
+
+@_typing.final
+class RecallWidgetAnswersResponse(_message.Message):
+    """Answers that are known, at most about a megabyte of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetAnswer]:
+        """The answers, in the order of the questions."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___WidgetAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallWidgetAnswersResponse: _TypeAlias = RecallWidgetAnswersResponse  # noqa: Y015
 
 @_typing.final
 class WidgetAnswer(_message.Message):
@@ -183,7 +235,7 @@ class CheckWidgetQueriesRequest(_message.Message):
     """The workspace of the dashboard."""
     @_builtins.property
     def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___WidgetQuestion]:
-        """The questions, 1 to 200."""
+        """The questions, 1 to 200. The service validates each of them by itself, and one that it has met before not again."""
 
     def __init__(
         self,

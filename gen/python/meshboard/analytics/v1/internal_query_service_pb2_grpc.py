@@ -40,6 +40,11 @@ class InternalQueryServiceStub:
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesRequest.SerializeToString,
                 response_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesResponse.FromString,
                 _registered_method=True)
+        self.RecallWidgetAnswers = channel.unary_unary(
+                '/meshboard.analytics.v1.InternalQueryService/RecallWidgetAnswers',
+                request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RecallWidgetAnswersRequest.SerializeToString,
+                response_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RecallWidgetAnswersResponse.FromString,
+                _registered_method=True)
         self.CheckWidgetQueries = channel.unary_unary(
                 '/meshboard.analytics.v1.InternalQueryService/CheckWidgetQueries',
                 request_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.CheckWidgetQueriesRequest.SerializeToString,
@@ -61,6 +66,14 @@ class InternalQueryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecallWidgetAnswers(self, request, context):
+        """Gives the answers that are known without asking the event store. Those that are left out have to be computed:
+        `RunWidgetQueries` does. For who expects that nothing has changed; it costs half of what the stream does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckWidgetQueries(self, request, context):
         """Checks questions over sources of one workspace without running them, and says which of their sources are there.
         """
@@ -75,6 +88,11 @@ def add_InternalQueryServiceServicer_to_server(servicer, server):
                     servicer.RunWidgetQueries,
                     request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesRequest.FromString,
                     response_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesResponse.SerializeToString,
+            ),
+            'RecallWidgetAnswers': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecallWidgetAnswers,
+                    request_deserializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RecallWidgetAnswersRequest.FromString,
+                    response_serializer=meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RecallWidgetAnswersResponse.SerializeToString,
             ),
             'CheckWidgetQueries': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckWidgetQueries,
@@ -110,6 +128,33 @@ class InternalQueryService:
             '/meshboard.analytics.v1.InternalQueryService/RunWidgetQueries',
             meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesRequest.SerializeToString,
             meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RunWidgetQueriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecallWidgetAnswers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshboard.analytics.v1.InternalQueryService/RecallWidgetAnswers',
+            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RecallWidgetAnswersRequest.SerializeToString,
+            meshboard_dot_analytics_dot_v1_dot_internal__query__service__pb2.RecallWidgetAnswersResponse.FromString,
             options,
             channel_credentials,
             insecure,
