@@ -44,7 +44,7 @@ def test_never_calls_a_known_key_new(at_once: int) -> None:
     keys = array_of(*(dice.getrandbits(64) for _ in range(100_000)))[: at_once * 20_000]  # it grows
     pieces = [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
     maybe = sum(int(seen.add(piece).sum()) for piece in pieces)
-    assert maybe < 1_000
+    assert maybe < 20  # each look-up costs the store tens of milliseconds
     assert all(seen.add(piece).all() for piece in pieces)
 
 
