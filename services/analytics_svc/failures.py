@@ -57,12 +57,6 @@ async def note_failures(
         )
 
 
-async def forget_stored(session: AsyncSession, retry_ids: Sequence[str]) -> None:
-    """Removes the failed events whose retries have come to their end without having been refused again."""
-    if retry_ids:
-        await session.execute(delete(FailedEvent).where(FailedEvent.retry_id.in_(retry_ids)))
-
-
 async def forget_source(session: AsyncSession, workspace_id: str, source_id: str) -> None:
     """Removes the failed events of a source that is deleted."""
     await session.execute(

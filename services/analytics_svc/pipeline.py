@@ -28,7 +28,7 @@ from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter, Gauge, Histogram
-from sqlalchemy import case, exc, select, update
+from sqlalchemy import exc, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -37,8 +37,8 @@ from services.analytics_svc.duplicates import Duplicates
 from services.analytics_svc.event_keys import keys_of
 from services.analytics_svc.event_log import STREAM, LogReader, LogReplacedError, ensure_log, make_room
 from services.analytics_svc.event_store import DataRefusedError, EventStore, EventStoreError, UnavailableError
-from services.analytics_svc.failures import Failure, forget_stored, note_failures
-from services.analytics_svc.models import LogPosition, Watermark
+from services.analytics_svc.failures import Failure, note_failures
+from services.analytics_svc.models import LogPosition
 from services.analytics_svc.persons import Persons, links_of
 from services.analytics_svc.removals import Retention
 from services.analytics_svc.settings import AnalyticsSettings
@@ -47,6 +47,7 @@ from services.analytics_svc.tables import check_events, create_tables, insert_ev
 from services.analytics_svc.user_agents import parse_user_agent
 from services.chassis import db, telemetry
 from services.chassis.bus import Bus, BusError
+from services.chassis.db import fetch_at_once
 from services.chassis.process import private_http, until_stopped
 
 log = structlog.get_logger(__name__)
@@ -78,6 +79,30 @@ _insert_seconds = Histogram(
     "meshboard_pipeline_insert_seconds", "Seconds from having read a range to its tick."
 )
 _place = Gauge("meshboard_pipeline_position", "Sequence of the last message of the log that is in the store.")
+
+# Each a transaction by itself, because they are on the way of each insert. $3 is where the row may be.
+_PLAN = """
+    UPDATE log_positions SET planned_sequence = $4
+    WHERE log = $1 AND epoch = $2 AND last_sequence = ANY($3) AND planned_sequence = ANY($3)
+    RETURNING log
+"""
+# Retries that have come to their end without having been refused again are no failed events any more. After a replaced
+# log sequences begin again, but a watermark never falls.
+_FINISH = """
+    WITH moved AS (
+        UPDATE log_positions SET last_sequence = $4
+        WHERE log = $1 AND epoch = $2 AND last_sequence = ANY($3) AND planned_sequence = ANY($3)
+        RETURNING log
+    ), retried AS (
+        DELETE FROM failed_events USING moved WHERE retry_id = ANY($5::uuid[])
+    ), told AS (
+        INSERT INTO watermarks AS before (workspace_id, source_id, watermark)
+        SELECT source.*, $4 FROM moved, unnest($6::uuid[], $7::uuid[]) AS source
+        ON CONFLICT (workspace_id, source_id) DO UPDATE SET watermark =
+            CASE WHEN before.watermark < excluded.watermark THEN excluded.watermark ELSE before.watermark + 1 END
+    )
+    SELECT log FROM moved
+"""
 
 T = TypeVar("T")
 B = TypeVar("B", LoggedBatch, WrittenBatch)
@@ -186,20 +211,9 @@ class Pipeline:
 
         await self._persist(write)
 
-    async def _move(self, session: AsyncSession, to: int, **values: int) -> None:
+    async def _move(self, sql: str, to: int, *arguments: object) -> None:
         """Changes the row if it is where this pipeline left it, or where a lost answer to this call has put it."""
-        moved = await session.scalar(
-            update(LogPosition)
-            .where(
-                LogPosition.log == STREAM,
-                LogPosition.epoch == self._epoch,
-                LogPosition.last_sequence.in_([self._position, to]),
-                LogPosition.planned_sequence.in_([self._position, to]),
-            )
-            .values(**values)
-            .returning(LogPosition.log)
-        )
-        if moved is None:
+        if not await fetch_at_once(self.db, sql, STREAM, self._epoch, [self._position, to], to, *arguments):
             raise OvertakenError(f"another pipeline has passed {self._position}")
 
     # A range
@@ -359,35 +373,11 @@ class Pipeline:
         return failures
 
     async def _plan(self, end: int) -> None:
-        async with self.db.begin() as session:
-            await self._move(session, end, planned_sequence=end)
+        await self._move(_PLAN, end)
 
     async def _finish(self, end: int, sources: set[tuple[str, str]], retry_ids: Sequence[str]) -> None:
-        async with self.db.begin() as session:
-            await self._move(session, end, last_sequence=end)
-            await forget_stored(session, retry_ids)
-            if not sources:
-                return
-            rows = [
-                {"workspace_id": workspace_id, "source_id": source_id, "watermark": end}
-                for workspace_id, source_id in sorted(sources)
-            ]
-            statement = insert(Watermark).values(rows)
-            await session.execute(
-                statement.on_conflict_do_update(
-                    index_elements=[Watermark.workspace_id, Watermark.source_id],
-                    # After a replaced log sequences begin again, but a watermark never falls.
-                    set_={
-                        "watermark": case(
-                            (
-                                Watermark.watermark < statement.excluded.watermark,
-                                statement.excluded.watermark,
-                            ),
-                            else_=Watermark.watermark + 1,
-                        )
-                    },
-                )
-            )
+        workspace_ids, source_ids = zip(*sorted(sources), strict=True) if sources else ((), ())
+        await self._move(_FINISH, end, retry_ids, workspace_ids, source_ids)
 
     async def _insert(self, batches: Sequence[WrittenBatch], token: str, retry_ids: Sequence[str]) -> None:
         """Inserts all of them, in one insert also when the store refuses some."""
