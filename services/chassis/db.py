@@ -29,6 +29,7 @@ from sqlalchemy import (
     CheckConstraint,
     Connection,
     DateTime,
+    Engine,
     Identity,
     Index,
     LargeBinary,
@@ -52,8 +53,9 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import NullPool, PoolProxiedConnection, QueuePool
 from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 from uuid_utils.compat import uuid7
 
 from services.chassis import telemetry
@@ -382,6 +384,7 @@ def connect(
         connect_args=_connect_args(url, statement_timeout_seconds),
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    event.listen(engine.sync_engine, "do_connect", _refuse_to_wait)
     _measure(engine)
     telemetry.trace_statements(engine.sync_engine)
     return async_sessionmaker(engine, expire_on_commit=False)
@@ -419,17 +422,28 @@ async def driver_connection(db: async_sessionmaker[AsyncSession]) -> AsyncIterat
     """
     try:
         # Of the pool itself: the engine's connection, which can begin transactions, costs more than the statement.
-        pooled = await greenlet_spawn(engine(db).sync_engine.raw_connection)
+        pooled = await _take(engine(db).sync_engine)
         try:
             yield pooled.driver_connection
         finally:
-            await greenlet_spawn(pooled.close)
+            pooled.close()  # asyncpg ends its transactions itself: nothing is waited for
     except asyncpg.CharacterNotInRepertoireError:
         raise
     except _DRIVER_ERRORS as error:
         # No other input makes such a statement fail: it is the database's trouble, and passes. So does a connection
         # that Postgres refuses.
         raise ConnectionError("the database cannot do it now") from error
+
+
+async def _take(pool_of: Engine) -> PoolProxiedConnection:
+    """A connection of the pool. One that is idle is taken at once: to switch greenlets costs more than a statement."""
+    assert isinstance(pool_of.pool, QueuePool)
+    if pool_of.pool.checkedin():
+        try:
+            return pool_of.raw_connection()
+        except exc.MissingGreenlet:  # it was closed meanwhile, or is too old: another one is to be made
+            pass
+    return await greenlet_spawn(pool_of.raw_connection)
 
 
 class Adds(Protocol):
@@ -629,6 +643,12 @@ def _refuse_closed(dbapi_connection: Any, _record: object, _proxy: object) -> No
     # pool_pre_ping's round trip, and a new connection takes the place before any statement fails.
     if dbapi_connection.driver_connection.is_closed():
         raise exc.InvalidatePoolError
+
+
+def _refuse_to_wait(*_arguments: object) -> None:
+    # Before there is a coroutine that nobody would wait for: see _take.
+    if not in_greenlet():
+        raise exc.MissingGreenlet
 
 
 def _measure(pool_of: AsyncEngine) -> None:

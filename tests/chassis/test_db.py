@@ -198,6 +198,31 @@ async def test_a_statement_at_once_finds_no_lost_connection(parts: Parts, db: Se
     assert connections_in_use(db) == 0
 
 
+async def test_statements_at_once_take_connections_that_are_idle_closed_or_none(
+    parts: Parts, db: Sessions, caplog: pytest.LogCaptureFixture
+) -> None:
+    pid = "SELECT pg_backend_pid() FROM pg_sleep(0.05)"
+    for _ in range(2):  # the first round opens them, the second finds them idle
+        found = await asyncio.gather(*(fetch_at_once(db, pid) for _ in range(3)))
+        pids = {row[0] for (row,) in found}
+        assert len(pids) == 3
+    other = chassis_db.connect(parts.admin_url)
+    await fetch_at_once(
+        other, "SELECT pg_terminate_backend(pid, 5000) FROM unnest($1::int[]) AS pid", [*pids]
+    )
+    await chassis_db.engine(other).dispose()
+    found = await asyncio.gather(*(fetch_at_once(db, pid) for _ in range(3)))
+    assert not pids & {row[0] for (row,) in found}
+    late = asyncio.create_task(fetch_at_once(db, "SELECT pg_sleep(5)"))
+    await asyncio.sleep(0)
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    assert (await fetch_at_once(db, "SELECT 7"))[0][0] == 7
+    assert connections_in_use(db) == 0
+    assert not caplog.records
+
+
 async def test_a_statement_at_once_says_that_postgres_is_away() -> None:
     absent = chassis_db.connect("postgresql://user:x@/user?host=/nonexistent")
     with pytest.raises(FileNotFoundError) as refused:
