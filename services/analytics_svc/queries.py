@@ -1,7 +1,6 @@
 """Answers queries: compiled to SQL, run in the event store, and remembered until new events of the sources arrive."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context as ContextVars
@@ -27,13 +26,17 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from services.analytics_svc.compiler import Compiled, compile_query
 from services.analytics_svc.event_store import EventStore, Rows, TooExpensiveError, UnavailableError, Value
 from services.analytics_svc.memberships import Memberships, check_visible, memberships, named_in
+from services.analytics_svc.selection import resolve_range
 from services.chassis import auth, errors, telemetry
 from services.chassis.db import fetch_at_once
+from services.chassis.kept import Kept
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # What the answers that are remembered in one process may take, as they are sent.
 CACHED_BYTES = 64 << 20
+# What the compiled queries may take.
+COMPILED_BYTES = 8 << 20
 # How many queries of a workspace may wait in one process, for each that may be under way.
 WAITING_FOR_EACH = 50
 # What the engine bounds by default is too little for the longest queries that the contract allows.
@@ -111,8 +114,8 @@ class Queries:
         self.store = store
         self.now = now
         self.limits = limits
-        self._cached: OrderedDict[tuple[object, ...], Result] = OrderedDict()
-        self._bytes = 0
+        self._cached: Kept[tuple[object, ...], Result] = Kept(CACHED_BYTES)
+        self._compiled: Kept[tuple[object, ...], Compiled] = Kept(COMPILED_BYTES)
         self._flights: dict[tuple[object, ...], _Flight] = {}
         self._lanes: dict[str, _Lane] = {}
 
@@ -121,10 +124,17 @@ class Queries:
 
         Raises INVALID_ARGUMENT, NOT_FOUND (COHORT_NOT_FOUND), RESOURCE_EXHAUSTED or UNAVAILABLE.
         """
-        cohorts = await self.cohorts(query, workspace_id)
-        return await self.run(
-            compile_query(query, workspace_id, self.now(), cohorts), workspace_id, query.source_ids
-        )
+        return await self.run(await self.compiled(query, workspace_id), workspace_id, query.source_ids)
+
+    async def compiled(self, query: Query, workspace_id: str) -> Compiled:
+        """A query, compiled as of now. Raises INVALID_ARGUMENT or NOT_FOUND (COHORT_NOT_FOUND)."""
+        now, asked = self.now(), query.SerializeToString(deterministic=True)
+        key = (workspace_id, asked, *resolve_range(query.time_range, now))
+        if (found := self._compiled.get(key)) is None:
+            found = compile_query(query, workspace_id, now, await self.cohorts(query, workspace_id))
+            if not named_in(query):  # a cohort changes by itself, and with the clock
+                self._compiled.keep(key, found, 1_000 + len(asked) + 3 * len(found.sql))
+        return found
 
     async def cohorts(self, question: Message, workspace_id: str) -> Memberships:
         """The cohorts that the filters of a question name. Raises NOT_FOUND (COHORT_NOT_FOUND)."""
@@ -144,7 +154,6 @@ class Queries:
         """The rows as they were computed at these watermarks, if that was so lately. Not to be changed."""
         key = _key_of(compiled, watermarks)
         if (found := self._cached.get(key)) is not None:
-            self._cached.move_to_end(key)
             _answers.labels("cache").inc()
         return found
 
@@ -252,13 +261,7 @@ class Queries:
         copy = Result()
         copy.CopyFrom(result)
         copy.cached = True
-        if (earlier := self._cached.pop(key, None)) is not None:
-            self._bytes -= earlier.ByteSize()
-        self._cached[key] = copy
-        self._bytes += copy.ByteSize()
-        while self._bytes > CACHED_BYTES:
-            _, oldest = self._cached.popitem(last=False)
-            self._bytes -= oldest.ByteSize()
+        self._cached.keep(key, copy, copy.ByteSize())
 
 
 def result_of(compiled: Compiled, rows: Rows, watermark: int) -> Result:
@@ -297,15 +300,13 @@ class QueryServicer(QueryServiceServicer):
     async def ValidateQuery(self, request: ValidateQueryRequest, context: Context) -> ValidateQueryResponse:
         check_visible(request.query)
         workspace_id = auth.caller().workspace_id
-        cohorts = await self.queries.cohorts(request.query, workspace_id)
-        compiled = compile_query(request.query, workspace_id, self.queries.now(), cohorts)
+        compiled = await self.queries.compiled(request.query, workspace_id)
         return ValidateQueryResponse(columns=compiled.columns)
 
     async def ExplainQuery(self, request: ExplainQueryRequest, context: Context) -> ExplainQueryResponse:
         check_visible(request.query)
         workspace_id = auth.caller().workspace_id
-        cohorts = await self.queries.cohorts(request.query, workspace_id)
-        compiled = compile_query(request.query, workspace_id, self.queries.now(), cohorts)
+        compiled = await self.queries.compiled(request.query, workspace_id)
         found = await self.queries.rows(compiled.sql, compiled.params, workspace_id)
         return ExplainQueryResponse(
             sql=compiled.sql,

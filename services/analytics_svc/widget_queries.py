@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +35,7 @@ from services.analytics_svc.selection import resolve_range
 from services.chassis import errors
 from services.chassis.db import fetch_at_once
 from services.chassis.interceptor import error_of, validate
+from services.chassis.kept import Kept
 
 log = structlog.get_logger(__name__)
 
@@ -88,8 +88,7 @@ class InternalQueryServicer(InternalQueryServiceServicer):
     def __init__(self, queries: Queries) -> None:
         self.queries = queries
         self._valid: set[bytes] = set()
-        self._prepared: OrderedDict[tuple[object, ...], _Prepared] = OrderedDict()
-        self._bytes = 0
+        self._prepared: Kept[tuple[object, ...], _Prepared] = Kept(_PREPARED_BYTES)
 
     async def RunWidgetQueries(
         self, request: RunWidgetQueriesRequest, context: Context
@@ -217,20 +216,12 @@ class InternalQueryServicer(InternalQueryServiceServicer):
         if question.kind == "retention":  # what is over, and what has begun, goes by the clock
             key = (*key, int(now.timestamp() // 60), until_now(now))
         if (found := self._prepared.get(key)) is not None:
-            self._prepared.move_to_end(key)
             return found
         cohorts = await self.queries.cohorts(asked, workspace_id)
         prepared = _prepare(question, workspace_id, now, cohorts)
         if not named_in(asked):  # a cohort changes by itself, and with the clock
-            self._keep(key, prepared)
+            self._prepared.keep(key, prepared, prepared.size)
         return prepared
-
-    def _keep(self, key: tuple[object, ...], prepared: _Prepared) -> None:
-        self._prepared[key] = prepared
-        self._bytes += prepared.size
-        while self._bytes > _PREPARED_BYTES:
-            _, oldest = self._prepared.popitem(last=False)
-            self._bytes -= oldest.size
 
     async def _marks(self, workspace_id: str, questions: Iterable[_Asked]) -> Marks:
         """The sources of the questions that are of the workspace, in one statement for all."""

@@ -7,7 +7,6 @@ Answers are held as they are sent, so that what has not changed is neither read 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -26,6 +25,7 @@ from meshboard.dashboard.v1.dashboard_service_pb2 import GetDashboardDataRespons
 from services.chassis import errors
 from services.chassis.clients import Peer
 from services.chassis.deadline import seconds_left
+from services.chassis.kept import Kept
 from services.dashboard_svc.questions import Question, Tile
 
 QUERY_SECONDS = 10.0
@@ -58,9 +58,7 @@ class Answers:
         self._queries = analytics.stub(InternalQueryServiceStub)
         self._per_workspace = per_workspace
         self._rooms: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        self._cached_bytes = cached_bytes
-        self._cached: OrderedDict[tuple[str, bytes], Answer] = OrderedDict()
-        self._bytes = 0
+        self._cached: Kept[tuple[str, bytes], Answer] = Kept(cached_bytes)
 
     async def data_of(self, workspace_id: str, tiles: Sequence[Tile]) -> list[WidgetData]:
         """The data of each widget, in their order; equal questions are asked once."""
@@ -120,14 +118,14 @@ class Answers:
                 before = known.get(key)
                 if answer.unchanged and before is not None:
                     answers[key] = before
-                    self._keep((workspace_id, key), before)
                 else:
                     data = _read(answer)
                     answers[key] = Answer(data.SerializeToString(), answer.version)
                     if answer.version:
                         # As whoever asks next is given it.
                         getattr(data, str(data.WhichOneof("outcome"))).cached = True
-                        self._keep((workspace_id, key), Answer(data.SerializeToString(), answer.version))
+                        kept = Answer(data.SerializeToString(), answer.version)
+                        self._cached.keep((workspace_id, key), kept, len(key) + len(kept.data) + 500)
                 if arrived is not None:
                     arrived(key, answers[key])
 
@@ -146,15 +144,6 @@ class Answers:
         if room is None:
             room = self._rooms[workspace_id] = asyncio.Semaphore(self._per_workspace)
         return room
-
-    def _keep(self, key: tuple[str, bytes], answer: Answer) -> None:
-        if (before := self._cached.pop(key, None)) is not None:
-            self._bytes -= _size(key, before)
-        self._cached[key] = answer
-        self._bytes += _size(key, answer)
-        while self._bytes > self._cached_bytes:
-            oldest_key, oldest = self._cached.popitem(last=False)
-            self._bytes -= _size(oldest_key, oldest)
 
 
 def data_of_tile(tile: Tile, answers: Mapping[bytes, Answer]) -> bytes:
@@ -195,10 +184,6 @@ def _read(answer: WidgetAnswer) -> WidgetData:
 
 def _failed(error: errors.Error) -> Answer:
     return Answer(WidgetData(error=error.status()).SerializeToString())
-
-
-def _size(key: tuple[str, bytes], answer: Answer) -> int:
-    return len(key[1]) + len(answer.data) + 500
 
 
 def _length_of(piece: bytes) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from meshboard.dashboard.v1.dashboard_pb2 import Dashboard, Widget
 
 from services.chassis import errors
 from services.chassis.interceptor import validate
+from services.chassis.kept import Kept
 from services.dashboard_svc import library, markdown
 from services.dashboard_svc.scopes import Scope, Values, span_of, values_of
 
@@ -88,25 +88,18 @@ class Tiles:
     """
 
     def __init__(self, max_bytes: int = 16 << 20) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
         # The messages are held, so that no other can have their identity.
-        self._found: OrderedDict[tuple[object, ...], tuple[list[Tile], Dashboard, Sequence[Widget]]] = (
-            OrderedDict()
+        self._found: Kept[tuple[object, ...], tuple[list[Tile], Dashboard, Sequence[Widget]]] = Kept(
+            max_bytes
         )
 
     def of(self, widgets: Sequence[Widget], dashboard: Dashboard, scope: Scope) -> list[Tile]:
         """As `resolve`. The messages, and the answer, are not to be changed."""
         key = (scope, id(dashboard), *map(id, widgets))
         if (found := self._found.get(key)) is not None:
-            self._found.move_to_end(key)
             return found[0]
         tiles = resolve(widgets, dashboard, scope)
-        self._found[key] = (tiles, dashboard, widgets)
-        self._bytes += _size(tiles)
-        while self._bytes > self._max_bytes:
-            _, (oldest, _, _) = self._found.popitem(last=False)
-            self._bytes -= _size(oldest)
+        self._found.keep(key, (tiles, dashboard, widgets), _size(tiles))
         return tiles
 
 

@@ -224,4 +224,3 @@ async def test_remembers_no_more_than_it_may(
     assert [await cached(limit) for limit in (40, 40, 41, 40, 41)] == [False, True, False, True, True]
     assert [await cached(limit) for limit in (42, 43, 40, 40)] == [False, False, False, True]
     assert [await cached(1000), await cached(1000)] == [False, False], "more than there is room for"
-    assert queries._bytes <= 2500
