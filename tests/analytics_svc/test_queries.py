@@ -1,6 +1,7 @@
 """QueryService and InternalQueryService on the real store."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -9,8 +10,10 @@ from google.protobuf.json_format import ParseDict
 from meshboard.analytics.v1.query_pb2 import Query
 from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
 
+from services.analytics_svc.queries import Queries
 from tests.analytics_svc.conftest import Analytics
 from tests.analytics_svc.test_sources import refusal
+from tests.harness import new_id
 
 
 async def test_answers_in_the_shape_that_clients_rely_on(analytics: Analytics) -> None:
@@ -84,6 +87,24 @@ async def test_the_last_seconds_hold_what_was_just_sent(analytics: Analytics) ->
     await analytics.until_count(member, source, 2)
     recent = await analytics.ask(member, source, timeRange={"lastSeconds": 3600})
     assert recent["rows"] == [[1.0]]
+
+
+async def test_a_query_is_compiled_once_for_a_workspace_and_a_range(analytics: Analytics) -> None:
+    clock = [datetime(2027, 1, 1, 12, 0, 1, tzinfo=UTC)]
+    queries = Queries(analytics.db, analytics.store, lambda: clock[0])
+    member, other = analytics.identity.member("editor"), analytics.identity.member("editor")
+    query = Query(source_ids=[new_id()], time_range={"last_seconds": 86_400 * 365})
+
+    first = await queries.compiled(query, member.workspace_id)
+    clock[0] += timedelta(seconds=58)
+    assert await queries.compiled(query, member.workspace_id) is first
+    strange = await queries.compiled(query, other.workspace_id)
+    assert first.params != strange.params
+    clock[0] += timedelta(seconds=2)
+    later = await queries.compiled(query, member.workspace_id)
+    assert (later.sql, later.params != first.params) == (first.sql, True)
+    query.limit = 5
+    assert (await queries.compiled(query, member.workspace_id)).limit == 5
 
 
 async def test_validates_without_running(analytics: Analytics) -> None:
