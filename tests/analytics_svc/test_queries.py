@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.json_format import ParseDict
-from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.query_pb2 import Query, TimeRange
 from meshboard.analytics.v1.query_service_pb2 import ValidateQueryRequest
 
 from services.analytics_svc.queries import Queries
@@ -93,7 +93,7 @@ async def test_a_query_is_compiled_once_for_a_workspace_and_a_range(analytics: A
     clock = [datetime(2027, 1, 1, 12, 0, 1, tzinfo=UTC)]
     queries = Queries(analytics.db, analytics.store, lambda: clock[0])
     member, other = analytics.identity.member("editor"), analytics.identity.member("editor")
-    query = Query(source_ids=[new_id()], time_range={"last_seconds": 86_400 * 365})
+    query = Query(source_ids=[new_id()], time_range=TimeRange(last_seconds=86_400 * 365))
 
     first = await queries.compiled(query, member.workspace_id)
     clock[0] += timedelta(seconds=58)
