@@ -26,8 +26,9 @@ def measure(
     """Percentiles of `probes` events without load, and of as many as fit into `load_seconds` with it."""
     idle = probe(account, probes, float("inf"))
     say(f"idle: {len(idle)} events")
-    # A short burst says what the top is today; half of it is sent while events are watched.
-    burst = ingest.send(mesh, account, "grpc", 20 * LOAD_BATCH, LOAD_BATCH)
+    # A burst says what the top is today; half of it is sent while events are watched. A burst of fewer events would
+    # mostly wait for its last insert, and say too little.
+    burst = ingest.send(mesh, account, "grpc", 100 * LOAD_BATCH, LOAD_BATCH)
     half = burst.events / burst.visible_seconds / 2
     _, write_key = account.create_source()
     count = int(half * load_seconds) // LOAD_BATCH * LOAD_BATCH
