@@ -26,9 +26,11 @@ class Kept(Generic[K, V]):
         return entry[0]
 
     def keep(self, key: K, value: V, size: int) -> None:
-        """Keeps a value of `size` bytes, its key included, in place of what the key had."""
+        """Keeps a value of `size` bytes, its key included, in place of what the key had; not one larger than all."""
         if (before := self._entries.pop(key, None)) is not None:
             self._bytes -= before[1]
+        if size > self._max_bytes:
+            return
         self._entries[key] = (value, size)
         self._bytes += size
         while self._bytes > self._max_bytes:

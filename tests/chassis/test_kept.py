@@ -19,13 +19,14 @@ def test_forgets_what_was_used_longest_ago() -> None:
     assert [kept.get(key) for key in "abcd"] == [0, None, 2, 3]
 
 
-def test_holds_nothing_that_is_larger_than_all() -> None:
+def test_what_is_larger_than_all_takes_nothing_with_it() -> None:
     kept: Kept[str, int] = Kept(100)
     kept.keep("small", 1, 10)
-    kept.keep("large", 2, 101)
-    assert (kept.get("small"), kept.get("large")) == (None, None)
-    kept.keep("small", 1, 100)
-    assert kept.get("small") == 1
+    kept.keep("other", 1, 90)
+    kept.keep("other", 2, 101)
+    assert (kept.get("small"), kept.get("other")) == (1, None)
+    kept.keep("large", 3, 100)
+    assert (kept.get("small"), kept.get("large")) == (None, 3)
 
 
 @pytest.mark.parametrize("seed", range(20))
