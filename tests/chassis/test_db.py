@@ -220,6 +220,10 @@ async def test_statements_at_once_take_connections_that_are_idle_closed_or_none(
         await late
     assert (await fetch_at_once(db, "SELECT 7"))[0][0] == 7
     assert connections_in_use(db) == 0
+    with pytest.raises(ConnectionError):  # lost in the middle of a statement
+        await fetch_at_once(db, "SELECT pg_terminate_backend(pg_backend_pid())")
+    assert (await fetch_at_once(db, "SELECT 7"))[0][0] == 7
+    assert connections_in_use(db) == 0
     assert not caplog.records
 
 
