@@ -94,6 +94,7 @@ def measure(
                 at_once.append(max(spent_at_once))
                 alone.append(spent_alone)
         say(f"cold {percentile(cold, 0.5):.0f} ms, the slowest query at once {percentile(at_once, 0.5):.0f}")
+        asyncio.run(queries.at_rest(url))
         meter = Meter({name: mesh.pids[name] for name in ("dashboard_svc", "analytics_svc")})
         meter.start()
         again = [ask(1) for _ in range(cached)]
