@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.json_format import ParseDict
-from meshboard.analytics.v1.query_pb2 import Query
+from meshboard.analytics.v1.query_pb2 import Query, Result
 from meshboard.analytics.v1.query_service_pb2 import (
     ExplainQueryRequest,
     RunQueryRequest,
@@ -156,10 +156,15 @@ async def test_a_call_past_its_deadline_ends_its_query_in_the_store(
 async def test_a_workspace_waits_for_its_own_queries_only(analytics: Analytics, crowd: Crowd) -> None:
     queries = of_one(analytics, per_workspace=1)
     workspace_id = crowd.member.workspace_id
-    slow = [
-        asyncio.create_task(queries.answer(crowd.query(**SLOW, limit=1 + number), workspace_id))
-        for number in range(1 + WAITING_FOR_EACH + 5)  # a few more: those below may take a place
-    ]
+    slow: list[asyncio.Task[Result]] = []
+
+    def ask() -> asyncio.Task[Result]:
+        asked = crowd.query(**SLOW, limit=1 + len(slow))  # no two the same: those would share an answer
+        slow.append(asyncio.create_task(queries.answer(asked, workspace_id)))
+        return slow[-1]
+
+    for _ in range(1 + WAITING_FOR_EACH):
+        ask()
 
     async def one_runs() -> bool:
         return await under_way(analytics.store) == 1
@@ -168,13 +173,9 @@ async def test_a_workspace_waits_for_its_own_queries_only(analytics: Analytics, 
     refusals: list[Error] = []
 
     async def one_is_refused() -> bool:
-        try:
-            async with asyncio.timeout(1):
-                await queries.answer(crowd.query(), workspace_id)
-        except TimeoutError:  # it waits: not all the others did yet
-            return False
-        except Error as error:
-            refusals.append(error)
+        # What waits takes the place of one that has come to its end meanwhile.
+        done, _ = await asyncio.wait([ask()], timeout=1)
+        refusals.extend(failure for task in done if isinstance(failure := task.exception(), Error))
         return bool(refusals)
 
     await eventually(one_is_refused, 60)
