@@ -227,6 +227,17 @@ async def test_statements_at_once_take_connections_that_are_idle_closed_or_none(
     assert not caplog.records
 
 
+async def test_statements_at_once_take_the_idle_ones_of_a_pool_that_is_full(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = chassis_db.connect(parts.admin_url, pool_size=2)
+    assert len(await asyncio.gather(*(fetch_at_once(small, "SELECT pg_sleep(0.05)") for _ in range(4)))) == 4
+    monkeypatch.setattr(chassis_db, "greenlet_spawn", None)
+    assert (await fetch_at_once(small, "SELECT 7"))[0][0] == 7
+    monkeypatch.undo()
+    await chassis_db.engine(small).dispose()
+
+
 async def test_a_statement_at_once_says_that_postgres_is_away() -> None:
     absent = chassis_db.connect("postgresql://user:x@/user?host=/nonexistent")
     with pytest.raises(FileNotFoundError) as refused:
