@@ -133,7 +133,7 @@ class Queries:
         if (found := self._compiled.get(key)) is None:
             found = compile_query(query, workspace_id, now, await self.cohorts(query, workspace_id))
             if not named_in(query):  # a cohort changes by itself, and with the clock
-                self._compiled.keep(key, found, 1_000 + len(asked) + 3 * len(found.sql))
+                self._compiled.keep(key, found, 1_000 + 3 * len(asked) + 3 * len(found.sql))
         return found
 
     async def cohorts(self, question: Message, workspace_id: str) -> Memberships:

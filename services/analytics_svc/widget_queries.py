@@ -131,10 +131,12 @@ class InternalQueryServicer(InternalQueryServiceServicer):
         response, size = RecallWidgetAnswersResponse(), 0
         for index, question in enumerate(questions):
             answer = await self._at_once(workspace_id, question, marks)
-            if isinstance(answer, WidgetAnswer) and size <= _MESSAGE_BYTES:
+            if isinstance(answer, WidgetAnswer):
                 answer.index = index
                 response.answers.append(answer)
                 size += answer.ByteSize()
+                if size > _MESSAGE_BYTES:
+                    break
         return response
 
     async def CheckWidgetQueries(
@@ -164,7 +166,8 @@ class InternalQueryServicer(InternalQueryServiceServicer):
             asked: Any = getattr(question, kind, question)  # without any question it is not valid
             raw = asked.SerializeToString(deterministic=True)
             digest = _digest(kind.encode(), raw)
-            if digest not in self._valid:
+            # The version of an answer belongs to no question; one that cannot be of here is looked at too.
+            if digest not in self._valid or len(question.known_version) > _DIGEST_BYTES:
                 validate(question, f"questions[{index}]")
                 if len(self._valid) >= _VALID_QUESTIONS:
                     self._valid.clear()

@@ -344,15 +344,11 @@ def validate(request: message.Message, place: str = "") -> None:
     """
     violations = protovalidate.collect_violations(request)
     if violations:
-        paths = (".".join(filter(None, (place, _path(v.proto.field)))) for v in violations)
-        raise errors.invalid_fields(
-            [(path, v.proto.message) for path, v in zip(paths, violations, strict=True)]
-        )
+        raise errors.invalid_fields([(_path(v.proto.field, place), v.proto.message) for v in violations])
 
 
-def _path(field: Any) -> str:
-    """`events[3].time`, from protovalidate's path."""
-    path = ""
+def _path(field: Any, path: str = "") -> str:
+    """`events[3].time`, from protovalidate's path; `path` is what it begins with."""
     for element in field.elements if field is not None else ():
         path += f".{element.field_name}" if path else element.field_name
         subscript = element.subscript

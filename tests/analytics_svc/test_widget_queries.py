@@ -213,6 +213,10 @@ async def test_the_contract_bounds_the_questions(analytics: Analytics) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await run(analytics, member.workspace_id, [question(source, COUNT), bad])
         assert "questions[1].query.limit" in str(errors.from_rpc(refused.value, "analytics").message)
+    await run(analytics, member.workspace_id, [question(source, COUNT)])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:  # also of a question that is known
+        await run(analytics, member.workspace_id, [question(source, COUNT, bytes(65))])
+    assert "questions[0].known_version" in str(errors.from_rpc(refused.value, "analytics").message)
 
 
 async def test_many_questions_pass_the_lane_of_the_workspace(analytics: Analytics) -> None:

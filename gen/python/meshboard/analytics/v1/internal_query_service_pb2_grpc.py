@@ -68,7 +68,7 @@ class InternalQueryServiceServicer:
 
     def RecallWidgetAnswers(self, request, context):
         """Gives the answers that are known without asking the event store. Those that are left out have to be computed:
-        `RunWidgetQueries` does. For who expects that nothing has changed; it costs half of what the stream does.
+        `RunWidgetQueries` does. For who expects that nothing has changed: it costs less than the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

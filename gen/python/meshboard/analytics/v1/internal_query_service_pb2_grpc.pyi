@@ -24,7 +24,7 @@ class InternalQueryServiceStub:
     """
     RecallWidgetAnswers: _aio.UnaryUnaryMultiCallable[_internal_query_service_pb2.RecallWidgetAnswersRequest, _internal_query_service_pb2.RecallWidgetAnswersResponse]
     """Gives the answers that are known without asking the event store. Those that are left out have to be computed:
-    `RunWidgetQueries` does. For who expects that nothing has changed; it costs half of what the stream does.
+    `RunWidgetQueries` does. For who expects that nothing has changed: it costs less than the stream.
     """
     CheckWidgetQueries: _aio.UnaryUnaryMultiCallable[_internal_query_service_pb2.CheckWidgetQueriesRequest, _internal_query_service_pb2.CheckWidgetQueriesResponse]
     """Checks questions over sources of one workspace without running them, and says which of their sources are there."""
@@ -51,7 +51,7 @@ class InternalQueryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_internal_query_service_pb2.RecallWidgetAnswersRequest, _abc.Awaitable[_internal_query_service_pb2.RecallWidgetAnswersResponse]],
     ) -> _abc.Awaitable[_internal_query_service_pb2.RecallWidgetAnswersResponse]:
         """Gives the answers that are known without asking the event store. Those that are left out have to be computed:
-        `RunWidgetQueries` does. For who expects that nothing has changed; it costs half of what the stream does.
+        `RunWidgetQueries` does. For who expects that nothing has changed: it costs less than the stream.
         """
 
     @_abc_1.abstractmethod
