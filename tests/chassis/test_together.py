@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from services.chassis import together as together_module
 from services.chassis.together import Together
 
 
@@ -89,3 +90,31 @@ async def test_work_that_hangs_is_given_up():
         await together.ask(1)
     work.let_go.release()
     assert await together.ask(2) == 4
+
+
+async def test_more_are_waited_for_until_half_as_many_again_have_come(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(together_module, "_GATHER_SECONDS", 30)
+    work = Work()
+    together = Together(work, seconds=30)
+    first = asking(together, 1, 2)
+    await work.begun.acquire()
+    early = asking(together, 3, 4)
+    work.let_go.release()
+    await asyncio.gather(*first)
+    assert len(work.batches) == 1  # two are not enough
+    late = asking(together, 5)
+    work.let_go.release()
+    assert await asyncio.gather(*early, *late) == [6, 8, 10]
+    assert work.batches == [[1, 2], [3, 4, 5]]
+
+
+async def test_few_are_not_kept_waiting():
+    work = Work()
+    together = Together(work, seconds=30)
+    first = asking(together, 1, 2, 3, 4)
+    await work.begun.acquire()
+    second = asking(together, 5)
+    for _ in range(2):
+        work.let_go.release()
+    assert await asyncio.gather(*first, *second) == [2, 4, 6, 8, 10]
+    assert work.batches == [[1, 2, 3, 4], [5]]
