@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import re
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
@@ -41,6 +43,8 @@ class Load:
             `json` is a GET.
         concurrency: how many requests are under way at once.
         per_second: sends at this rate; 0: as fast as answers arrive.
+        at_once: whether the generator runs whenever it wants to, where it may (Linux, SCHED_RR of sched(7)): for a few
+            calls whose latencies are to hold no wait of the generator itself for a processor that all share.
     """
 
     protocol: Literal["grpc", "json"]
@@ -50,6 +54,7 @@ class Load:
     bodies: Callable[[], Sequence[bytes]]
     concurrency: int
     per_second: float = 0
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,9 @@ class Generator:
 def _generate(pipe: Connection, load: Load) -> None:
     with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):  # the process that measures has gone
         try:
+            if load.at_once and sys.platform == "linux":
+                with suppress(OSError):  # only the administrator may
+                    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
             uvloop.run(_send(pipe, load))
         except Exception as error:
             pipe.send(LoadFailedError(f"{load.protocol} {load.path}: {error!r}"))

@@ -204,6 +204,7 @@ def _others(mesh: Mesh, account: Account, seconds: float) -> Load:
         bodies=partial(_repeat, body, int(OTHERS_PER_SECOND * seconds)),
         concurrency=32,
         per_second=OTHERS_PER_SECOND,
+        at_once=True,
     )
 
 

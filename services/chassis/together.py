@@ -19,8 +19,9 @@ class Together(Generic[Asked, Answer]):
     """Gathers what is asked while earlier work is under way, and has it all done by the next.
 
     Who comes alone is served at once. In company one waits for more of it, so that the more ask, the less each costs:
-    until half as many again have come as the last time, and at most 3 ms (as PostgreSQL's commit_delay does). `work`
-    gives an answer to each of at most 100 questions, in their order, within `seconds`; what it raises, all of them get.
+    until as many have come as there were when the last work ended, with those whom it has served, and at most 3 ms (as
+    PostgreSQL's commit_delay does). `work` gives an answer to each of at most 100 questions, in their order, within
+    `seconds`; what it raises, all of them get.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Together(Generic[Asked, Answer]):
                     if not answer.done():
                         answer.set_result(found)
             if self._waiting:
-                await self._gather(min(_AT_MOST, len(batch) * 3 // 2))
+                await self._gather(min(_AT_MOST, len(batch) + len(self._waiting)))
 
     async def _gather(self, enough: int) -> None:
         self._enough = enough

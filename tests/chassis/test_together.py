@@ -92,19 +92,21 @@ async def test_work_that_hangs_is_given_up():
     assert await together.ask(2) == 4
 
 
-async def test_more_are_waited_for_until_half_as_many_again_have_come(monkeypatch: pytest.MonkeyPatch):
+async def test_company_is_waited_for_until_as_many_are_there_as_before(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(together_module, "_GATHER_SECONDS", 30)
     work = Work()
     together = Together(work, seconds=30)
     first = asking(together, 1, 2)
     await work.begun.acquire()
-    early = asking(together, 3, 4)
+    waiting = asking(together, 3)
     work.let_go.release()
     await asyncio.gather(*first)
-    assert len(work.batches) == 1  # two are not enough
-    late = asking(together, 5)
+    waiting += asking(together, 4)
+    await asyncio.sleep(0)
+    assert len(work.batches) == 1  # there were three
+    waiting += asking(together, 5)
     work.let_go.release()
-    assert await asyncio.gather(*early, *late) == [6, 8, 10]
+    assert await asyncio.gather(*waiting) == [6, 8, 10]
     assert work.batches == [[1, 2], [3, 4, 5]]
 
 
