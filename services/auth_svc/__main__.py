@@ -62,7 +62,7 @@ from services.auth_svc.signing_keys import SigningKeys
 from services.auth_svc.tickets import Tickets
 from services.auth_svc.tokens import Tokens
 from services.auth_svc.usable_keys import REMEMBER_SECONDS, UsableKeys
-from services.chassis import auth, db, trust
+from services.chassis import auth, completions, db, trust
 from services.chassis.access import Access
 from services.chassis.bus import Bus
 from services.chassis.cache import Cache, CachedMessages
@@ -200,6 +200,7 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
     )
     try:
         await server.start()
+        completions.let_gather()
         await until_stopped(
             Relay(settings.postgres_url, bus, "auth").run(),
             consume(
