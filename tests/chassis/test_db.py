@@ -1,4 +1,6 @@
 import asyncio
+import subprocess
+import sys
 
 import asyncpg
 import pytest
@@ -10,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import QueuePool
 from uuid_utils.compat import uuid7
 
+from cli.envoy_config import REPOSITORY
 from services.chassis import db as chassis_db
 from services.chassis.db import ChassisBase, GrantRow, InboxRow, OutboxRow, Rows, fetch_at_once
 from tests.conditions import eventually
@@ -43,10 +46,32 @@ async def test_migrate_leaves_a_newer_database_alone(database_url: str, db: Sess
 
 
 async def test_migrate_gives_up_waiting(database_url: str, db: Sessions) -> None:
+    async with db.begin() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '0003'"))
     async with db() as session:
         await session.execute(text("SELECT pg_advisory_lock(:key)"), {"key": 0x6D657368})
         with pytest.raises(TimeoutError):
             await chassis_db.migrate(database_url, "tests.chassis.example_svc", timeout=0.3)
+
+
+async def test_with_nothing_to_migrate_alembic_takes_no_memory(database_url: str, db: Sessions) -> None:
+    starts = (
+        "import asyncio, sys\n"
+        "from services.chassis import db\n"
+        "asyncio.run(db.migrate(sys.stdin.readline(), 'tests.chassis.example_svc'))\n"
+        "print('alembic' in sys.modules)\n"
+    )
+    said = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", starts],
+        cwd=REPOSITORY,
+        input=database_url,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert said.stdout == "False\n"
 
 
 async def test_tables_are_as_the_classes_say(db: Sessions) -> None:
