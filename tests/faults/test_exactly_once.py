@@ -53,7 +53,9 @@ async def test_each_event_counts_once_whatever_step_is_cut(tmp_path: Path, http:
     points = "receive:31,publish:23,plan:9,link:14,insert:5,finish:7,write:11"
     async with running_mesh(tmp_path, limits=False, settings={"MESHBOARD_CRASH_AT": points}) as mesh:
         ann = await newcomer(http, mesh.gateway_url)
-        async with Traffic(ann, *await ann.new_source()) as traffic:
+        # Slowly, so that there are several inserts from one end of analytics_svc to the next, after which it is started
+        # again twice as late as the time before.
+        async with Traffic(ann, *await ann.new_source(), pause=0.2) as traffic:
             cut = [mesh.supervisor.children[name] for name in ("analytics_svc", "pipeline", "store")]
             while not all(child.restarts for child in cut):
                 await traffic.flow(200)

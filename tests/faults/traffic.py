@@ -20,17 +20,25 @@ RESENT = 3
 class Traffic:
     """`async with Traffic(person, …)` sends until the end of the block, and each batch until it is acknowledged.
 
-    Each batch is sent `copies` times at once.
+    Each batch is sent `copies` times at once; between two of a sender there are `pause` seconds.
     """
 
     def __init__(
-        self, person: Person, source_id: str, write_key: str, *, batch: int = BATCH, copies: int = 1
+        self,
+        person: Person,
+        source_id: str,
+        write_key: str,
+        *,
+        batch: int = BATCH,
+        copies: int = 1,
+        pause: float = 0,
     ) -> None:
         self.person = person
         self.source_id = source_id
         self.write_key = write_key
         self.batch = batch
         self.copies = copies
+        self.pause = pause
         self.acknowledged = 0  # events
         self.retries = 0
         self._requests = itertools.count()
@@ -65,6 +73,7 @@ class Traffic:
             self.acknowledged += self.batch
             if request % RESENT == 0:
                 await self._send(numbers)
+            await asyncio.sleep(self.pause)
 
     async def _send(self, numbers: range) -> None:
         events = [
