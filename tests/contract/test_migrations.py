@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from alembic.script import ScriptDirectory
 
@@ -11,7 +13,7 @@ def test_there_are_migrations() -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
-def test_files_are_named_by_their_revision_and_the_last_is_the_head(folder) -> None:
+def test_files_are_named_by_their_revision_and_the_last_is_the_head(folder: Path) -> None:
     # By the names a service sees at its start that there is nothing to migrate.
     scripts = ScriptDirectory(str(folder))
     names = sorted(path.name.partition("_")[0] for path in folder.glob("versions/[0-9]*.py"))
