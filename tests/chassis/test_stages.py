@@ -477,7 +477,7 @@ async def test_a_request_that_cannot_be_read(running: Running, identity: Identit
     metadata = identity.member("editor").metadata
     with structlog.testing.capture_logs() as logs:
         await fails(call(data, metadata=metadata), grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED")
-    assert not [line for line in logs if line["log_level"] == "error"]
+    assert not [line for line in logs if line["event"] == "fault"]
 
 
 async def test_a_call_without_a_message_is_refused_at_once(running: Running, identity: Identity):
@@ -493,7 +493,7 @@ async def test_a_fault_says_nothing_of_itself(running: Running, identity: Identi
         call = running.sources.CreateSource(pb.CreateSourceRequest(title="raise"), metadata=member.metadata)
         failure = await fails(call, grpc.StatusCode.INTERNAL, "INTERNAL_FAULT")
     assert SECRET not in str(failure)
-    assert [entry for entry in logs if entry["log_level"] == "error"], "the fault is in the error log"
+    assert [line for line in logs if line["event"] == "fault"], "the fault is in the error log"
 
 
 async def test_a_lost_database_is_unavailable(running: Running, identity: Identity):

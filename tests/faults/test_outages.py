@@ -82,7 +82,9 @@ async def heartbeat(mesh: Mesh, subject: str) -> None:
 async def test_a_crash_of_auth_svc_passes(fragile: Mesh, ann: Person):
     path = f"/v1/dashboards/{await ann.new_dashboard()}"
     restarts = fragile.supervisor.children["auth_svc"].restarts
+    # A call beside a heartbeat: where none had come for a while, it is the first that learns all that has ended since.
     await heartbeat(fragile, "beat.auth")
+    assert await serves(ann, path)
     fragile.supervisor.kill("auth_svc")
     first = await ann.call("GET", path)
     assert first.status == 200, f"tokens that have been seen go on being served: {first}"
