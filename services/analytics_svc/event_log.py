@@ -17,7 +17,7 @@ from uuid_utils.compat import uuid7
 
 from services.analytics_svc import crash_points
 from services.chassis import telemetry
-from services.chassis.bus import Bus, Delivery, PullConsumer
+from services.chassis.bus import Bus, BusError, Delivery, PullConsumer
 
 STREAM = "EVENTS"
 # Below NATS' max_payload of 8 MiB.
@@ -122,10 +122,11 @@ class EventLog:
 
 
 class LogReader:
-    """Reads the log in order, each message once, from the one after `position`."""
+    """Reads the log that was made at `create_time` in order, each message once, from the one after `position`."""
 
-    def __init__(self, bus: Bus, position: int) -> None:
+    def __init__(self, bus: Bus, position: int, create_time: datetime) -> None:
         self.position = position
+        self._create_time = create_time
         self._bus = bus
         self._consumer: PullConsumer | None = None
         self._continues = False
@@ -143,8 +144,17 @@ class LogReader:
                 acks=False,
                 inactive_seconds=60,
             )
+            try:
+                await self._check_log()
+            except (BusError, LogReplacedError):
+                await self.close()
+                raise
+        found = await self._consumer.fetch(_FETCH_AT_ONCE, timeout)
+        if self._consumer.remade:
+            await self.close()
+            return []
         messages: list[Delivery] = []
-        for delivery in await self._consumer.fetch(_FETCH_AT_ONCE, timeout):
+        for delivery in found:
             if delivery.sequence <= self.position:
                 continue
             if self._continues and delivery.sequence != self.position + 1:
@@ -153,7 +163,7 @@ class LogReader:
                 return messages
             self.position, self._continues = delivery.sequence, True
             messages.append(delivery)
-        if not messages:
+        if not messages and time.monotonic() >= self._next_check:
             await self._check_log()
         return messages
 
@@ -164,9 +174,11 @@ class LogReader:
             self._consumer = None
 
     async def _check_log(self) -> None:
-        if time.monotonic() < self._next_check:
-            return
         self._next_check = time.monotonic() + _CHECK_SECONDS
+        if (create_time := await self._bus.create_time(STREAM)) != self._create_time:
+            raise LogReplacedError(
+                f"the event log is one of {create_time}, and that of {self._create_time} was read"
+            )
         _, last = await self._bus.sequences(STREAM)
         if last < self.position:
             raise LogReplacedError(f"the event log ends at {last}, and {self.position} has been read")

@@ -141,7 +141,7 @@ class LogPosition(Table):
 
     Everything up to `last_sequence` is in the store. `planned_sequence` is the end of the range that is being inserted:
     after a crash exactly that range is inserted again, so that its token is the same. `epoch` grows when the log was
-    replaced by an empty one, whose sequences begin again.
+    replaced by an empty one, whose sequences begin again. `log_create_time` tells one log from another.
     """
 
     __tablename__ = "log_positions"
@@ -150,6 +150,7 @@ class LogPosition(Table):
     epoch: Mapped[int] = mapped_column(server_default=text("1"))
     last_sequence: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     planned_sequence: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    log_create_time: Mapped[Time | None]
 
 
 class FailedEvent(Table):

@@ -28,7 +28,7 @@ from meshboard.analytics.v1.event_log_pb2 import LoggedBatch, LoggedEvent
 from meshboard.analytics.v1.events_pb2 import Tick
 from meshboard.analytics.v1.source_pb2 import Source
 from prometheus_client import Counter, Gauge, Histogram
-from sqlalchemy import exc, select, update
+from sqlalchemy import exc, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -164,6 +164,7 @@ class Pipeline:
         self._collected = -inf  # when the range before was complete, on the loop's clock
         self._epoch = 0
         self._position = 0
+        self._log_create_time = now()
 
     async def run(self) -> None:
         """Works until it is cancelled. Waits for whatever does not answer; ends with OvertakenError."""
@@ -173,7 +174,7 @@ class Pipeline:
             reader: LogReader | None = None
             try:
                 planned = await self._open()
-                reader = LogReader(self.bus, self._position)
+                reader = LogReader(self.bus, self._position, self._log_create_time)
                 if planned > self._position:
                     messages = await self._collect_again(reader, planned)
                     await self._insert_alone(await self._prepare(messages, planned))
@@ -189,15 +190,22 @@ class Pipeline:
     # The place in the log
 
     async def _open(self) -> int:
-        """Reads the place, and gives the end of the range that was being inserted."""
+        """Reads the place, and gives the end of the range that was being inserted. Raises LogReplacedError."""
+        create_time = await self._persist(lambda: self.bus.create_time(STREAM))
 
         async def read() -> LogPosition:
             async with self.db.begin() as session:
                 await session.execute(insert(LogPosition).values(log=STREAM).on_conflict_do_nothing())
-                return (await session.scalars(select(LogPosition).where(LogPosition.log == STREAM))).one()
+                row = await session.get_one(LogPosition, STREAM, with_for_update=True)
+                row.log_create_time = row.log_create_time or create_time
+                return row
 
         row = await self._persist(read)
-        self._epoch, self._position = row.epoch, row.last_sequence
+        self._epoch, self._position, self._log_create_time = row.epoch, row.last_sequence, create_time
+        if row.log_create_time != create_time:
+            raise LogReplacedError(
+                f"the event log is one of {create_time}, not that of {row.log_create_time}"
+            )
         return row.planned_sequence
 
     async def _begin_again(self) -> None:
@@ -206,7 +214,7 @@ class Pipeline:
                 await session.execute(
                     update(LogPosition)
                     .where(LogPosition.log == STREAM, LogPosition.epoch == self._epoch)
-                    .values(epoch=self._epoch + 1, last_sequence=0, planned_sequence=0)
+                    .values(epoch=self._epoch + 1, last_sequence=0, planned_sequence=0, log_create_time=None)
                 )
 
         await self._persist(write)
@@ -447,7 +455,7 @@ class Pipeline:
             log.warning("event_log_away", error=str(error))
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]], *, tries: float = inf) -> T:
-        """Repeats what fails because Postgres or the store is away, for as long as it takes.
+        """Repeats what fails because Postgres, the store or the log is away, for as long as it takes.
 
         Raises DataRefusedError at once, and another error of the store when it comes `tries` times on end.
         """
@@ -457,7 +465,7 @@ class Pipeline:
                 return await attempt()
             except DataRefusedError:
                 raise
-            except (UnavailableError, EventStoreError, OSError, exc.SQLAlchemyError) as error:
+            except (UnavailableError, EventStoreError, BusError, OSError, exc.SQLAlchemyError) as error:
                 # Not the text of the store's errors, which may quote events.
                 why = f"{error.code}" if isinstance(error, EventStoreError) else str(error)[:300]
                 log.warning("pipeline_waits", error=f"{type(error).__name__}: {why}", failures=failures)

@@ -213,6 +213,15 @@ class Bus:
             raise BusError(f"stream {stream}: {error}") from error
         return max(state.first_seq, 1), state.last_seq
 
+    async def create_time(self, stream: str) -> datetime:
+        """When a stream was made, to a microsecond: another one of the same name has another time. Raises BusError."""
+        try:
+            created = (await self._jetstream.stream_info(stream)).created
+        except nats.errors.Error as error:
+            raise BusError(f"stream {stream}: {error}") from error
+        assert created is not None
+        return created
+
     async def size(self, stream: str) -> int:
         """Gives the bytes that a stream holds. Raises BusError."""
         try:
@@ -537,6 +546,7 @@ class PullConsumer:
         self._request = 0  # number of the open request, the last token of its inbox
         self._expected = 0  # messages that the open request can still bring
         self._missing = False  # the server does not know the consumer
+        self.remade = False  # it was missing, and begins where it began at first, perhaps of another stream
         self._heard = 0.0
         self._arrived = asyncio.Event()
         self._deliveries: deque[Delivery] = deque()
@@ -581,7 +591,7 @@ class PullConsumer:
                 log.warning("consumer_not_ready", consumer=self.config.name, error=str(error))
                 await asyncio.sleep(0.2)
                 return
-            self._missing = False
+            self._missing, self.remade = False, True
         self._request += 1
         self._expected = batch
         self._heard = asyncio.get_running_loop().time()

@@ -244,14 +244,35 @@ async def _failed(db: Any, after: int = 0) -> list[FailedEvent]:
         return list(await session.scalars(select(FailedEvent).where(FailedEvent.sequence > after)))
 
 
-async def test_goes_on_with_a_log_that_was_replaced(log: Log) -> None:
+async def replace_log(log: Log) -> None:
+    await log.bus._jetstream.delete_stream(STREAM)
+    await ensure_log(log.bus, LOG_BYTES)
+
+
+@pytest.mark.parametrize("messages", [1, 2, 5])
+async def test_goes_on_with_a_log_that_was_replaced(log: Log, messages: int) -> None:
+    """Also by one that is as long at once as the one before."""
+    await replace_log(log)  # so that sequences begin with 1
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.append(["a"])
+        await log.append(["b"])
+        await log.until(2)
+        await replace_log(log)
+        for number in range(messages):
+            await log.append(["a", f"{number}"])
+        await log.until(2 + messages)
+
+
+async def test_begins_with_a_log_that_was_replaced_while_it_was_away(log: Log) -> None:
+    await replace_log(log)
     async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
         await log.append(["a"])
         await log.until(1)
-        await log.bus._jetstream.delete_stream(STREAM)
-        await ensure_log(log.bus, LOG_BYTES)
-        await log.append(["a", "b"])
-        await log.until(2)
+    await replace_log(log)
+    await log.append(["b"])
+    await log.append(["c"])
+    async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
+        await log.until(3)
 
 
 async def test_makes_room_in_the_log_with_what_has_been_read(log: Log) -> None:

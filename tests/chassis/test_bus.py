@@ -241,11 +241,15 @@ async def test_streams_and_consumers_come_back_on_an_empty_server(bus: Bus, stre
     consumer = await bus.pull(stream, "reader")
     fetching = asyncio.create_task(consumer.fetch(1, timeout=60))
     await asyncio.sleep(0)
+    assert not consumer.remade
+    before = await bus.create_time(stream)
     await bus._jetstream.delete_stream(stream)
     await bus._on_reconnect()  # what the client calls when it finds a server again
     await bus.publish(f"{stream}.a", b"anew", timeout=10)
     (message,) = await fetching
     assert message.payload == b"anew"
+    assert consumer.remade
+    assert await bus.create_time(stream) > before
     await consumer.close()
 
 
