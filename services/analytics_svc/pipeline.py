@@ -164,7 +164,6 @@ class Pipeline:
         self._collected = -inf  # when the range before was complete, on the loop's clock
         self._epoch = 0
         self._position = 0
-        self._log_create_time = now()
 
     async def run(self) -> None:
         """Works until it is cancelled. Waits for whatever does not answer; ends with OvertakenError."""
@@ -173,8 +172,7 @@ class Pipeline:
         while True:
             reader: LogReader | None = None
             try:
-                planned = await self._open()
-                reader = LogReader(self.bus, self._position, self._log_create_time)
+                reader, planned = await self._open()
                 if planned > self._position:
                     messages = await self._collect_again(reader, planned)
                     await self._insert_alone(await self._prepare(messages, planned))
@@ -189,8 +187,11 @@ class Pipeline:
 
     # The place in the log
 
-    async def _open(self) -> int:
-        """Reads the place, and gives the end of the range that was being inserted. Raises LogReplacedError."""
+    async def _open(self) -> tuple[LogReader, int]:
+        """Reads the place, and gives a reader from there, and the end of the range that was being inserted.
+
+        Raises LogReplacedError.
+        """
         create_time = await self._persist(lambda: self.bus.create_time(STREAM))
 
         async def read() -> LogPosition:
@@ -201,12 +202,12 @@ class Pipeline:
                 return row
 
         row = await self._persist(read)
-        self._epoch, self._position, self._log_create_time = row.epoch, row.last_sequence, create_time
+        self._epoch, self._position = row.epoch, row.last_sequence
         if row.log_create_time != create_time:
             raise LogReplacedError(
                 f"the event log is one of {create_time}, not that of {row.log_create_time}"
             )
-        return row.planned_sequence
+        return LogReader(self.bus, self._position, create_time), row.planned_sequence
 
     async def _begin_again(self) -> None:
         async def write() -> None:
