@@ -425,8 +425,9 @@ def _measure(measure: Measure, rows: Iterable[Row], visits: dict[int, str]) -> f
     if measure.aggregation == Measure.MAXIMUM:
         return numbers[-1]
     level = int(Measure.Aggregation.Name(measure.aggregation)[1:]) / 100
-    place = level * (len(numbers) - 1)
-    below, above = numbers[math.floor(place)], numbers[math.ceil(place)]
+    # Counted from 1 as the engine does: in the last bit it decides which of two groups comes first.
+    place = level * (len(numbers) - 1) + 1
+    below, above = numbers[math.floor(place) - 1], numbers[math.ceil(place) - 1]
     return below + (above - below) * (place - math.floor(place))
 
 
