@@ -151,6 +151,7 @@ class LogReader:
                 raise
         found = await self._consumer.fetch(_FETCH_AT_ONCE, timeout)
         if self._consumer.remade:
+            # What it brings may be of another log: the next one begins behind what has been read, and is checked.
             await self.close()
             return []
         messages: list[Delivery] = []

@@ -141,7 +141,8 @@ class LogPosition(Table):
 
     Everything up to `last_sequence` is in the store. `planned_sequence` is the end of the range that is being inserted:
     after a crash exactly that range is inserted again, so that its token is the same. `epoch` grows when the log was
-    replaced by an empty one, whose sequences begin again. `log_create_time` tells one log from another.
+    replaced by an empty one, whose sequences begin again. `log_create_time` tells one log from another; it is absent
+    until a pipeline has found the log.
     """
 
     __tablename__ = "log_positions"

@@ -153,9 +153,8 @@ async def test_mails_wait_for_a_server_that_is_away(post: Post, caplog: Any, cap
     await post.add(to, "Secret", "mbt_secret")
     failed = tries("failed")
     async with post.sending():
-        await eventually(
-            lambda: tries("failed") > failed
-        )  # and not only begun, or the server may be there in time
+        # Once a try has failed: for one that has only begun, the server could still be there in time.
+        await eventually(lambda: tries("failed") > failed)
         assert not await post.is_empty()
         async with mailboxes.serving(post.box):
             await eventually(post.is_empty)

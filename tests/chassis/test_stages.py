@@ -477,7 +477,7 @@ async def test_a_request_that_cannot_be_read(running: Running, identity: Identit
     metadata = identity.member("editor").metadata
     with structlog.testing.capture_logs() as logs:
         await fails(call(data, metadata=metadata), grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED")
-    assert not [line for line in logs if line["event"] == "fault"]
+    assert not [line for line in logs if line["log_level"] == "error"]
 
 
 async def test_a_call_without_a_message_is_refused_at_once(running: Running, identity: Identity):
