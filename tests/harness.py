@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 import grpc
 import grpc.aio
@@ -32,6 +33,9 @@ from services.chassis.settings import Settings
 from tests.parts import Parts
 
 ISSUER = "http://127.0.0.1:8080"
+# A workspace that there is not. Its id is well-formed, for consumers of other tests meet events that name it too: the
+# stream is that of the whole run.
+NOWHERE = str(UUID(int=0))
 S = TypeVar("S", bound=Settings)
 
 

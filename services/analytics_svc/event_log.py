@@ -44,9 +44,9 @@ async def make_room(bus: Bus, max_bytes: int, position: int) -> None:
 
     So the log is never full of what the store has, and never loses what it has not. Raises BusError.
     """
-    if await bus.size(STREAM) > max_bytes * 4 // 5:
-        first, _ = await bus.sequences(STREAM)
-        await bus.trim(STREAM, first + (position - first + 4) // 4)
+    log = await bus.state(STREAM)
+    if log.size > max_bytes * 4 // 5:
+        await bus.trim(STREAM, log.first + (position - log.first + 4) // 4)
 
 
 @dataclass(slots=True)
@@ -176,13 +176,13 @@ class LogReader:
 
     async def _check_log(self) -> None:
         self._next_check = time.monotonic() + _CHECK_SECONDS
-        if (create_time := await self._bus.create_time(STREAM)) != self._create_time:
+        log = await self._bus.state(STREAM)
+        if log.create_time != self._create_time:
             raise LogReplacedError(
-                f"the event log is one of {create_time}, and that of {self._create_time} was read"
+                f"the event log is one of {log.create_time}, and that of {self._create_time} was read"
             )
-        _, last = await self._bus.sequences(STREAM)
-        if last < self.position:
-            raise LogReplacedError(f"the event log ends at {last}, and {self.position} has been read")
+        if log.last < self.position:
+            raise LogReplacedError(f"the event log ends at {log.last}, and {self.position} has been read")
 
 
 class LogReplacedError(Exception):

@@ -192,22 +192,22 @@ class Pipeline:
 
         Raises LogReplacedError.
         """
-        create_time = await self._persist(lambda: self.bus.create_time(STREAM))
+        log = await self._persist(lambda: self.bus.state(STREAM))
 
         async def read() -> LogPosition:
             async with self.db.begin() as session:
                 await session.execute(insert(LogPosition).values(log=STREAM).on_conflict_do_nothing())
                 row = await session.get_one(LogPosition, STREAM, with_for_update=True)
-                row.log_create_time = row.log_create_time or create_time
+                row.log_create_time = row.log_create_time or log.create_time
                 return row
 
         row = await self._persist(read)
         self._epoch, self._position = row.epoch, row.last_sequence
-        if row.log_create_time != create_time:
+        if row.log_create_time != log.create_time:
             raise LogReplacedError(
-                f"the event log is one of {create_time}, not that of {row.log_create_time}"
+                f"the event log is one of {log.create_time}, not that of {row.log_create_time}"
             )
-        return LogReader(self.bus, self._position, create_time), row.planned_sequence
+        return LogReader(self.bus, self._position, log.create_time), row.planned_sequence
 
     async def _begin_again(self) -> None:
         async def write() -> None:

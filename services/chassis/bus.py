@@ -84,6 +84,19 @@ class Stored:
     headers: Headers
 
 
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """What a stream holds: the messages of the sequences `first` to `last`, 1 to 0 when it is new, of `size` bytes.
+
+    `create_time`, to a microsecond, is another one for another stream of the same name.
+    """
+
+    create_time: datetime
+    first: int
+    last: int
+    size: int
+
+
 class _Client(Client):
     """A client whose requests can be cancelled at any moment.
 
@@ -205,29 +218,14 @@ class Bus:
         except nats.errors.Error as error:
             raise BusError(f"stream {name}: {error}") from error
 
-    async def sequences(self, stream: str) -> tuple[int, int]:
-        """Gives the first and the last sequence of a stream, (1, 0) when it is new. Raises BusError."""
+    async def state(self, stream: str) -> StreamState:
+        """Looks at a stream. Raises BusError."""
         try:
-            state = (await self._jetstream.stream_info(stream)).state
+            info = await self._jetstream.stream_info(stream)
         except nats.errors.Error as error:
             raise BusError(f"stream {stream}: {error}") from error
-        return max(state.first_seq, 1), state.last_seq
-
-    async def create_time(self, stream: str) -> datetime:
-        """When a stream was made, to a microsecond: another one of the same name has another time. Raises BusError."""
-        try:
-            created = (await self._jetstream.stream_info(stream)).created
-        except nats.errors.Error as error:
-            raise BusError(f"stream {stream}: {error}") from error
-        assert created is not None
-        return created
-
-    async def size(self, stream: str) -> int:
-        """Gives the bytes that a stream holds. Raises BusError."""
-        try:
-            return (await self._jetstream.stream_info(stream)).state.bytes
-        except nats.errors.Error as error:
-            raise BusError(f"stream {stream}: {error}") from error
+        assert info.created is not None
+        return StreamState(info.created, max(info.state.first_seq, 1), info.state.last_seq, info.state.bytes)
 
     async def trim(self, stream: str, sequence: int) -> None:
         """Removes what a stream holds before `sequence`. Raises BusError."""

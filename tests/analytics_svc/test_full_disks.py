@@ -27,7 +27,7 @@ async def log(parts: Parts) -> AsyncIterator[Log]:
 @asynccontextmanager
 async def small_log(bus: Bus, room: int) -> AsyncIterator[int]:
     """Leaves so many bytes of room in the event log; gives its limit."""
-    limit = await bus.size(STREAM) + room
+    limit = (await bus.state(STREAM)).size + room
     await ensure_log(bus, limit)
     try:
         yield limit

@@ -105,7 +105,7 @@ async def fresh_log(parts: Parts) -> AsyncIterator[Log]:
     bus = await Bus.connect(parts.nats_url, "test")
     await ensure_log(bus, LOG_BYTES)
     # What tests before this one left there would be judged by the constraints of this one's store.
-    await bus.trim(STREAM, (await bus.sequences(STREAM))[1] + 1)
+    await bus.trim(STREAM, (await bus.state(STREAM)).last + 1)
     async with running_store() as process:
         store = EventStore(process.url)
         await create_tables(store)
@@ -133,7 +133,7 @@ async def test_tells_who_has_new_events(log: Log) -> None:
         await log.append(["a", "b"])
         await log.until(2)
         await eventually(lambda: len(ticks) > 0)
-    _, last = await log.bus.sequences(STREAM)
+    last = (await log.bus.state(STREAM)).last
     # Other pipelines of this run read the same log, and tell of it as well.
     assert {(t.workspace_id, t.watermark) for t in ticks} == {(log.source.workspace_id, last)}
     db = chassis_db.connect(log.database_url)
@@ -159,7 +159,7 @@ async def test_begins_again_with_the_range_that_was_being_inserted(log: Log) -> 
         db = chassis_db.connect(log.database_url)
 
         async def moved() -> bool:
-            return await _position(db) == (await log.bus.sequences(STREAM))[1]
+            return await _position(db) == (await log.bus.state(STREAM)).last
 
         await eventually(moved)
     async with db.begin() as session:
@@ -186,7 +186,7 @@ async def test_drops_what_the_insert_under_way_has(log: Log) -> None:
         await log.until(502)
 
         async def at_rest() -> bool:
-            return await _position(db) == (await log.bus.sequences(STREAM))[1]
+            return await _position(db) == (await log.bus.state(STREAM)).last
 
         await eventually(at_rest)
         assert await log.counts() == (502, 502)
@@ -216,7 +216,7 @@ async def test_a_token_stands_for_all_of_an_insert(store: EventStore) -> None:
 
 async def test_keeps_what_the_store_refuses_and_goes_on(log: Log) -> None:
     await log.store.execute("ALTER TABLE events ADD CONSTRAINT no_poison CHECK event != 'poison'")
-    _, last = await log.bus.sequences(STREAM)  # what other tests have put there fails here as well
+    last = (await log.bus.state(STREAM)).last  # what other tests have put there fails here as well
     await log.append([f"before {n}" for n in range(40)])
     await log.append(["bad 1"], event="poison")
     await log.bus.publish(f"events.x.{log.source.source_id}", b"\xff no protobuf")
@@ -278,16 +278,15 @@ async def test_begins_with_a_log_that_was_replaced_while_it_was_away(log: Log) -
 async def test_makes_room_in_the_log_with_what_has_been_read(log: Log) -> None:
     for number in range(8):
         await log.append([f"{number}"])
-    first, last = await log.bus.sequences(STREAM)
-    size = await log.bus.size(STREAM)
-    await make_room(log.bus, size * 2, last)
-    assert await log.bus.sequences(STREAM) == (first, last)
-    await make_room(log.bus, size, last - 4)
-    trimmed, _ = await log.bus.sequences(STREAM)
-    assert first < trimmed <= last - 3
+    full = await log.bus.state(STREAM)
+    await make_room(log.bus, full.size * 2, full.last)
+    assert await log.bus.state(STREAM) == full
+    await make_room(log.bus, full.size, full.last - 4)
+    assert full.first < (await log.bus.state(STREAM)).first <= full.last - 3
     for _ in range(20):
-        await make_room(log.bus, 1, last - 4)
-    assert await log.bus.sequences(STREAM) == (last - 3, last)  # what has not been read stays
+        await make_room(log.bus, 1, full.last - 4)
+    left = await log.bus.state(STREAM)
+    assert (left.first, left.last) == (full.last - 3, full.last)  # what has not been read stays
     async with running_pipeline(log.database_url, log.parts.nats_url, log.process.url):
         await log.until(4)
 

@@ -6,7 +6,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.chassis.bus import Bus, BusError, Delivery, Outgoing, PullConsumer, Received
+from services.chassis.bus import Bus, BusError, Delivery, Outgoing, PullConsumer, Received, StreamState
 from tests.conditions import eventually
 from tests.parts import Parts
 
@@ -19,11 +19,16 @@ async def stream(bus: Bus) -> str:
     return name
 
 
+async def span_of(bus: Bus, stream: str) -> tuple[int, int]:
+    state = await bus.state(stream)
+    return state.first, state.last
+
+
 async def test_a_request_that_is_cancelled_as_it_is_answered_ends(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = asyncio.get_running_loop()
-    tasks: list[asyncio.Task[tuple[int, int]]] = []
+    tasks: list[asyncio.Task[StreamState]] = []
 
     async def answered_and_cancelled(self: Client, *_: object, **__: object) -> Msg:
         answer: asyncio.Future[Msg] = loop.create_future()
@@ -32,7 +37,7 @@ async def test_a_request_that_is_cancelled_as_it_is_answered_ends(
         return await asyncio.wait_for(answer, 5)
 
     monkeypatch.setattr(Client, "request", answered_and_cancelled)
-    tasks.append(asyncio.create_task(bus.sequences("DOMAIN")))
+    tasks.append(asyncio.create_task(bus.state("DOMAIN")))
     with pytest.raises(asyncio.CancelledError):
         await tasks[0]
 
@@ -53,7 +58,7 @@ async def take(consumer: PullConsumer, count: int, seconds: float = 10) -> list[
 async def test_published_is_stored_in_order(bus: Bus, stream: str) -> None:
     messages = [Outgoing(f"{stream}.a", bytes([n]), headers={"Number": str(n)}) for n in range(100)]
     assert await bus.publish_many(messages) == list(range(1, 101))
-    assert await bus.sequences(stream) == (1, 100)
+    assert await span_of(bus, stream) == (1, 100)
     consumer = await bus.pull(stream, "reader")
     taken = await take(consumer, 100)
     assert [message.payload for message in taken] == [message.payload for message in messages]
@@ -66,7 +71,7 @@ async def test_published_is_stored_in_order(bus: Bus, stream: str) -> None:
 async def test_the_same_id_is_stored_once(bus: Bus, stream: str) -> None:
     first = await bus.publish(f"{stream}.a", b"1", message_id="x")
     assert await bus.publish(f"{stream}.a", b"1", message_id="x") == first
-    assert await bus.sequences(stream) == (1, 1)
+    assert await span_of(bus, stream) == (1, 1)
 
 
 async def test_the_last_message_of_a_subject(bus: Bus, stream: str) -> None:
@@ -95,7 +100,7 @@ async def test_a_full_stream_refuses(bus: Bus) -> None:
 async def test_limits_of_a_stream_can_change(bus: Bus, stream: str) -> None:
     await bus.publish(f"{stream}.a", b"kept")
     await bus.ensure_stream(stream, [f"{stream}.>"], max_age_seconds=3600)
-    assert await bus.sequences(stream) == (1, 1)
+    assert await span_of(bus, stream) == (1, 1)
 
 
 async def test_fetch_gives_what_is_there_at_once(bus: Bus, stream: str) -> None:
@@ -242,14 +247,14 @@ async def test_streams_and_consumers_come_back_on_an_empty_server(bus: Bus, stre
     fetching = asyncio.create_task(consumer.fetch(1, timeout=60))
     await asyncio.sleep(0)
     assert not consumer.remade
-    before = await bus.create_time(stream)
+    before = (await bus.state(stream)).create_time
     await bus._jetstream.delete_stream(stream)
     await bus._on_reconnect()  # what the client calls when it finds a server again
     await bus.publish(f"{stream}.a", b"anew", timeout=10)
     (message,) = await fetching
     assert message.payload == b"anew"
     assert consumer.remade
-    assert await bus.create_time(stream) > before
+    assert (await bus.state(stream)).create_time > before
     await consumer.close()
 
 

@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import chain
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from google.protobuf.message import Message
 from meshboard.user.v1.events_pb2 import MemberRemoved, TeamMemberAdded, WorkspaceUpdated
@@ -15,12 +15,10 @@ from uuid_utils.compat import uuid7
 from services.chassis import inbox, outbox
 from services.chassis.bus import DEAD_LETTERS, Bus
 from tests.conditions import eventually
+from tests.harness import NOWHERE
 from tests.parts import Parts
 
 Sessions = async_sessionmaker[AsyncSession]
-
-# A well-formed one: consumers of other tests meet these events too, for the stream is that of the whole run.
-NOWHERE = str(UUID(int=0))
 
 
 @asynccontextmanager

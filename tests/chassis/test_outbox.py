@@ -13,12 +13,11 @@ from services.chassis import outbox
 from services.chassis.bus import DOMAIN, Bus, Delivery
 from services.chassis.db import OutboxRow
 from tests.conditions import eventually
+from tests.harness import NOWHERE
 from tests.parts import Parts
 
 Sessions = async_sessionmaker[AsyncSession]
 SUBJECT = "meshboard.user.v1.MemberRemoved"
-# A well-formed one: consumers of other tests meet these events too, for the stream is that of the whole run.
-NOWHERE = str(UUID(int=0))
 
 
 @asynccontextmanager
