@@ -198,6 +198,7 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
         access,
         ready=[lambda: db.ready(sessions)],
     )
+    passwords.mind_calls(server.calls)
     try:
         await server.start()
         completions.let_gather()

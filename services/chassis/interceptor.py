@@ -104,11 +104,15 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 class _Door:
-    """Counts calls in, or refuses them. One for all: what each of thousands of streams holds adds up."""
+    """Counts calls in, or refuses them. One for all: what each of thousands of streams holds adds up.
+
+    `count` is how many have come in since the beginning.
+    """
 
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
         self._under_way = 0
+        self.count = 0
 
     def __enter__(self) -> None:
         if self._under_way >= self._max_calls:
@@ -116,6 +120,7 @@ class _Door:
                 "OVERLOADED", "The service has too many calls under way.", retry_seconds=1
             )
         self._under_way += 1
+        self.count += 1
         telemetry.UNDER_WAY.inc()
 
     def __exit__(self, *_failure: object) -> None:

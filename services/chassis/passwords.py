@@ -7,9 +7,11 @@ import re
 import struct
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from argon2 import PasswordHasher
@@ -21,8 +23,11 @@ from services.chassis.settings import PasswordSettings
 T = TypeVar("T")
 
 _NICE = 10
-_NICE_BY_SLICE = 5
 _SCHED_SETATTR = 314  # the number of the call on x86-64; the C library has it since glibc 2.41 only
+# What is taken for other calls beside hashes: so many in so short a time. Who looks less often begins anew.
+_OTHERS = 3
+_LOOK_SECONDS = 0.25
+_STALE_SECONDS = 1.0
 
 
 class Passwords:
@@ -32,11 +37,19 @@ class Passwords:
         self._hasher = PasswordHasher(
             settings.password_passes, settings.password_memory_kib, settings.password_lanes
         )
-        self._threads = ThreadPoolExecutor(settings.password_threads, "argon2", _yield_to_others)
+        self._sharing = _Sharing(settings.password_threads)
+        self._threads = ThreadPoolExecutor(settings.password_threads, "argon2", self._begin_thread)
         # A thread that has hashed waits for Python's lock, by default up to 5 ms each time; so do those behind it.
         sys.setswitchinterval(0.0005)
-        self._room = settings.password_threads + settings.password_queue
+        self._most = self._room = settings.password_threads + settings.password_queue
         self._dummy = self._hasher.hash("nobody's password")
+
+    def mind_calls(self, calls: Callable[[], int]) -> None:
+        """Has hashes hold up other calls less, at the price of fewer hashes, where that is needed.
+
+        `calls` says how many calls have come to this process so far, those that ask for a hash included.
+        """
+        self._sharing.calls = calls
 
     async def hash(self, password: str) -> str:
         """The hash to store, with its parameters. Raises RESOURCE_EXHAUSTED (OVERLOADED)."""
@@ -71,6 +84,7 @@ class Passwords:
                 "OVERLOADED", "Too many passwords wait to be checked.", retry_seconds=1
             )
         self._room -= 1
+        self._sharing.look()
         loop = asyncio.get_running_loop()
 
         def done(_: Future[T]) -> None:
@@ -83,13 +97,69 @@ class Passwords:
 
     def _leave(self) -> None:
         self._room += 1
+        if self._room == self._most:
+            self._sharing.end()
+
+    def _begin_thread(self) -> None:
+        self._sharing.thread = threading.get_native_id()
+        _yield_to_others()
+
+
+class _Sharing:
+    """Has hashes and the event loop share a processor while other calls come, where there are two (Linux).
+
+    A hash that runs all the time on one of two processors makes the kernel take both for busy, so that it looks for no
+    place for whoever wakes: all else waits for the other one, behind each other, although the hash would make way at
+    once. On the loop's own processor the hash makes way for the loop, and the other one is idle in between. That
+    costs a quarter of the hashes, so not while nobody else calls.
+
+    Attributes:
+        calls: how many calls have come so far.
+        thread: the kernel's number of the thread that hashes, once there is one.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._processors = os.sched_getaffinity(0) if sys.platform == "linux" and threads == 1 else set()
+        self.calls: Callable[[], int] = lambda: 0
+        self.thread: int | None = None
+        self._shared = False
+        self._hashes = 0
+        self._others = 0
+        self._looked = 0.0
+
+    def look(self) -> None:
+        """Decides about the hash that is about to be asked for, in the thread of the loop."""
+        self._hashes += 1
+        if len(self._processors) != 2 or (since := time.monotonic() - self._looked) < _LOOK_SECONDS:
+            return
+        others = self.calls() - self._hashes
+        self._place(shared=since < _STALE_SECONDS and others - self._others >= _OTHERS)
+        self._others, self._looked = others, time.monotonic()
+
+    def end(self) -> None:
+        """Says that no hash is under way any more."""
+        self._place(shared=False)
+
+    def _place(self, *, shared: bool) -> None:
+        if sys.platform != "linux" or shared == self._shared:
+            return
+        import ctypes  # noqa: PLC0415 - only here
+
+        # The thread of the loop, and by inheritance that of the hash if it is still to come.
+        threads = [0] if self.thread is None else [0, self.thread]
+        where = {ctypes.CDLL(None).sched_getcpu()} if shared else self._processors
+        with suppress(OSError):  # a container may forbid it, and all works without
+            for thread in threads:
+                os.sched_setaffinity(thread, where)
+            self._shared = shared
 
 
 def _yield_to_others() -> None:
     """Has the calls of others go first where processors are short, without costing the hash its turn (Linux).
 
     A thread that asks for long slices is interrupted by every one that wakes and wants less at a time, and still gets
-    its share (sched_setattr(2), Linux 6.12). Where that is not to be had, a higher nice value does what it can.
+    its share (sched_setattr(2), Linux 6.12). What such a thread loses by its nice value is what others need; where
+    slices are not to be had, that value alone does what it can.
     """
     if sys.platform != "linux":
         return
@@ -98,7 +168,7 @@ def _yield_to_others() -> None:
         import ctypes  # noqa: PLC0415 - only here
 
         # struct sched_attr: size, policy (SCHED_OTHER), flags, nice, priority, slice in ns (100 ms is the most).
-        wanted = struct.pack("=IIQiIQQQ", 48, 0, 0, _NICE_BY_SLICE, 0, 100_000_000, 0, 0)
+        wanted = struct.pack("=IIQiIQQQ", 48, 0, 0, _NICE, 0, 100_000_000, 0, 0)
         if _has_slices() and ctypes.CDLL(None).syscall(_SCHED_SETATTR, thread, wanted, 0) == 0:
             return
     os.setpriority(os.PRIO_PROCESS, thread, _NICE)

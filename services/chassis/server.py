@@ -108,13 +108,13 @@ class Server:
         rules = rules_for(registrations)
         for rule in rules.values():
             who.check_rule(rule)
-        interceptor = Interceptor(
+        self._interceptor = Interceptor(
             rules, who, max_calls=settings.max_calls, call_seconds=settings.call_seconds
         )
         self.draining = asyncio.Event()
         self._settings = settings
         self._ready = list(ready)
-        self._grpc = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
+        self._grpc = grpc.aio.server(interceptors=[self._interceptor], options=_OPTIONS)
         generic = _Generic(self._grpc)
         for register in registrations:
             register(generic)
@@ -132,6 +132,10 @@ class Server:
         for name in ("", *self._services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._http = await private_http(self._settings.private_listen, self._is_ready)
+
+    def calls(self) -> int:
+        """How many calls this process has admitted so far."""
+        return self._interceptor.admitted.count
 
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls under way finish, and stops."""

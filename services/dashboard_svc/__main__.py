@@ -189,6 +189,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         access,
         ready=[partial(db.ready, sessions), bus_ready],
     )
+    passwords.mind_calls(server.calls)
     await server.start()
     completions.let_gather()
     try:

@@ -4,6 +4,7 @@ import platform
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,10 +101,87 @@ async def test_its_threads_make_way_for_others(passwords: Passwords):
     assert ours
     for thread in ours if sys.platform == "linux" else []:
         assert thread.native_id is not None
-        nice = os.getpriority(os.PRIO_PROCESS, thread.native_id)
-        assert nice > os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 10
         shown = Path(f"/proc/self/task/{thread.native_id}/sched")
         slices = re.search(r"^se.slice\D+(\d+)", shown.read_text() if shown.exists() else "", re.MULTILINE)
-        if nice == 5 and slices:
+        if slices and _has_slices() and platform.machine() == "x86_64":
             assert slices[1] == "100000000"
-        assert nice == (5 if _has_slices() and platform.machine() == "x86_64" else 10)
+
+
+class Storm:
+    """Hashes one after the other, never none under way, and `others` calls for each of them.
+
+    Attributes:
+        seen: on which processors the loop could run while each hash was under way, and its thread.
+    """
+
+    def __init__(self, passwords: Passwords, *, others: int) -> None:
+        self._passwords = passwords
+        self._others = others
+        self._calls = 0
+        self.seen: list[tuple[set[int], set[int]]] = []
+        passwords.mind_calls(lambda: self._calls)
+
+    async def last(self, seconds: float) -> None:
+        """Goes on for so long, and comes to rest."""
+        end = time.monotonic() + seconds
+        hashes = set[asyncio.Task[str]]()
+        while hashes or time.monotonic() < end:
+            while len(hashes) < 2 and time.monotonic() < end:
+                self._calls += 1 + self._others
+                hashes.add(asyncio.create_task(self._passwords.hash("correct horse")))
+            _, hashes = await asyncio.wait(hashes, return_when=asyncio.FIRST_COMPLETED)
+            self.seen.append(allowed())
+
+
+def allowed() -> tuple[set[int], set[int]]:
+    """On which processors this thread may run, and that which hashes."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("argon2"))
+    assert thread.native_id is not None
+    return os.sched_getaffinity(0), os.sched_getaffinity(thread.native_id)
+
+
+@pytest.fixture
+def two_processors() -> Iterator[set[int]]:
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors of Linux")
+    all_of_them = os.sched_getaffinity(0)
+    two = set(sorted(all_of_them)[:2])
+    os.sched_setaffinity(0, two)
+    yield two
+    os.sched_setaffinity(0, all_of_them)
+
+
+async def test_hashes_share_the_processor_of_the_loop_while_others_call(
+    two_processors: set[int], tmp_path: Path
+):
+    passwords = make_passwords(tmp_path, password_threads=1)
+    storm = Storm(passwords, others=3)
+    await storm.last(1.5)
+    shared = [seen for seen in storm.seen if seen != (two_processors, two_processors)]
+    # At first nobody knows of others, and at last no hash is under way.
+    assert shared
+    assert all(loop == hashing and len(loop) == 1 for loop, hashing in shared)
+    assert allowed() == (two_processors, two_processors)
+    passwords.close()
+
+
+async def test_hashes_have_a_processor_of_their_own_while_nobody_else_calls(
+    two_processors: set[int], tmp_path: Path
+):
+    passwords = make_passwords(tmp_path, password_threads=1)
+    storm = Storm(passwords, others=0)
+    await storm.last(1)
+    assert storm.seen
+    assert all(seen == (two_processors, two_processors) for seen in storm.seen)
+    passwords.close()
+
+
+async def test_several_hashing_threads_run_where_they_want(two_processors: set[int], tmp_path: Path):
+    passwords = make_passwords(tmp_path, password_threads=2)
+    passwords.mind_calls(lambda: int(time.monotonic() * 1e6))
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end:
+        await asyncio.gather(passwords.hash("correct horse"), passwords.hash("correct horse"))
+        assert os.sched_getaffinity(0) == two_processors
+    passwords.close()
