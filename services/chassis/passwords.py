@@ -110,8 +110,8 @@ class _Sharing:
 
     A hash that runs all the time on one of two processors makes the kernel take both for busy, so that it looks for no
     place for whoever wakes: all else waits for the other one, behind each other, although the hash would make way at
-    once. On the loop's own processor the hash makes way for the loop, and the other one is idle in between. That
-    costs a quarter of the hashes, so not while nobody else calls.
+    once. On the loop's own processor the hash makes way for the loop, and the other one is idle in between. That costs
+    a tenth of the hashes, so not while nobody else calls.
 
     Attributes:
         calls: how many calls have come so far.
