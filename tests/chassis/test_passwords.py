@@ -112,13 +112,14 @@ class Storm:
     """Hashes one after the other, never none under way, and `others` calls for each of them.
 
     Attributes:
-        seen: on which processors the loop could run while each hash was under way, and its thread.
+        seen: on which processors the loop and the thread that hashes could run while each hash was under way.
     """
 
     def __init__(self, passwords: Passwords, *, others: int) -> None:
         self._passwords = passwords
         self._others = others
         self._calls = 0
+        self._before = set(threading.enumerate())
         self.seen: list[tuple[set[int], set[int]]] = []
         passwords.mind_calls(lambda: self._calls)
 
@@ -131,14 +132,14 @@ class Storm:
                 self._calls += 1 + self._others
                 hashes.add(asyncio.create_task(self._passwords.hash("correct horse")))
             _, hashes = await asyncio.wait(hashes, return_when=asyncio.FIRST_COMPLETED)
-            self.seen.append(allowed())
+            self.seen.append(self.allowed())
 
-
-def allowed() -> tuple[set[int], set[int]]:
-    """On which processors this thread may run, and that which hashes."""
-    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("argon2"))
-    assert thread.native_id is not None
-    return os.sched_getaffinity(0), os.sched_getaffinity(thread.native_id)
+    def allowed(self) -> tuple[set[int], set[int]]:
+        """On which processors the loop may run, and the thread that hashes."""
+        begun = set(threading.enumerate()) - self._before
+        (hashing,) = (thread.native_id for thread in begun if thread.name.startswith("argon2"))
+        assert hashing is not None
+        return os.sched_getaffinity(0), os.sched_getaffinity(hashing)
 
 
 @pytest.fixture
@@ -162,7 +163,7 @@ async def test_hashes_share_the_processor_of_the_loop_while_others_call(
     # At first nobody knows of others, and at last no hash is under way.
     assert shared
     assert all(loop == hashing and len(loop) == 1 for loop, hashing in shared)
-    assert allowed() == (two_processors, two_processors)
+    assert storm.allowed() == (two_processors, two_processors)
     passwords.close()
 
 
