@@ -1,6 +1,7 @@
 """Passwords, hashed off the event loop."""
 
 import asyncio
+import ctypes
 import os
 import platform
 import re
@@ -143,30 +144,29 @@ class _Sharing:
     def _place(self, *, shared: bool) -> None:
         if sys.platform != "linux" or shared == self._shared:
             return
-        import ctypes  # noqa: PLC0415 - only here
-
         # The thread of the loop, and by inheritance that of the hash if it is still to come.
         threads = [0] if self.thread is None else [0, self.thread]
         where = {ctypes.CDLL(None).sched_getcpu()} if shared else self._processors
-        with suppress(OSError):  # a container may forbid it, and all works without
+        # Before it is tried: what has been done to one thread only is taken back all the same.
+        self._shared = shared
+        with suppress(
+            OSError, ValueError
+        ):  # a container may forbid it, or not tell where we are; all works without
             for thread in threads:
                 os.sched_setaffinity(thread, where)
-            self._shared = shared
 
 
 def _yield_to_others() -> None:
     """Has the calls of others go first where processors are short, without costing the hash its turn (Linux).
 
     A thread that asks for long slices is interrupted by every one that wakes and wants less at a time, and still gets
-    its share (sched_setattr(2), Linux 6.12). What such a thread loses by its nice value is what others need; where
-    slices are not to be had, that value alone does what it can.
+    its share (sched_setattr(2), Linux 6.12), which its nice value makes small. Without such slices that value does what
+    it can.
     """
     if sys.platform != "linux":
         return
     thread = threading.get_native_id()
     if platform.machine() == "x86_64":
-        import ctypes  # noqa: PLC0415 - only here
-
         # struct sched_attr: size, policy (SCHED_OTHER), flags, nice, priority, slice in ns (100 ms is the most).
         wanted = struct.pack("=IIQiIQQQ", 48, 0, 0, _NICE, 0, 100_000_000, 0, 0)
         if _has_slices() and ctypes.CDLL(None).syscall(_SCHED_SETATTR, thread, wanted, 0) == 0:

@@ -112,7 +112,7 @@ class Storm:
     """Hashes one after the other, never none under way, and `others` calls for each of them.
 
     Attributes:
-        seen: on which processors the loop and the thread that hashes could run while each hash was under way.
+        seen: on which processors the loop and each thread that hashes could run while a hash was under way.
     """
 
     def __init__(self, passwords: Passwords, *, others: int) -> None:
@@ -120,7 +120,7 @@ class Storm:
         self._others = others
         self._calls = 0
         self._before = set(threading.enumerate())
-        self.seen: list[tuple[set[int], set[int]]] = []
+        self.seen: list[list[set[int]]] = []
         passwords.mind_calls(lambda: self._calls)
 
     async def last(self, seconds: float) -> None:
@@ -134,12 +134,12 @@ class Storm:
             _, hashes = await asyncio.wait(hashes, return_when=asyncio.FIRST_COMPLETED)
             self.seen.append(self.allowed())
 
-    def allowed(self) -> tuple[set[int], set[int]]:
-        """On which processors the loop may run, and the thread that hashes."""
+    def allowed(self) -> list[set[int]]:
+        """On which processors the loop may run, and each thread that hashes."""
         begun = set(threading.enumerate()) - self._before
-        (hashing,) = (thread.native_id for thread in begun if thread.name.startswith("argon2"))
-        assert hashing is not None
-        return os.sched_getaffinity(0), os.sched_getaffinity(hashing)
+        hashing = [thread.native_id for thread in begun if thread.name.startswith("argon2")]
+        assert hashing
+        return [os.sched_getaffinity(thread) for thread in [0, *filter(None, hashing)]]
 
 
 @pytest.fixture
@@ -159,30 +159,41 @@ async def test_hashes_share_the_processor_of_the_loop_while_others_call(
     passwords = make_passwords(tmp_path, password_threads=1)
     storm = Storm(passwords, others=3)
     await storm.last(1.5)
-    shared = [seen for seen in storm.seen if seen != (two_processors, two_processors)]
+    shared = [seen for seen in storm.seen if seen != [two_processors] * 2]
     # At first nobody knows of others, and at last no hash is under way.
     assert shared
     assert all(loop == hashing and len(loop) == 1 for loop, hashing in shared)
-    assert storm.allowed() == (two_processors, two_processors)
+    assert storm.allowed() == [two_processors] * 2
     passwords.close()
 
 
-async def test_hashes_have_a_processor_of_their_own_while_nobody_else_calls(
-    two_processors: set[int], tmp_path: Path
+@pytest.mark.parametrize(("threads", "others"), [(1, 0), (2, 3)])
+async def test_hashes_run_where_they_want_while_nobody_else_calls_and_where_there_are_several(
+    two_processors: set[int], tmp_path: Path, threads: int, others: int
 ):
-    passwords = make_passwords(tmp_path, password_threads=1)
-    storm = Storm(passwords, others=0)
+    passwords = make_passwords(tmp_path, password_threads=threads)
+    storm = Storm(passwords, others=others)
     await storm.last(1)
     assert storm.seen
-    assert all(seen == (two_processors, two_processors) for seen in storm.seen)
+    assert all(allowed == two_processors for seen in storm.seen for allowed in seen)
     passwords.close()
 
 
-async def test_several_hashing_threads_run_where_they_want(two_processors: set[int], tmp_path: Path):
-    passwords = make_passwords(tmp_path, password_threads=2)
-    passwords.mind_calls(lambda: int(time.monotonic() * 1e6))
-    end = time.monotonic() + 0.6
-    while time.monotonic() < end:
-        await asyncio.gather(passwords.hash("correct horse"), passwords.hash("correct horse"))
-        assert os.sched_getaffinity(0) == two_processors
+async def test_the_loop_is_set_free_although_the_hash_could_not_be_confined(
+    two_processors: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passwords = make_passwords(tmp_path, password_threads=1)
+    storm = Storm(passwords, others=3)
+    confine, confined = os.sched_setaffinity, list[set[int]]()
+
+    def refuse_all_but_the_loop(thread: int, processors: set[int]) -> None:
+        if thread:
+            raise PermissionError
+        confined.append(processors)
+        confine(thread, processors)
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse_all_but_the_loop)
+    await storm.last(1.5)
+    assert any(len(processors) == 1 for processors in confined)
+    assert storm.allowed() == [two_processors] * 2
     passwords.close()
