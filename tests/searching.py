@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy import event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis.db import SearchDocumentRow, SearchIndexRow, SearchQueueRow
+from services.chassis.deadline import seconds_left
 from services.chassis.indexing import Corpus, Indexer
 from services.chassis.search import Document, Engine, Key
 from services.chassis.search_engines import Elasticsearch
@@ -109,11 +111,11 @@ class Indexed:
 
 @contextmanager
 def statements() -> Iterator[list[str]]:
-    """The SQL that runs meanwhile, without the indexer's own."""
+    """The SQL that calls run meanwhile. Indexer and relay work beside them, outside of any call."""
     ran: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
-        if "search_queue" not in statement:
+        if math.isfinite(seconds_left()):
             ran.append(" ".join(statement.split()))
 
     event.listen(SyncEngine, "before_cursor_execute", note)

@@ -287,14 +287,10 @@ async def test_a_search_costs_as_many_statements_for_one_hit_as_for_many(mesh: M
         for _ in range(number):
             await mesh.widget(editor, await mesh.dashboard(editor, f"Costly {number}"), title="Tile")
         await index.settled()
-        # The indexer works on the same database: the least of three is what the search costs.
-        costs = []
-        for _ in range(3):
-            with statements() as ran:
-                assert len(await search(mesh, editor, f"costly {number}")) == number
-            costs.append(len(ran))
-        counts.append(min(costs))
-    assert counts[0] == counts[1] <= 7
+        with statements() as ran:
+            assert len(await search(mesh, editor, f"costly {number}")) == number
+        counts.append(len(ran))
+    assert 0 < counts[0] == counts[1] <= 7
 
 
 # --- all at once ------------------------------------------------------------------------------------------
