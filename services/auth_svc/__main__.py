@@ -198,7 +198,7 @@ async def serve(settings: AuthSettings) -> None:  # noqa: PLR0915 - the composit
         access,
         ready=[lambda: db.ready(sessions)],
     )
-    passwords.mind_calls(server.calls)
+    passwords.mind_calls(server.calls, lambda short: completions.let_gather(not short))
     try:
         await server.start()
         completions.let_gather()

@@ -38,16 +38,17 @@ def hear_together() -> None:
     cygrpc.socket = SimpleNamespace(**{**vars(socket), "socketpair": _socketpair})
 
 
-def let_gather() -> None:
+def let_gather(gathers: bool = True) -> None:
     """Has grpc.aio's thread interrupt nobody when it wakes (Linux, SCHED_BATCH of sched(7)); it keeps its share.
 
     Where processors are idle it runs at once, as before. Where they are short it wakes for several events and not for
     each, which saves a third of what a message to a stream costs, and a twentieth of a call among many. To be called
-    once grpc.aio has been begun.
+    once grpc.aio has been begun. Without `gathers` it interrupts others as any thread does.
     """
     if sys.platform != "linux":
         return
+    policy = os.SCHED_BATCH if gathers else os.SCHED_OTHER
     for thread in threading.enumerate():
         if "_poll_wrapper" in thread.name and thread.native_id:
             with suppress(OSError):  # a container may forbid it, and all works without
-                os.sched_setscheduler(thread.native_id, os.SCHED_BATCH, os.sched_param(0))
+                os.sched_setscheduler(thread.native_id, policy, os.sched_param(0))

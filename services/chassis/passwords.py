@@ -23,7 +23,7 @@ from services.chassis.settings import PasswordSettings
 
 T = TypeVar("T")
 
-_NICE = 10
+_NICE = 15
 _SCHED_SETATTR = 314  # the number of the call on x86-64; the C library has it since glibc 2.41 only
 # What is taken for other calls beside hashes: so many in so short a time. Who looks less often begins anew.
 _OTHERS = 3
@@ -45,12 +45,13 @@ class Passwords:
         self._most = self._room = settings.password_threads + settings.password_queue
         self._dummy = self._hasher.hash("nobody's password")
 
-    def mind_calls(self, calls: Callable[[], int]) -> None:
+    def mind_calls(self, calls: Callable[[], int], tell: Callable[[bool], None]) -> None:
         """Has hashes hold up other calls less, at the price of fewer hashes, where that is needed.
 
-        `calls` says how many calls have come to this process so far, those that ask for a hash included.
+        `calls` says how many calls have come to this process so far, those that ask for a hash included. `tell` is told
+        when processors become short (True), and when that is over.
         """
-        self._sharing.calls = calls
+        self._sharing.calls, self._sharing.tell = calls, tell
 
     async def hash(self, password: str) -> str:
         """The hash to store, with its parameters. Raises RESOURCE_EXHAUSTED (OVERLOADED)."""
@@ -116,12 +117,14 @@ class _Sharing:
 
     Attributes:
         calls: how many calls have come so far.
+        tell: is told when they begin to share it, and when they cease to.
         thread: the kernel's number of the thread that hashes, once there is one.
     """
 
     def __init__(self, threads: int) -> None:
         self._processors = os.sched_getaffinity(0) if sys.platform == "linux" and threads == 1 else set()
         self.calls: Callable[[], int] = lambda: 0
+        self.tell: Callable[[bool], None] = lambda _shared: None
         self.thread: int | None = None
         self._shared = False
         self._hashes = 0
@@ -149,6 +152,7 @@ class _Sharing:
         where = {ctypes.CDLL(None).sched_getcpu()} if shared else self._processors
         # Before it is tried: what has been done to one thread only is taken back all the same.
         self._shared = shared
+        self.tell(shared)
         with suppress(
             OSError, ValueError
         ):  # a container may forbid it, or not tell where we are; all works without

@@ -189,7 +189,7 @@ async def serve(settings: Settings) -> None:  # noqa: PLR0915 - the composition 
         access,
         ready=[partial(db.ready, sessions), bus_ready],
     )
-    passwords.mind_calls(server.calls)
+    passwords.mind_calls(server.calls, lambda short: completions.let_gather(not short))
     await server.start()
     completions.let_gather()
     try:

@@ -44,6 +44,8 @@ async def main():
     if sys.platform == "linux":
         (poller,) = [thread for thread in threading.enumerate() if "_poll_wrapper" in thread.name]
         assert os.sched_getscheduler(poller.native_id) == os.SCHED_BATCH
+        completions.let_gather(False)
+        assert os.sched_getscheduler(poller.native_id) == os.SCHED_OTHER
 
 
 completions.Bell = Counted

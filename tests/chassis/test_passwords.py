@@ -101,7 +101,7 @@ async def test_its_threads_make_way_for_others(passwords: Passwords):
     assert ours
     for thread in ours if sys.platform == "linux" else []:
         assert thread.native_id is not None
-        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 10
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 15
         shown = Path(f"/proc/self/task/{thread.native_id}/sched")
         slices = re.search(r"^se.slice\D+(\d+)", shown.read_text() if shown.exists() else "", re.MULTILINE)
         if slices and _has_slices() and platform.machine() == "x86_64":
@@ -113,6 +113,7 @@ class Storm:
 
     Attributes:
         seen: on which processors the loop and each thread that hashes could run while a hash was under way.
+        told: what was said of whether processors are short.
     """
 
     def __init__(self, passwords: Passwords, *, others: int) -> None:
@@ -121,7 +122,8 @@ class Storm:
         self._calls = 0
         self._before = set(threading.enumerate())
         self.seen: list[list[set[int]]] = []
-        passwords.mind_calls(lambda: self._calls)
+        self.told: list[bool] = []
+        passwords.mind_calls(lambda: self._calls, self.told.append)
 
     async def last(self, seconds: float) -> None:
         """Goes on for so long, and comes to rest."""
@@ -164,6 +166,9 @@ async def test_hashes_share_the_processor_of_the_loop_while_others_call(
     assert shared
     assert all(loop == hashing and len(loop) == 1 for loop, hashing in shared)
     assert storm.allowed() == [two_processors] * 2
+    turns = len(storm.told) // 2
+    assert turns
+    assert storm.told == [True, False] * turns
     passwords.close()
 
 
@@ -176,6 +181,7 @@ async def test_hashes_run_where_they_want_while_nobody_else_calls_and_where_ther
     await storm.last(1)
     assert storm.seen
     assert all(allowed == two_processors for seen in storm.seen for allowed in seen)
+    assert storm.told == []
     passwords.close()
 
 
