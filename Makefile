@@ -2,6 +2,11 @@
 .PHONY: help gen gen-check lint types contracts envoy check test fmt
 BIN := .venv/bin
 
+gen gen-check fmt lint types contracts envoy: .venv/synced
+
+.venv/synced: uv.lock pyproject.toml
+	./dev --help >/dev/null && touch $@
+
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
