@@ -4,6 +4,7 @@ BIN := .venv/bin
 
 gen gen-check fmt lint types contracts envoy: .venv/synced
 
+# ./dev syncs only when what these two say has changed: the time says that it has looked.
 .venv/synced: uv.lock pyproject.toml
 	./dev --help >/dev/null && touch $@
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Engine as SyncEngine
-from sqlalchemy import event, func, select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from services.chassis.db import SearchDocumentRow, SearchIndexRow, SearchQueueRow
-from services.chassis.deadline import seconds_left
 from services.chassis.indexing import Corpus, Indexer
 from services.chassis.search import Document, Engine, Key
 from services.chassis.search_engines import Elasticsearch
@@ -107,19 +104,3 @@ class Indexed:
     async def _nothing_waits(self) -> bool:
         async with self.db() as session:
             return not await session.scalar(select(func.count()).select_from(SearchQueueRow))
-
-
-@contextmanager
-def statements() -> Iterator[list[str]]:
-    """The SQL that calls run meanwhile. Indexer and relay work beside them, outside of any call."""
-    ran: list[str] = []
-
-    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
-        if math.isfinite(seconds_left()):
-            ran.append(" ".join(statement.split()))
-
-    event.listen(SyncEngine, "before_cursor_execute", note)
-    try:
-        yield ran
-    finally:
-        event.remove(SyncEngine, "before_cursor_execute", note)

@@ -1,5 +1,6 @@
 """The SQL statements that calls make."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import asyncpg
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
+
+from services.chassis.deadline import seconds_left
 
 
 @contextmanager
@@ -51,6 +54,19 @@ def statements_about(*words: str) -> Iterator[list[str]]:
 
     def note(_at: str | None, statement: str) -> None:
         if any(word in statement for word in words):
+            found.append(statement)
+
+    with _told(note):
+        yield found
+
+
+@contextmanager
+def statements_of_calls() -> Iterator[list[str]]:
+    """Those that calls make; indexer, relay and the like work beside them, outside of any call."""
+    found: list[str] = []
+
+    def note(_at: str | None, statement: str) -> None:
+        if math.isfinite(seconds_left()):
             found.append(statement)
 
     with _told(note):

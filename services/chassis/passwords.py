@@ -153,9 +153,8 @@ class _Sharing:
         # Before it is tried: what has been done to one thread only is taken back all the same.
         self._shared = shared
         self.tell(shared)
-        with suppress(
-            OSError, ValueError
-        ):  # a container may forbid it, or not tell where we are; all works without
+        # A container may forbid it, or not tell where we are; all works without.
+        with suppress(OSError, ValueError):
             for thread in threads:
                 os.sched_setaffinity(thread, where)
 

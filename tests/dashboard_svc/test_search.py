@@ -33,7 +33,8 @@ from tests.dashboard_svc.test_folders import folder_grant, move_dashboard
 from tests.dashboard_svc.test_grants import grant
 from tests.harness import Member, new_id, refused
 from tests.parts import Parts
-from tests.searching import Indexed, engine_settings, statements
+from tests.searching import Indexed, engine_settings
+from tests.statements import statements_of_calls
 
 
 @pytest.fixture(scope="session")
@@ -287,7 +288,7 @@ async def test_a_search_costs_as_many_statements_for_one_hit_as_for_many(mesh: M
         for _ in range(number):
             await mesh.widget(editor, await mesh.dashboard(editor, f"Costly {number}"), title="Tile")
         await index.settled()
-        with statements() as ran:
+        with statements_of_calls() as ran:
             assert len(await search(mesh, editor, f"costly {number}")) == number
         counts.append(len(ran))
     assert 0 < counts[0] == counts[1] <= 7

@@ -29,7 +29,8 @@ from services.user_svc.member_search import CORPUS
 from services.user_svc.workspaces import delete_workspace
 from tests.harness import Identity, new_id, refused
 from tests.parts import Parts
-from tests.searching import Indexed, engine_settings, statements
+from tests.searching import Indexed, engine_settings
+from tests.statements import statements_of_calls
 from tests.user_svc.conftest import Person, UserSvc, running_svc
 
 
@@ -227,7 +228,7 @@ async def test_a_search_costs_few_statements(found: UserSvc, index: Indexed, bos
     for number in range(5):
         await member(found, boss, f"Cheap {number}")
     await index.settled()
-    with statements() as ran:
+    with statements_of_calls() as ran:
         assert len(await names(found, boss, "cheap")) == 5
     asked = [statement for statement in ran if "search_documents" in statement or "FROM users" in statement]
     assert len(asked) == (1 if found.engine.name == "elasticsearch" else 2), ran
