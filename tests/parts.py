@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import socket
@@ -16,6 +17,8 @@ import asyncpg
 from cli import parts
 from cli.stack import PORTS, Stack, about
 from cli.supervisor import Supervisor, is_free
+
+_given: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,21 @@ class Parts:
 
 
 def free_port() -> int:
-    """Returns a TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    """Returns a TCP port of 127.0.0.1 that nobody listens on now, and no other test of the run is given.
+
+    Two services may listen on one port (SO_REUSEPORT), and would answer each other's calls without a word: who is given
+    a port listens later, so that the system may give it twice. Each of the run's processes has ports of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port: int = listener.getsockname()[1]
+        # Linux prefers ports of one parity for this: what is dealt out is pairs.
+        if port // 2 % workers == worker and port not in _given:
+            _given.add(port)
+            return port
 
 
 @asynccontextmanager
